@@ -1,0 +1,48 @@
+// What every op does with labels, and with the running softmax of a row once it is complete.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+
+namespace fused_rl {
+
+inline void check_labels(const at::Tensor& labels, int64_t V, std::optional<int64_t> ignore_index) {
+  const at::Tensor y = labels.contiguous();
+  const int64_t* label = y.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < y.numel(); ++n) {
+    if ((label[n] >= 0 && label[n] < V) || label[n] == ignore_index) continue;
+    TORCH_CHECK_VALUE(ignore_index, "labels[", n, "] is ", label[n],
+                      ", outside the vocabulary [0, ", V, ")");
+    TORCH_CHECK_VALUE(false, "labels[", n, "] is ", label[n], ", outside the vocabulary [0, ", V,
+                      ") and not ignore_index (", *ignore_index, ")");
+  }
+}
+
+inline void check_temperature(double temperature, int64_t n) {
+  TORCH_CHECK_VALUE(temperature > 0, "temperature[", n, "] is ", temperature,
+                    ", and a temperature must be positive");
+}
+
+template <class T>
+struct Statistics {
+  T logprob, entropy, lse;
+};
+
+// sum = sum_v exp(z - max), moment = sum_v exp(z - max) (z - max). A row of nothing but -inf has no
+// distribution: NaN, as in torch.
+template <class T>
+Statistics<T> finish(T max, T sum, T moment, T label_logit) {
+  const T log_sum = std::log(sum);
+  const T entropy = max == -std::numeric_limits<T>::infinity()
+                        ? std::numeric_limits<T>::quiet_NaN()
+                        : log_sum - moment / sum;
+  return {(label_logit - max) - log_sum, entropy, max + log_sum};
+}
+
+}  // namespace fused_rl

@@ -1,0 +1,291 @@
+// dhidden, dweight and dbias from dlogprobs and dentropy.
+//
+//     dz[v, n]   = dlogprobs[n] (1[v = label] - p) - dentropy[n] p (log p + entropy[n])
+//     draw[v, n] = dz softcap'(.) scale / temperature[n]
+//     dweight    = draw hidden        dhidden = draw^T weight        dbias[v] = sum_n draw[v, n]
+//
+// The vocabulary is walked in super-blocks of about a thousand rows. For each: the gradient of its
+// logits (from logits recomputed or kept), then its rows of dweight, finished and written once, then
+// its share of dhidden, which stays in accumulators. Every sum has one owner and a fixed order: no
+// atomics, no copy per thread, the same bits on any number of threads.
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty_like.h>
+
+#include <cmath>
+
+#include "problem.h"
+
+namespace fused_rl {
+
+static constexpr int64_t super_block_rows = 1024;
+static constexpr int64_t chunk_tokens = 4096;  // bounds the gradient of a super-block's logits
+static constexpr int64_t panel = 64;           // columns of dweight in one product
+
+template <class T>
+struct Pass {
+  using A = Acc<T>;
+  static constexpr bool paired = lines_per_pack<T> == 2;
+
+  const Problem<T>& p;
+  Upstream<A> up;
+  const Kept<T>* kept;
+  Gradients& out;
+
+  int64_t rows_max = std::min(std::max(p.block, super_block_rows / p.block * p.block),
+                              round_up(p.V, p.block));
+  int64_t rows_pad = round_up(rows_max, 2);
+  int64_t tokens_max = std::min(chunk_tokens, p.padded);
+  bool chunked = p.padded > chunk_tokens;
+  int64_t panels = (p.H + panel - 1) / panel;
+  // A stride that is no power of two keeps the lines out of each other's cache sets.
+  int64_t ld = tokens_max + 32;
+
+  at::TensorOptions of_T = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
+  at::TensorOptions of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
+  at::Tensor logits_operand, columns_operand;
+  at::Tensor draw = at::empty({rows_max, ld}, of_T);  // [rows, tokens]
+  at::Tensor draw_pairs;                              // panels [rows / 2, width, 2]
+  at::Tensor weight_t;                                // [H, rows]
+  at::Tensor dhidden_t;                               // panels [H, width]
+  at::Tensor dweight_rows;                            // [rows, 64 panels], when chunked
+  at::Tensor bias_parts;                              // [tiles, rows]
+
+  Pass(const Problem<T>& problem, Upstream<A> upstream, const Kept<T>* kept_logits,
+       Gradients& gradients)
+      : p(problem), up(upstream), kept(kept_logits), out(gradients) {
+    if (!kept) logits_operand = pack_for_logits(p);
+    if (out.dweight.defined()) {
+      columns_operand = at::empty({panels, p.padded, panel}, of_T);
+      T* to = columns_operand.template mutable_data_ptr<T>();
+      parallel_tasks(panels, [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j) {
+          pack_columns<T>(p.hidden.template const_data_ptr<T>(), p.K, p.N, p.padded, j * panel,
+                          to + j * p.padded * panel);
+        }
+      });
+      if (chunked) dweight_rows = at::empty({rows_max, panels * panel}, of_A);
+    }
+    if (out.dhidden.defined()) {
+      weight_t = at::zeros({p.H, rows_pad}, of_T);
+      dhidden_t = at::zeros({p.padded * p.H}, of_A);
+      if constexpr (paired) draw_pairs = at::empty({tokens_max * rows_pad}, of_T);
+    }
+    if (out.dbias.defined()) bias_parts = at::empty({p.tiles(), rows_max}, of_A);
+  }
+
+  void run() {
+    for (int64_t v0 = 0; v0 < p.V; v0 += rows_max) {
+      const int64_t rows = std::min(rows_max, p.V - v0);
+      if (out.dhidden.defined()) transpose_weight(v0, rows);
+      for (int64_t n0 = 0; n0 < p.padded; n0 += tokens_max) {
+        const int64_t tokens = std::min(tokens_max, p.padded - n0);
+        logit_gradients(v0, rows, n0, tokens);
+        if (out.dweight.defined()) weight_gradient(v0, rows, n0, tokens);
+        if (out.dhidden.defined()) hidden_gradient(rows, n0, tokens);
+      }
+      if (out.dbias.defined()) bias_gradient(v0, rows);
+    }
+    if (out.dhidden.defined()) finish_hidden();
+  }
+
+  void transpose_weight(int64_t v0, int64_t rows) {
+    T* to = weight_t.template mutable_data_ptr<T>();
+    const int64_t blocks = (rows + p.block - 1) / p.block;
+    parallel_tasks(blocks, [&](int64_t begin, int64_t end) {
+      at::Tensor buffer;
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t first = b * p.block, count = std::min(p.block, rows - first);
+        const Block<T> weight = weight_block(p, v0 + first, count, buffer);
+        transpose<T>(weight.data, weight.ld, count, p.H, to + first, rows_pad);
+      }
+    });
+    if (paired && rows % 2) {
+      for (int64_t h = 0; h < p.H; ++h) to[h * rows_pad + rows] = T(0.f);
+    }
+  }
+
+  // Where column n of tile t of the kept logits starts, and the stride of its vocabulary.
+  const A* kept_column(int64_t row, int64_t v, int64_t* stride) const {
+    const int64_t first = row / tile_tokens * tile_tokens;
+    *stride = std::min(tile_tokens, kept->padded - first);
+    return kept->z + first * p.V + v * *stride + row % tile_tokens;
+  }
+
+  void logit_gradients(int64_t v0, int64_t rows, int64_t chunk0, int64_t tokens) {
+    const T* operand = kept ? nullptr : logits_operand.template const_data_ptr<T>();
+    const int64_t blocks = (rows + p.block - 1) / p.block;
+    const int64_t tiles = (tokens + tile_tokens - 1) / tile_tokens;
+    parallel_tasks(blocks * tiles, [&](int64_t begin, int64_t end) {
+      at::Tensor buffer;
+      Scratch<A> scratch(p.block * tile_tokens);
+      Block<T> weight{nullptr, 0};
+      int64_t weight_of = -1;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / tiles, t = chunk0 / tile_tokens + task % tiles;
+        const int64_t first = b * p.block, count = std::min(p.block, rows - first);
+        const int64_t n0 = t * tile_tokens, width = p.tile_width(t);
+        const A* z = scratch.data();
+        if (!kept) {
+          if (weight_of != b) weight = weight_block(p, v0 + first, count, buffer);
+          weight_of = b;
+          logits_tile(p, weight, v0 + first, count, operand, t, scratch.data(), width);
+        } else if (kept->rows.empty()) {
+          z = kept->z + n0 * p.V + (v0 + first) * width;
+        } else {
+          gather(scratch.data(), v0 + first, count, n0, width);
+        }
+        tile_gradient(z, scratch.data(), v0 + first, first, count, t, chunk0);
+      }
+    });
+  }
+
+  void gather(A* z, int64_t v0, int64_t rows, int64_t n0, int64_t width) const {
+    for (int64_t n = 0; n < width; ++n) {
+      int64_t stride = 0;
+      const bool real = n0 + n < p.N;
+      const A* from = real ? kept_column(kept->rows[n0 + n], v0, &stride) : nullptr;
+      for (int64_t v = 0; v < rows; ++v) z[v * width + n] = real ? from[v * stride] : A(0);
+    }
+  }
+
+  // z -> draw for one tile, with the label's own term, into the layouts of the two products.
+  void tile_gradient(const A* z, A* scratch, int64_t v0, int64_t first, int64_t rows, int64_t t,
+                     int64_t chunk0) {
+    const int64_t n0 = t * tile_tokens, width = p.tile_width(t), column = n0 - chunk0;
+    A* target = scratch;
+    int64_t ld_target = width;
+    if constexpr (!paired) {
+      target = draw.template mutable_data_ptr<T>() + first * ld + column;
+      ld_target = ld;
+    }
+    A label_term[tile_tokens];
+    for (int64_t n = 0; n < width; ++n) {
+      const int64_t line = p.labels[n0 + n] - v0;
+      if (line >= 0 && line < rows) label_term[n] = label_gradient(n0 + n, z[line * width + n]);
+    }
+    const Upstream<A> here{up.lse + n0,       up.entropy + n0,         up.dlogprobs + n0,
+                           up.dentropy + n0, up.inv_temperature + n0, up.has_dentropy};
+    loops<A>().gradient(z, rows, width, width, here, p.transform, target, ld_target);
+    for (int64_t n = 0; n < width; ++n) {
+      const int64_t line = p.labels[n0 + n] - v0;
+      if (line >= 0 && line < rows) target[line * ld_target + n] += label_term[n];
+    }
+    if (out.dbias.defined()) {
+      loops<A>().line_sums(target, rows, width, ld_target,
+                           bias_parts.template mutable_data_ptr<A>() + t * rows_max + first);
+    }
+    if constexpr (paired) {
+      uint16_t *as_rows = nullptr, *as_pairs = nullptr;
+      if (out.dweight.defined()) as_rows = bits(draw) + first * ld + column;
+      if (out.dhidden.defined()) as_pairs = bits(draw_pairs) + column * rows_pad + first * width;
+      bfloat16_loops().pack(target, rows, width, ld_target, as_rows, ld, as_pairs, width);
+    }
+  }
+
+  static uint16_t* bits(const at::Tensor& tensor) {
+    return static_cast<uint16_t*>(tensor.mutable_data_ptr());
+  }
+
+  A label_gradient(int64_t n, A z) const {
+    const A slope = up.dlogprobs[n] * p.transform.scale * up.inv_temperature[n];
+    if (p.transform.softcap == A(0)) return slope;
+    const A t = z / (p.transform.softcap * up.inv_temperature[n]);
+    return slope * (A(1) - t * t);
+  }
+
+  void weight_gradient(int64_t v0, int64_t rows, int64_t chunk0, int64_t tokens) {
+    const bool first_chunk = chunk0 == 0, last_chunk = chunk0 + tokens >= p.padded;
+    const int64_t blocks = (rows + p.block - 1) / p.block;
+    const T* left = draw.template const_data_ptr<T>();
+    const T* right = columns_operand.template const_data_ptr<T>();
+    parallel_tasks(blocks * panels, [&](int64_t begin, int64_t end) {
+      Scratch<A> scratch(chunked ? 0 : p.block * panel);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / panels, j = task % panels;
+        const int64_t first = b * p.block, count = std::min(p.block, rows - first);
+        A* sum = scratch.data();
+        int64_t ld_sum = panel;
+        if (chunked) {
+          ld_sum = panels * panel;
+          sum = dweight_rows.template mutable_data_ptr<A>() + first * ld_sum + j * panel;
+        }
+        tile_matmul<T>(count, panel, tokens, left + first * ld, ld,
+                       right + (j * p.padded + chunk0) * panel, panel, sum, ld_sum, !first_chunk);
+        if (last_chunk) {
+          for (int64_t v = 0; v < count; ++v) {
+            write(out.dweight, (v0 + first + v) * p.H + j * panel, sum + v * ld_sum,
+                  std::min(panel, p.H - j * panel));
+          }
+        }
+      }
+    });
+  }
+
+  void hidden_gradient(int64_t rows, int64_t chunk0, int64_t tokens) {
+    constexpr int64_t block = 128;
+    const int64_t K = paired ? round_up(rows, 2) : rows;
+    const int64_t blocks = (p.H + block - 1) / block;
+    const int64_t tiles = (tokens + tile_tokens - 1) / tile_tokens;
+    const T* left = weight_t.template const_data_ptr<T>();
+    const T* right = (paired ? draw_pairs : draw).template const_data_ptr<T>();
+    A* to = dhidden_t.template mutable_data_ptr<A>();
+    parallel_tasks(blocks * tiles, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t h0 = task / tiles * block, t = chunk0 / tile_tokens + task % tiles;
+        const int64_t n0 = t * tile_tokens, width = p.tile_width(t), column = n0 - chunk0;
+        const T* operand = right + (paired ? column * rows_pad : column);
+        tile_matmul<T>(std::min(block, p.H - h0), width, K, left + h0 * rows_pad, rows_pad, operand,
+                       paired ? width : ld, to + n0 * p.H + h0 * width, width, true);
+      }
+    });
+  }
+
+  void bias_gradient(int64_t v0, int64_t rows) {
+    const A* parts = bias_parts.template const_data_ptr<A>();
+    std::vector<A> sums(rows, A(0));
+    for (int64_t t = 0; t < p.tiles(); ++t) {
+      for (int64_t v = 0; v < rows; ++v) sums[v] += parts[t * rows_max + v];
+    }
+    write(out.dbias, v0, sums.data(), rows);
+  }
+
+  void finish_hidden() {
+    const A* from = dhidden_t.template const_data_ptr<A>();
+    A* to = out.dhidden.template mutable_data_ptr<A>();
+    at::parallel_for(0, p.tiles(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t n0 = t * tile_tokens, width = p.tile_width(t);
+        transpose<A>(from + n0 * p.H, width, p.H, std::min(width, p.N - n0), to + n0 * p.H, p.H);
+      }
+    });
+  }
+
+  // n numbers into a contiguous gradient tensor, from element `offset` on.
+  void write(const at::Tensor& tensor, int64_t offset, const A* from, int64_t n) const {
+    if (tensor.scalar_type() == at::kBFloat16 && !out.accumulate && std::is_same_v<A, float>) {
+      bfloat16_loops().narrow(reinterpret_cast<const float*>(from), n, bits(tensor) + offset);
+      return;
+    }
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, tensor.scalar_type(), "linear_logprobs_backward", [&] {
+          scalar_t* to = tensor.mutable_data_ptr<scalar_t>() + offset;
+          if (out.accumulate) {
+            for (int64_t i = 0; i < n; ++i) to[i] = scalar_t(A(to[i]) + from[i]);
+          } else {
+            for (int64_t i = 0; i < n; ++i) to[i] = scalar_t(from[i]);
+          }
+        });
+  }
+};
+
+template <class T>
+void backward(const Problem<T>& p, Upstream<Acc<T>> up, const Kept<T>* kept, Gradients& out) {
+  Pass<T>(p, up, kept, out).run();
+}
+
+template void backward(const Problem<c10::BFloat16>&, Upstream<float>,
+                       const Kept<c10::BFloat16>*, Gradients&);
+template void backward(const Problem<float>&, Upstream<float>, const Kept<float>*, Gradients&);
+template void backward(const Problem<double>&, Upstream<double>, const Kept<double>*, Gradients&);
+
+}  // namespace fused_rl

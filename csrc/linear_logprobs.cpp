@@ -1,0 +1,267 @@
+// The operators of the linear head: they choose the arithmetic, pick the tokens that take part, and
+// put the results of forward() and backward() where those tokens were.
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include "labels.h"
+#include "problem.h"
+
+namespace fused_rl {
+
+using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Bias = std::optional<at::Tensor>;
+
+// Calls f with a value of the type that the products are computed in: bf16 where hidden and weight
+// are bf16 and the CPU multiplies it, double where either is double, float for all the rest.
+template <class F>
+static auto with_compute_type(const at::Tensor& hidden, const at::Tensor& weight, const F& f) {
+  const auto both = [&](at::ScalarType t) {
+    return hidden.scalar_type() == t && weight.scalar_type() == t;
+  };
+  if (both(at::kBFloat16) && has_microkernel<c10::BFloat16>()) return f(c10::BFloat16());
+  if (hidden.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble) return f(0.0);
+  return f(0.f);
+}
+
+static at::Tensor index_tensor(const std::vector<int64_t>& rows) {
+  return at::from_blob(const_cast<int64_t*>(rows.data()), {int64_t(rows.size())},
+                       at::TensorOptions().dtype(at::kLong));
+}
+
+template <class T>
+Problem<T> make_problem(const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
+                        const at::Tensor& labels, const at::Tensor& temperature, double scale,
+                        double softcap, const std::vector<int64_t>& active) {
+  using A = Acc<T>;
+  constexpr int64_t tile_bytes = 512 * 1024;  // of weight: it shares the L2 cache with the logits
+  Problem<T> p;
+  p.N = active.size();
+  p.padded = round_up(p.N, 16);
+  p.H = hidden.size(1);
+  p.K = round_up(p.H, lines_per_pack<T>);
+  p.V = weight.size(0);
+  p.block = std::clamp<int64_t>(tile_bytes / (p.K * sizeof(T)) / 32 * 32, 64, 256);
+  const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
+  const bool all = p.N == hidden.size(0);
+  const at::Tensor chosen = all ? hidden : at::index_select(hidden, 0, index_tensor(active));
+  if (p.K == p.H) {
+    p.hidden = chosen.to(options).contiguous();
+  } else {
+    p.hidden = at::zeros({p.N, p.K}, options);
+    p.hidden.narrow(1, 0, p.H).copy_(chosen);
+  }
+  p.weight = weight;
+  const auto of_A = c10::CppTypeToScalarType<A>::value;
+  if (bias) p.bias = bias->to(of_A).contiguous();
+  const at::Tensor y = labels.contiguous(), t = temperature.to(of_A).contiguous();
+  p.labels.assign(p.padded, -1);
+  p.inv_temperature.assign(p.padded, A(1));
+  bool same_temperature = true;
+  for (int64_t n = 0; n < p.N; ++n) {
+    p.labels[n] = y.const_data_ptr<int64_t>()[active[n]];
+    const A of_token = t.const_data_ptr<A>()[active[n]];
+    check_temperature(of_token, active[n]);
+    p.inv_temperature[n] = A(1) / of_token;
+    same_temperature &= p.inv_temperature[n] == A(1);
+  }
+  p.transform = {A(scale), A(softcap), same_temperature && !bias && scale == 1.0 && softcap == 0.0};
+  return p;
+}
+
+template <class A>
+static at::Tensor scatter(const std::vector<A>& values, const std::vector<int64_t>& rows,
+                          int64_t N) {
+  at::Tensor out = at::zeros({N}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
+  A* to = out.mutable_data_ptr<A>();
+  for (size_t i = 0; i < rows.size(); ++i) to[rows[i]] = values[i];
+  return out;
+}
+
+static std::vector<int64_t> all_rows(int64_t N) {
+  std::vector<int64_t> rows(N);
+  for (int64_t n = 0; n < N; ++n) rows[n] = n;
+  return rows;
+}
+
+static Tensors3 linear_logprobs(const at::Tensor& hidden, const at::Tensor& weight,
+                                const Bias& bias, const at::Tensor& labels,
+                                const at::Tensor& temperature, double scale, double softcap,
+                                int64_t ignore_index, int64_t /*chunk_bytes*/) {
+  check_labels(labels, weight.size(0), ignore_index);
+  const at::Tensor y = labels.contiguous();
+  std::vector<int64_t> active;
+  for (int64_t n = 0; n < y.numel(); ++n) {
+    if (y.const_data_ptr<int64_t>()[n] != ignore_index) active.push_back(n);
+  }
+  return with_compute_type(hidden, weight, [&](auto zero) -> Tensors3 {
+    using T = decltype(zero);
+    const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, active);
+    const TokenStatistics<T> s = p.N ? forward<T>(p, nullptr) : TokenStatistics<T>{};
+    const int64_t N = y.numel();
+    return {scatter(s.logprobs, active, N), scatter(s.entropy, active, N),
+            scatter(s.lse, active, N)};
+  });
+}
+
+// The per-token inputs of a backward pass, gathered and padded.
+template <class A>
+struct Gathered {
+  std::vector<A> lse, entropy, dlogprobs, dentropy;
+  bool has_dentropy = false;
+};
+
+template <class A>
+static Gathered<A> gather_upstream(const at::Tensor& lse, const at::Tensor& entropy,
+                                   const at::Tensor& dlogprobs, const at::Tensor& dentropy,
+                                   const std::vector<int64_t>& rows, int64_t padded) {
+  const auto of_A = c10::CppTypeToScalarType<A>::value;
+  const auto take = [&](const at::Tensor& tensor) {
+    const at::Tensor from = tensor.to(of_A).contiguous();
+    std::vector<A> to(padded, A(0));
+    for (size_t i = 0; i < rows.size(); ++i) to[i] = from.const_data_ptr<A>()[rows[i]];
+    return to;
+  };
+  Gathered<A> g{take(lse), take(entropy), take(dlogprobs), take(dentropy)};
+  for (A d : g.dentropy) g.has_dentropy |= d != A(0);
+  return g;
+}
+
+// Tokens that are not ignored and have an upstream gradient; NaN is one.
+static std::vector<int64_t> rows_with_gradient(const at::Tensor& labels, int64_t ignore_index,
+                                               const at::Tensor& dlogprobs,
+                                               const at::Tensor& dentropy) {
+  const at::Tensor live = dlogprobs.ne(0).logical_or(dentropy.ne(0)).contiguous();
+  const at::Tensor y = labels.contiguous();
+  std::vector<int64_t> rows;
+  for (int64_t n = 0; n < y.numel(); ++n) {
+    if (live.const_data_ptr<bool>()[n] && y.const_data_ptr<int64_t>()[n] != ignore_index) {
+      rows.push_back(n);
+    }
+  }
+  return rows;
+}
+
+// dhidden of some tokens to all tokens, in the dtype of hidden.
+static at::Tensor place_rows(const at::Tensor& dhidden, const std::vector<int64_t>& rows,
+                             const at::Tensor& hidden) {
+  if (int64_t(rows.size()) == hidden.size(0)) return dhidden.to(hidden.scalar_type());
+  at::Tensor out = at::zeros(hidden.sizes(), hidden.options());
+  out.index_copy_(0, index_tensor(rows), dhidden.to(hidden.scalar_type()));
+  return out;
+}
+
+static Tensors3 linear_logprobs_backward(
+    const at::Tensor& dlogprobs, const at::Tensor& dentropy, const at::Tensor& hidden,
+    const at::Tensor& weight, const Bias& bias, const at::Tensor& labels,
+    const at::Tensor& temperature, double scale, double softcap, int64_t ignore_index,
+    int64_t /*chunk_bytes*/, const at::Tensor& lse, const at::Tensor& entropy, bool need_dhidden,
+    bool need_dweight, bool need_dbias) {
+  const auto rows = rows_with_gradient(labels, ignore_index, dlogprobs, dentropy);
+  return with_compute_type(hidden, weight, [&](auto zero) -> Tensors3 {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
+    const at::Tensor none_h = at::empty({0}, hidden.options());
+    const at::Tensor none_w = at::empty({0}, weight.options());
+    if (rows.empty()) {
+      return {need_dhidden ? at::zeros(hidden.sizes(), hidden.options()) : none_h,
+              need_dweight ? at::zeros(weight.sizes(), weight.options()) : none_w,
+              need_dbias ? at::zeros({weight.size(0)}, bias->options()) : none_w};
+    }
+    const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
+    const auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
+    Gradients out{{}, {}, {}, false};
+    if (need_dhidden) out.dhidden = at::empty({p.N, p.H}, of_A);
+    if (need_dweight) {
+      out.dweight = at::empty(weight.sizes(), weight.options());
+      prefer_huge_pages(out.dweight);
+    }
+    if (need_dbias) out.dbias = at::empty({p.V}, bias->options());
+    backward<T>(p,
+                {g.lse.data(), g.entropy.data(), g.dlogprobs.data(), g.dentropy.data(),
+                 p.inv_temperature.data(), g.has_dentropy},
+                nullptr, out);
+    return {need_dhidden ? place_rows(out.dhidden, rows, hidden) : none_h,
+            need_dweight ? out.dweight : none_w, need_dbias ? out.dbias : none_w};
+  });
+}
+
+static Tensors4 linear_logprobs_chunk(const at::Tensor& hidden, const at::Tensor& weight,
+                                      const Bias& bias, const at::Tensor& labels,
+                                      const at::Tensor& temperature, double scale, double softcap) {
+  check_labels(labels, weight.size(0), std::nullopt);
+  const auto rows = all_rows(hidden.size(0));
+  return with_compute_type(hidden, weight, [&](auto zero) -> Tensors4 {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
+    at::Tensor z = at::empty({p.V * p.padded},
+                             at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
+    prefer_huge_pages(z);
+    const auto s = forward<T>(p, z.mutable_data_ptr<A>());
+    return {scatter(s.logprobs, rows, p.N), scatter(s.entropy, rows, p.N),
+            scatter(s.lse, rows, p.N), z};
+  });
+}
+
+static at::Tensor linear_logprobs_chunk_backward(
+    const at::Tensor& z, const at::Tensor& dlogprobs, const at::Tensor& dentropy,
+    const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias, const at::Tensor& labels,
+    const at::Tensor& temperature, double scale, double softcap, const at::Tensor& lse,
+    const at::Tensor& entropy, const at::Tensor& dweight, const at::Tensor& dbias,
+    bool accumulate) {
+  const auto rows = rows_with_gradient(labels, -1, dlogprobs, dentropy);
+  return with_compute_type(hidden, weight, [&](auto zero) -> at::Tensor {
+    using T = decltype(zero);
+    using A = Acc<T>;
+    if (rows.empty()) {
+      if (!accumulate) {
+        dweight.zero_();
+        dbias.zero_();
+      }
+      return at::zeros(hidden.sizes(), hidden.options());
+    }
+    const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
+    const auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
+    const bool all = p.N == hidden.size(0);
+    const Kept<T> kept{z.const_data_ptr<A>(), round_up(hidden.size(0), 16),
+                       all ? std::vector<int64_t>{} : rows};
+    Gradients out{at::empty({p.N, p.H}, at::TensorOptions().dtype(
+                                            c10::CppTypeToScalarType<A>::value)),
+                  {},
+                  {},
+                  accumulate};
+    if (dweight.numel()) {
+      out.dweight = dweight;
+      if (!accumulate) prefer_huge_pages(dweight);
+    }
+    if (dbias.numel()) out.dbias = dbias;
+    backward<T>(p,
+                {g.lse.data(), g.entropy.data(), g.dlogprobs.data(), g.dentropy.data(),
+                 p.inv_temperature.data(), g.has_dentropy},
+                &kept, out);
+    return place_rows(out.dhidden, rows, hidden);
+  });
+}
+
+static std::string cpu_features() {
+  std::string out = instruction_set();
+  if (has_microkernel<c10::BFloat16>()) out += " bfloat16";
+  if (has_microkernel<float>()) out += " float32";
+  return out;
+}
+
+TORCH_LIBRARY_FRAGMENT(fused_rl, m) { m.def("cpu_features() -> str", &cpu_features); }
+
+TORCH_LIBRARY_IMPL(fused_rl, CPU, m) {
+  m.impl("linear_logprobs", &linear_logprobs);
+  m.impl("linear_logprobs_backward", &linear_logprobs_backward);
+  m.impl("linear_logprobs_chunk", &linear_logprobs_chunk);
+  m.impl("linear_logprobs_chunk_backward", &linear_logprobs_chunk_backward);
+}
+
+}  // namespace fused_rl

@@ -1,0 +1,296 @@
+// Compiled once per instruction set, with FUSED_RL_ISA naming the set. No ATen in here: an inline
+// function of a shared header, compiled for a newer CPU, could be the copy that the linker keeps.
+#include "loops.h"
+
+#include "simd.h"
+
+namespace fused_rl::FUSED_RL_ISA {
+
+template <class T>
+static void transform(T* z, int64_t lines, int64_t columns, int64_t ld, const T* bias,
+                      const T* inv_temperature, Transform<T> by) {
+  constexpr int W = Simd<T>::width;
+  for (int64_t v = 0; v < lines; ++v) {
+    const T shift = bias ? bias[v] : T(0);
+    for (int64_t n = 0; n < columns; n += W) {
+      T* at = z + v * ld + n;
+      Vec<T> x = (load(at) + shift) * by.scale;
+      if (by.softcap != T(0)) {
+        // tanh(u) = -expm1(-2u) / (expm1(-2u) + 2), on |u| so that nothing overflows.
+        const Vec<T> u = x / by.softcap;
+        const Vec<T> magnitude = u < T(0) ? -u : u;
+        const Vec<T> e = expm1<T>(magnitude * T(-2));
+        const Vec<T> t = -e / (e + T(2));
+        x = (u < T(0) ? -t : t) * by.softcap;
+      }
+      store(at, x * load(inv_temperature + n));
+    }
+  }
+}
+
+template <class T>
+struct State {
+  Vec<T> max, sum, moment;
+};
+
+// Where every logit so far is -inf the reference point is 0, so that -inf - max is not NaN.
+template <class T>
+FUSED_RL_INLINE Vec<T> reference_point(Vec<T> max) {
+  return max == -std::numeric_limits<T>::infinity() ? Vec<T>{} : max;
+}
+
+template <class T>
+FUSED_RL_INLINE void add_logit(State<T>& s, Vec<T> z, Vec<T> reference) {
+  const Vec<T> d = at_least<T>(z - reference, Simd<T>::lowest);
+  const Vec<T> p = exp<T>(d);
+  s.sum += p;
+  s.moment += p * d;
+}
+
+// (max, sum, moment) seen from a new reference point.
+template <class T>
+FUSED_RL_INLINE void rescale(State<T>& s, Vec<T> reference) {
+  const Vec<T> d = at_least<T>(s.max - reference, Simd<T>::lowest);
+  const Vec<T> factor = exp<T>(d);
+  s.moment = factor * (s.moment + d * s.sum);
+  s.sum = factor * s.sum;
+}
+
+template <class T>
+static void accumulate(const T* z, int64_t lines, int64_t columns, int64_t ld, Running<T> run) {
+  constexpr int W = Simd<T>::width;
+  for (int64_t n = 0; n < columns; n += W) {
+    State<T> before{load(run.max + n), load(run.sum + n), load(run.moment + n)};
+    Vec<T> max = before.max;
+    for (int64_t v = 0; v < lines; ++v) {
+      const Vec<T> x = load(z + v * ld + n);
+      max = x > max ? x : max;
+    }
+    const Vec<T> reference = reference_point<T>(max);
+    State<T> block{max, Vec<T>{}, Vec<T>{}};
+    for (int64_t v = 0; v < lines; ++v) add_logit<T>(block, load(z + v * ld + n), reference);
+    rescale<T>(before, reference);
+    store(run.max + n, max);
+    store(run.sum + n, before.sum + block.sum);
+    store(run.moment + n, before.moment + block.moment);
+  }
+}
+
+// d(logprob)/dz = 1[label] - p and d(entropy)/dz = -p (log p + entropy); the 1[label] is left out.
+template <class T>
+FUSED_RL_INLINE Vec<T> softmax_gradient(Vec<T> z, Vec<T> lse, Vec<T> entropy, Vec<T> dlogprob,
+                                        Vec<T> dentropy) {
+  const Vec<T> logp = at_least<T>(z - lse, Simd<T>::lowest);
+  return -exp<T>(logp) * (dlogprob + dentropy * (logp + entropy));
+}
+
+template <class T>
+static void gradient(const T* z, int64_t lines, int64_t columns, int64_t ld, Upstream<T> up,
+                     Transform<T> by, T* draw, int64_t ld_draw) {
+  constexpr int W = Simd<T>::width;
+  for (int64_t n = 0; n < columns; n += W) {
+    const Vec<T> inv_temperature = load(up.inv_temperature + n);
+    const Vec<T> slope = inv_temperature * by.scale;
+    const Vec<T> lse = load(up.lse + n), entropy = load(up.entropy + n);
+    const Vec<T> dlogprob = load(up.dlogprobs + n) * slope;
+    const Vec<T> dentropy = load(up.dentropy + n) * slope;
+    const T* from = z + n;
+    T* to = draw + n;
+    if (by.softcap != T(0)) {
+      // d softcap(x) / dx = 1 - tanh(x / c)^2, and tanh(x / c) = z temperature / c.
+      const Vec<T> to_tanh = T(1) / (inv_temperature * by.softcap);
+      for (int64_t v = 0; v < lines; ++v) {
+        const Vec<T> x = load(from + v * ld), t = x * to_tanh;
+        const Vec<T> d = softmax_gradient<T>(x, lse, entropy, dlogprob, dentropy);
+        store(to + v * ld_draw, d * (T(1) - t * t));
+      }
+    } else if (up.has_dentropy) {
+      for (int64_t v = 0; v < lines; ++v) {
+        const Vec<T> x = load(from + v * ld);
+        store(to + v * ld_draw, softmax_gradient<T>(x, lse, entropy, dlogprob, dentropy));
+      }
+    } else {
+      for (int64_t v = 0; v < lines; ++v) {
+        store(to + v * ld_draw, exp<T>(load(from + v * ld) - lse) * -dlogprob);
+      }
+    }
+  }
+}
+
+template <class T>
+static void line_sums(const T* z, int64_t lines, int64_t columns, int64_t ld, T* sums) {
+  constexpr int W = Simd<T>::width;
+  for (int64_t v = 0; v < lines; ++v) {
+    Vec<T> total{};
+    for (int64_t n = 0; n < columns; n += W) total += load(z + v * ld + n);
+    T sum = 0;
+    for (int i = 0; i < W; ++i) sum += total[i];
+    sums[v] = sum;
+  }
+}
+
+template <class T>
+static void row_statistics(const T* logits, int64_t V, T inv_temperature, T* max_out, T* sum_out,
+                           T* moment_out) {
+  constexpr int W = Simd<T>::width;
+  constexpr int64_t block = 4096 / W * W;
+  const T minus_inf = -std::numeric_limits<T>::infinity();
+  State<T> s{splat<T>(0) + minus_inf, Vec<T>{}, Vec<T>{}};
+  const Vec<T> factor = splat<T>(inv_temperature);
+  const int64_t whole = V / W * W;
+  alignas(64) T tail[W];
+  for (int i = 0; i < W; ++i) tail[i] = whole + i < V ? logits[whole + i] : minus_inf;
+  const int64_t padded = whole < V ? whole + W : whole;
+  for (int64_t v0 = 0; v0 < padded; v0 += block) {
+    const int64_t v1 = v0 + block < padded ? v0 + block : padded;
+    Vec<T> max = s.max;
+    for (int64_t v = v0; v < v1; v += W) {
+      const Vec<T> z = load(v < whole ? logits + v : tail) * factor;
+      max = z > max ? z : max;
+    }
+    const Vec<T> reference = reference_point<T>(max);
+    State<T> here{max, Vec<T>{}, Vec<T>{}};
+    for (int64_t v = v0; v < v1; v += W) {
+      add_logit<T>(here, load(v < whole ? logits + v : tail) * factor, reference);
+    }
+    rescale<T>(s, reference);
+    s = {max, s.sum + here.sum, s.moment + here.moment};
+  }
+  T max = minus_inf;
+  for (int i = 0; i < W; ++i) max = s.max[i] > max ? s.max[i] : max;
+  rescale<T>(s, reference_point<T>(splat<T>(0) + max));
+  T sum = 0, moment = 0;
+  for (int i = 0; i < W; ++i) {
+    sum += s.sum[i];
+    moment += s.moment[i];
+  }
+  *max_out = max;
+  *sum_out = sum;
+  *moment_out = moment;
+}
+
+template <class T>
+static void row_gradient(const T* logits, int64_t V, T inv_temperature, T lse, T entropy,
+                         T dlogprob, T dentropy, T* dlogits) {
+  constexpr int W = Simd<T>::width;
+  const Vec<T> l = splat<T>(lse), e = splat<T>(entropy);
+  const Vec<T> g = splat<T>(dlogprob * inv_temperature), h = splat<T>(dentropy * inv_temperature);
+  int64_t v = 0;
+  for (; v + W <= V; v += W) {
+    store(dlogits + v, softmax_gradient<T>(load(logits + v) * inv_temperature, l, e, g, h));
+  }
+  if (v < V) {
+    alignas(64) T tail[W] = {};
+    std::memcpy(tail, logits + v, (V - v) * sizeof(T));
+    store(tail, softmax_gradient<T>(load(tail) * inv_temperature, l, e, g, h));
+    std::memcpy(dlogits + v, tail, (V - v) * sizeof(T));
+  }
+}
+
+template <class T>
+struct Dual {
+  Vec<T> value, slope;
+};
+
+// The estimators of KL(policy, reference) at d = logprob - ref_logprob. k3's exponent is held at
+// 20 nats: the value stays finite, and the slope is the one at the bound, not 0.
+template <class T>
+FUSED_RL_INLINE Dual<T> k1(Vec<T> d) {
+  return {d, splat<T>(1)};
+}
+template <class T>
+FUSED_RL_INLINE Dual<T> k2(Vec<T> d) {
+  return {T(0.5) * d * d, d};
+}
+template <class T>
+FUSED_RL_INLINE Dual<T> k3(Vec<T> d) {
+  const Vec<T> e = expm1<T>(at_most<T>(-d, T(20)));
+  // e >= -d for every real d; rounding must not make the estimate negative.
+  return {at_least<T>(e + d, T(0)), -e};
+}
+template <class T>
+FUSED_RL_INLINE Dual<T> absolute(Vec<T> d) {
+  const Vec<T> zero{};
+  const Vec<T> sign = d > zero ? splat<T>(1) : (d < zero ? splat<T>(-1) : d);
+  return {d < zero ? -d : d, sign};
+}
+
+template <class T>
+FUSED_RL_INLINE Dual<T> kl_estimator(Vec<T> d, int64_t kind) {
+  switch (kind) {
+    case 1: return k1<T>(d);
+    case 2: return k2<T>(d);
+    case 3: return k3<T>(d);
+    default: return absolute<T>(d);
+  }
+}
+
+template <class T>
+static void kl(const T* d, int64_t n, int64_t value_kind, int64_t slope_kind, T* value, T* slope) {
+  constexpr int W = Simd<T>::width;
+  for (int64_t i = 0; i < n; i += W) {
+    const int64_t count = n - i < W ? n - i : W;
+    alignas(64) T in[W] = {}, out[W], out_slope[W];
+    std::memcpy(in, d + i, count * sizeof(T));
+    store(out, kl_estimator<T>(load(in), value_kind).value);
+    store(out_slope, kl_estimator<T>(load(in), slope_kind).slope);
+    std::memcpy(value + i, out, count * sizeof(T));
+    std::memcpy(slope + i, out_slope, count * sizeof(T));
+  }
+}
+
+static void pack(const float* tile, int64_t lines, int64_t columns, int64_t ld, uint16_t* rows,
+                 int64_t ld_rows, uint16_t* pairs, int64_t ld_pairs) {
+  constexpr int W = Simd<float>::width;
+  using Half = Simd<float>::half_bits;
+  for (int64_t v = 0; v < lines; v += 2) {
+    const bool odd_end = v + 1 == lines;
+    for (int64_t n = 0; n < columns; n += W) {
+      const auto low = bfloat16_bits(load(tile + v * ld + n));
+      const auto high = odd_end ? low - low : bfloat16_bits(load(tile + (v + 1) * ld + n));
+      if (rows) {
+        const Half half = __builtin_convertvector(low, Half);
+        std::memcpy(rows + v * ld_rows + n, &half, sizeof(half));
+      }
+      if (rows && !odd_end) {
+        const Half half = __builtin_convertvector(high, Half);
+        std::memcpy(rows + (v + 1) * ld_rows + n, &half, sizeof(half));
+      }
+      if (pairs) {
+        const auto both = low | (high << 16);
+        std::memcpy(pairs + v * ld_pairs + 2 * n, &both, sizeof(both));
+      }
+    }
+  }
+}
+
+static void narrow(const float* from, int64_t n, uint16_t* to) {
+  constexpr int W = Simd<float>::width;
+  using Half = Simd<float>::half_bits;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const Half half = __builtin_convertvector(bfloat16_bits(load(from + i)), Half);
+    std::memcpy(to + i, &half, sizeof(half));
+  }
+  if (i < n) {
+    alignas(64) float tail[W] = {};
+    std::memcpy(tail, from + i, (n - i) * sizeof(float));
+    const Half half = __builtin_convertvector(bfloat16_bits(load(tail)), Half);
+    std::memcpy(to + i, &half, (n - i) * sizeof(uint16_t));
+  }
+}
+
+template <class T>
+static constexpr Loops<T> table() {
+  return {transform<T>,      accumulate<T>,   gradient<T>, line_sums<T>,
+          row_statistics<T>, row_gradient<T>, kl<T>};
+}
+
+extern const Loops<float> float_loops;
+extern const Loops<double> double_loops;
+extern const BFloat16Loops bfloat16_loops;
+const Loops<float> float_loops = table<float>();
+const Loops<double> double_loops = table<double>();
+const BFloat16Loops bfloat16_loops = {pack, narrow};
+
+}  // namespace fused_rl::FUSED_RL_ISA

@@ -1,0 +1,74 @@
+// The inner loops, once per instruction set; loops<T>() is the table for the CPU at hand.
+//
+// A tile is a block of logits with one vocabulary row per line and one token per column,
+// z[v * ld + n], so that every reduction over the vocabulary runs down the lines and needs no
+// horizontal sum. `columns` is a multiple of 16.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_rl {
+
+// What turns a raw product hidden . weight into a logit:
+//   z = softcap(scale * (raw + bias[v])) / temperature[n],   softcap(x) = c tanh(x / c), or x if c = 0
+template <class T>
+struct Transform {
+  T scale;
+  T softcap;
+  bool identity;  // no bias, scale 1, no softcap, every temperature 1
+};
+
+// The running softmax of one token: p is relative to the maximum so far.
+//   sum = sum_v exp(z - max),   moment = sum_v exp(z - max) (z - max)
+template <class T>
+struct Running {
+  T* max;
+  T* sum;
+  T* moment;
+};
+
+// What the gradient of a logit needs, per token.
+template <class T>
+struct Upstream {
+  const T* lse;
+  const T* entropy;
+  const T* dlogprobs;
+  const T* dentropy;
+  const T* inv_temperature;
+  bool has_dentropy;
+};
+
+template <class T>
+struct Loops {
+  // raw -> z in place. bias: one per line, or null.
+  void (*transform)(T* z, int64_t lines, int64_t columns, int64_t ld, const T* bias,
+                    const T* inv_temperature, Transform<T>);
+  void (*accumulate)(const T* z, int64_t lines, int64_t columns, int64_t ld, Running<T>);
+  // z -> draw, without the label's own term; may write where it reads.
+  void (*gradient)(const T* z, int64_t lines, int64_t columns, int64_t ld, Upstream<T>,
+                   Transform<T>, T* draw, int64_t ld_draw);
+  // sums[v] = sum_n z[v, n]
+  void (*line_sums)(const T* z, int64_t lines, int64_t columns, int64_t ld, T* sums);
+  // A row of V logits, contiguous: its statistics and its gradient (without the label's own term).
+  void (*row_statistics)(const T* logits, int64_t V, T inv_temperature, T* max, T* sum, T* moment);
+  void (*row_gradient)(const T* logits, int64_t V, T inv_temperature, T lse, T entropy, T dlogprob,
+                       T dentropy, T* dlogits);
+  // k1, k2, k3, abs of d: value and derivative.
+  void (*kl)(const T* d, int64_t n, int64_t value_kind, int64_t slope_kind, T* value, T* slope);
+};
+
+// fp32 to bf16, and the two layouts of a bf16 tile that the products of the backward pass read.
+struct BFloat16Loops {
+  // rows[v * ld_rows + n] = tile;  pairs[(v / 2) * 2 * ld_pairs + 2 * n + (v & 1)] = tile.
+  // Either may be null.
+  void (*pack)(const float* tile, int64_t lines, int64_t columns, int64_t ld, uint16_t* rows,
+               int64_t ld_rows, uint16_t* pairs, int64_t ld_pairs);
+  void (*narrow)(const float* from, int64_t n, uint16_t* to);
+};
+
+template <class T>
+const Loops<T>& loops();
+const BFloat16Loops& bfloat16_loops();
+const char* instruction_set();
+
+}  // namespace fused_rl

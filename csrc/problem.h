@@ -1,0 +1,160 @@
+// What the forward and the backward pass of the linear head share: operands in kernel layout.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include <optional>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "loops.h"
+#include "matmul.h"
+#include "pack.h"
+
+namespace fused_rl {
+
+// Tokens in a tile: four vectors of 16, the width at which the microkernels are at their best.
+inline constexpr int64_t tile_tokens = 64;
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// For the few large buffers of a step, before they are first written. A fresh buffer of 128 MiB costs
+// 32768 page faults, a tenth of the step; with huge pages, where the system offers them, 64.
+inline void prefer_huge_pages(const at::Tensor& buffer) {
+#ifdef __linux__
+  constexpr uintptr_t page = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(buffer.data_ptr());
+  const uintptr_t first = (begin + page - 1) / page * page;
+  const uintptr_t last = (begin + buffer.nbytes()) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// body(begin, end) on each thread, for tasks that multiply.
+template <class F>
+void parallel_tasks(int64_t tasks, const F& body) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const MatmulScope scope;
+    body(begin, end);
+  });
+}
+
+template <class T>
+struct Problem {
+  using A = Acc<T>;
+
+  int64_t N, padded, H, K, V;  // padded: N to a multiple of 16; K: H to a whole pack of lines
+  at::Tensor hidden;           // [N, K] T, contiguous: the tokens that take part
+  at::Tensor weight;           // [V, H], any dtype, any strides
+  at::Tensor bias;             // [V] A, contiguous, or undefined
+  std::vector<int64_t> labels;     // [padded], -1 in the padding
+  std::vector<A> inv_temperature;  // [padded], 1 in the padding
+  Transform<A> transform;
+  int64_t block;  // vocabulary rows in a tile
+
+  int64_t blocks() const { return (V + block - 1) / block; }
+  int64_t block_rows(int64_t b) const { return std::min(block, V - b * block); }
+  int64_t tiles() const { return (padded + tile_tokens - 1) / tile_tokens; }
+  int64_t tile_width(int64_t t) const { return std::min(tile_tokens, padded - t * tile_tokens); }
+  const A* bias_at(int64_t v) const {
+    return bias.defined() ? bias.const_data_ptr<A>() + v : nullptr;
+  }
+  // A weight block can be multiplied where it lies.
+  bool in_place() const {
+    return weight.scalar_type() == c10::CppTypeToScalarType<T>::value &&
+           (weight.stride(1) == 1 || H == 1) && K == H;
+  }
+};
+
+template <class T>
+Problem<T> make_problem(const at::Tensor& hidden, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, const at::Tensor& labels,
+                        const at::Tensor& temperature, double scale, double softcap,
+                        const std::vector<int64_t>& active);
+
+template <class T>
+struct Block {
+  const T* data;
+  int64_t ld;
+};
+
+// Rows v0 .. v0 + rows of weight as [rows, K] T; `buffer` holds them when they need converting.
+template <class T>
+Block<T> weight_block(const Problem<T>& p, int64_t v0, int64_t rows, at::Tensor& buffer) {
+  if (p.in_place()) return {p.weight.template const_data_ptr<T>() + v0 * p.weight.stride(0),
+                            p.weight.stride(0)};
+  if (!buffer.defined()) {
+    buffer = at::zeros({p.block, p.K}, at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
+  }
+  buffer.narrow(0, 0, rows).narrow(1, 0, p.H).copy_(p.weight.narrow(0, v0, rows));
+  return {buffer.template const_data_ptr<T>(), p.K};
+}
+
+// hidden as the right operand of the logits: one panel [K, width] per tile of tokens.
+template <class T>
+at::Tensor pack_for_logits(const Problem<T>& p) {
+  at::Tensor packed = at::empty({p.padded * p.K}, p.hidden.options());
+  const T* from = p.hidden.template const_data_ptr<T>();
+  T* to = packed.template mutable_data_ptr<T>();
+  at::parallel_for(0, p.tiles(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t n0 = t * tile_tokens;
+      pack_transposed<T>(from, p.K, p.N, n0, p.tile_width(t), to + n0 * p.K);
+    }
+  });
+  return packed;
+}
+
+// Logits of `rows` vocabulary rows from v0 and the tokens of tile t, into z[rows, ld].
+template <class T>
+void logits_tile(const Problem<T>& p, Block<T> weight, int64_t v0, int64_t rows, const T* packed,
+                 int64_t t, Acc<T>* z, int64_t ld) {
+  const int64_t n0 = t * tile_tokens, width = p.tile_width(t);
+  tile_matmul<T>(rows, width, p.K, weight.data, weight.ld, packed + n0 * p.K, width, z, ld, false);
+  if (!p.transform.identity) {
+    loops<Acc<T>>().transform(z, rows, width, ld, p.bias_at(v0), p.inv_temperature.data() + n0,
+                              p.transform);
+  }
+}
+
+// One entry per token of the problem.
+template <class T>
+struct TokenStatistics {
+  std::vector<Acc<T>> logprobs, entropy, lse;
+};
+
+// kept: null, or a buffer for V * padded logits, tile by tile: [tiles, V, width].
+template <class T>
+TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept);
+
+// Gradients of one pass. Undefined tensors are not wanted.
+struct Gradients {
+  at::Tensor dhidden;  // [N, H], accumulator dtype: the tokens of the problem
+  at::Tensor dweight;  // [V, H], contiguous
+  at::Tensor dbias;    // [V], contiguous, the dtype of dweight
+  bool accumulate;     // add to dweight and dbias rather than overwrite
+};
+
+// Logits kept by forward() for `tokens` tokens, of which this problem has those at `rows`.
+template <class T>
+struct Kept {
+  const Acc<T>* z;
+  int64_t padded;
+  std::vector<int64_t> rows;  // empty: all, in order
+};
+
+// up.*: [padded], zeros in the padding. kept: null to recompute the logits.
+template <class T>
+void backward(const Problem<T>& p, Upstream<Acc<T>> up, const Kept<T>* kept, Gradients& out);
+
+}  // namespace fused_rl

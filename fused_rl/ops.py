@@ -1,0 +1,461 @@
+"""The operators: schema, shape rules and gradients. Which kernel runs is the dispatcher's choice.
+
+An op without a kernel for the device at hand runs through reference.py, in chunks; the CPU kernels
+(csrc/) are registered from C++ when the library is loaded, at the end of this file. Nothing else in
+the package knows that devices exist.
+
+Shapes: hidden [N, H], weight [V, H], bias [V], labels [N] int64, temperature [N]; results [N] in
+float32, or float64 where an input is float64. A token whose label is `ignore_index` gives 0, 0, 0,
+costs nothing and passes no gradient.
+"""
+
+import warnings
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fused_rl import reference
+from fused_rl.reference import acc_dtype
+
+# Scratch for logits when the caller names none. A constant, not a fraction of what happens to be
+# free: the chunking, and with it the last bit of the result, must not change from run to run.
+CHUNK_BYTES = 256 * 2**20
+
+
+def chunk_rows(vocabulary: int, dtype: torch.dtype, chunk_bytes: int) -> int:
+    """Tokens whose logits fit into chunk_bytes; whole tiles of 64 where there are that many."""
+    rows = max(1, chunk_bytes // (max(vocabulary, 1) * dtype.itemsize))
+    return rows // 64 * 64 if rows >= 64 else rows
+
+
+def check_tokens(labels: Tensor, temperature: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """ValueError at the first label outside the vocabulary or temperature that is not positive."""
+    counted = labels != ignore_index
+    if (wrong := ((labels < 0) | (labels >= vocabulary)) & counted).any():
+        n = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"labels[{n}] is {int(labels[n])}, outside the vocabulary [0, {vocabulary}) "
+            f"and not ignore_index ({ignore_index})"
+        )
+    if (wrong := ~(temperature > 0) & counted).any():
+        n = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"temperature[{n}] is {float(temperature[n])}, and a temperature must be positive"
+        )
+
+
+def _statistics_like(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = acc_dtype(hidden, weight)
+    return tuple(hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(3))
+
+
+@custom_op("fused_rl::linear_logprobs", mutates_args=())
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor,
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy, lse; nothing of size V is kept. 2 NHV, and 6 more in the backward pass.
+
+    Partial vocabularies merge from these three: label logit = logprobs + lse, mean logit =
+    lse - entropy.
+    """
+    check_tokens(labels, temperature, weight.shape[0], ignore_index)
+    out = [t.zero_() for t in _statistics_like(hidden, weight)]
+    active = (labels != ignore_index).nonzero()[:, 0]
+    for rows in active.split(chunk_rows(weight.shape[0], out[0].dtype, chunk_bytes)):
+        chunk = reference.linear_logprobs(
+            hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap
+        )
+        for total, part in zip(out, chunk, strict=True):
+            total[rows] = part
+    return tuple(out)
+
+
+@linear_logprobs.register_fake
+def _(hidden, weight, bias, labels, temperature, scale, softcap, ignore_index, chunk_bytes):
+    return _statistics_like(hidden, weight)
+
+
+@custom_op("fused_rl::linear_logprobs_backward", mutates_args=())
+def linear_logprobs_backward(
+    dlogprobs: Tensor,
+    dentropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor,
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_bytes: int,
+    lse: Tensor,
+    entropy: Tensor,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dhidden, dweight, dbias; what is not needed comes back empty.
+
+    Tokens whose upstream gradients are both 0 cost nothing.
+    """
+    dtype = acc_dtype(hidden, weight)
+    dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+    dweight = weight.new_zeros(weight.shape if need_dweight else 0, dtype=dtype)
+    dbias = weight.new_zeros(weight.shape[0] if need_dbias else 0, dtype=dtype)
+    live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
+    for rows in live.nonzero()[:, 0].split(chunk_rows(weight.shape[0], dtype, chunk_bytes)):
+        dhidden[rows] = _chunk_gradients(
+            dlogprobs[rows],
+            dentropy[rows],
+            (hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap),
+            dweight,
+            dbias,
+        )
+    return (
+        dhidden if need_dhidden else hidden.new_empty(0),
+        dweight.to(weight.dtype),
+        dbias.to(bias.dtype) if need_dbias else dbias.to(weight.dtype),
+    )
+
+
+def _chunk_gradients(
+    dlogprobs: Tensor, dentropy: Tensor, args: tuple, dweight: Tensor, dbias: Tensor
+) -> Tensor:
+    """dhidden of a chunk by autograd through the reference; adds to dweight and dbias."""
+    hidden, weight, bias, *rest = args
+    with torch.enable_grad():
+        leaves = [t.detach().to(acc_dtype(hidden, weight)).requires_grad_() for t in (hidden, weight)]
+        if bias is not None:
+            leaves.append(bias.detach().to(leaves[0].dtype).requires_grad_())
+        full_bias = leaves[2] if bias is not None else None
+        logprobs, entropy, _ = reference.linear_logprobs(leaves[0], leaves[1], full_bias, *rest)
+        grads = torch.autograd.grad((logprobs, entropy), leaves, (dlogprobs, dentropy))
+    if dweight.numel():
+        dweight += grads[1]
+    if dbias.numel():
+        dbias += grads[2]
+    return grads[0].to(hidden.dtype)
+
+
+@linear_logprobs_backward.register_fake
+def _(
+    dlogprobs,
+    dentropy,
+    hidden,
+    weight,
+    bias,
+    labels,
+    temperature,
+    scale,
+    softcap,
+    ignore_index,
+    chunk_bytes,
+    lse,
+    entropy,
+    need_dhidden,
+    need_dweight,
+    need_dbias,
+):
+    return (
+        hidden.new_empty(hidden.shape if need_dhidden else (0,)),
+        weight.new_empty(weight.shape if need_dweight else (0,)),
+        bias.new_empty(bias.shape) if need_dbias else weight.new_empty(0),
+    )
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    hidden, weight, bias, labels, temperature, *ctx.options = inputs
+    logprobs, entropy, lse, *unit = output
+    ctx.save_for_backward(hidden, weight, bias, labels, temperature, entropy, lse, *unit)
+    ctx.mark_non_differentiable(lse, *unit)
+    ctx.set_materialize_grads(False)
+
+
+def _upstream(dlogprobs: Tensor | None, dentropy: Tensor | None, like: Tensor) -> tuple:
+    given = (dlogprobs, dentropy)
+    return tuple(torch.zeros_like(like) if g is None else g.to(like.dtype) for g in given)
+
+
+def _linear_logprobs_grad(ctx, dlogprobs, dentropy, _):
+    hidden, weight, bias, labels, temperature, entropy, lse = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    grads = linear_logprobs_backward(
+        *_upstream(dlogprobs, dentropy, lse),
+        *(hidden, weight, bias, labels, temperature, *ctx.options),
+        *(lse, entropy, *needs),
+    )
+    wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    return (*wanted, *(None,) * 6)
+
+
+linear_logprobs.register_autograd(_linear_logprobs_grad, setup_context=_save_inputs)
+
+
+@custom_op("fused_rl::linear_logprobs_frozen", mutates_args=())
+def linear_logprobs_frozen(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor,
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, lse, unit, for a head that is not trained. 4 NHV for any loss.
+
+    unit[n] = d logprobs[n] / d hidden[n], [N, H] in the dtype of hidden. Without softcap it is
+    scale / temperature[n] * (weight[labels[n]] - E_p[weight]). The backward pass only scales it.
+    """
+    check_tokens(labels, temperature, weight.shape[0], ignore_index)
+    out = [t.zero_() for t in _statistics_like(hidden, weight)]
+    unit = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+    active = (labels != ignore_index).nonzero()[:, 0]
+    for rows in active.split(chunk_rows(weight.shape[0], out[0].dtype, chunk_bytes)):
+        args = (hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap)
+        *chunk, z = linear_logprobs_chunk(*args)
+        for total, part in zip(out, chunk, strict=True):
+            total[rows] = part
+        ones, none = torch.ones_like(chunk[0]), weight.new_empty(0)
+        unit[rows] = linear_logprobs_chunk_backward(
+            z, ones, torch.zeros_like(ones), *args, chunk[2], chunk[1], none, none.clone(), False
+        )
+    return (*out, unit)
+
+
+@linear_logprobs_frozen.register_fake
+def _(hidden, weight, bias, labels, temperature, scale, softcap, ignore_index, chunk_bytes):
+    return (*_statistics_like(hidden, weight), hidden.new_empty(hidden.shape))
+
+
+@custom_op("fused_rl::linear_logprobs_frozen_backward", mutates_args=())
+def linear_logprobs_frozen_backward(
+    dlogprobs: Tensor,
+    dentropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor,
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_bytes: int,
+    lse: Tensor,
+    entropy: Tensor,
+    unit: Tensor,
+) -> Tensor:
+    """dhidden. A gradient of the entropy is not in `unit`: its tokens recompute their logits."""
+    # where, not a product: an ignored token's NaN upstream must not turn its zeros into NaN.
+    scaled = dlogprobs[:, None] * unit.to(dlogprobs.dtype)
+    dhidden = scaled.where((labels != ignore_index)[:, None], 0.0).to(hidden.dtype)
+    with_entropy = dentropy != 0
+    if with_entropy.any():
+        rows = with_entropy.nonzero()[:, 0]
+        tokens = (hidden[rows], weight, bias, labels[rows], temperature[rows])
+        dhidden[rows], _, _ = linear_logprobs_backward(
+            *(dlogprobs[rows], dentropy[rows], *tokens, scale, softcap, ignore_index, chunk_bytes),
+            *(lse[rows], entropy[rows], True, False, False),
+        )
+    return dhidden
+
+
+@linear_logprobs_frozen_backward.register_fake
+def _(dlogprobs, dentropy, hidden, *rest):
+    return hidden.new_empty(hidden.shape)
+
+
+def _linear_logprobs_frozen_grad(ctx, dlogprobs, dentropy, *_):
+    hidden, weight, bias, labels, temperature, entropy, lse, unit = ctx.saved_tensors
+    dhidden = linear_logprobs_frozen_backward(
+        *_upstream(dlogprobs, dentropy, lse),
+        *(hidden, weight, bias, labels, temperature, *ctx.options),
+        *(lse, entropy, unit),
+    )
+    return (dhidden, *(None,) * 8)
+
+
+linear_logprobs_frozen.register_autograd(_linear_logprobs_frozen_grad, setup_context=_save_inputs)
+
+
+@custom_op("fused_rl::linear_logprobs_chunk", mutates_args=())
+def linear_logprobs_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, lse and the logits z, for the backward pass that follows at once.
+
+    z [V * N rounded up to 16] is for linear_logprobs_chunk_backward alone: its layout is the
+    kernel's own. Labels are all inside the vocabulary.
+    """
+    z = reference.logits(hidden, weight, bias, temperature, scale, softcap)
+    kept = z.new_zeros(weight.shape[0] * _padded(hidden.shape[0]))
+    return (*reference.statistics(z, labels), kept)
+
+
+def _padded(n: int) -> int:
+    return (n + 15) // 16 * 16
+
+
+@linear_logprobs_chunk.register_fake
+def _(hidden, weight, bias, labels, temperature, scale, softcap):
+    z = hidden.new_empty(
+        weight.shape[0] * _padded(hidden.shape[0]), dtype=acc_dtype(hidden, weight)
+    )
+    return (*_statistics_like(hidden, weight), z)
+
+
+@custom_op("fused_rl::linear_logprobs_chunk_backward", mutates_args=("dweight", "dbias"))
+def linear_logprobs_chunk_backward(
+    z: Tensor,
+    dlogprobs: Tensor,
+    dentropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor,
+    scale: float,
+    softcap: float,
+    lse: Tensor,
+    entropy: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    accumulate: bool,
+) -> Tensor:
+    """dhidden [N, H]; writes dweight and dbias, or adds to them. Those that are empty are skipped.
+
+    dweight is contiguous, in any floating dtype; dbias has the dtype it likes as well.
+    """
+    if not accumulate:
+        dweight.zero_()
+        dbias.zero_()
+    args = (hidden, weight, bias, labels, temperature, scale, softcap)
+    return _chunk_gradients(dlogprobs, dentropy, args, dweight, dbias)
+
+
+@linear_logprobs_chunk_backward.register_fake
+def _(z, dlogprobs, dentropy, hidden, *rest):
+    return hidden.new_empty(hidden.shape)
+
+
+@custom_op("fused_rl::logits_logprobs", mutates_args=())
+def logits_logprobs(
+    logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy, lse from logits [N, V]; one read of them."""
+    check_tokens(labels, temperature, logits.shape[1], ignore_index)
+    out = [t.zero_() for t in _statistics_like(logits, logits)]
+    rows = (labels != ignore_index).nonzero()[:, 0]
+    chunk = reference.logits_logprobs(logits[rows], labels[rows], temperature[rows])
+    for total, part in zip(out, chunk, strict=True):
+        total[rows] = part
+    return tuple(out)
+
+
+@logits_logprobs.register_fake
+def _(logits, labels, temperature, ignore_index):
+    return _statistics_like(logits, logits)
+
+
+@custom_op("fused_rl::logits_logprobs_backward", mutates_args=())
+def logits_logprobs_backward(
+    dlogprobs: Tensor,
+    dentropy: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    ignore_index: int,
+    lse: Tensor,
+    entropy: Tensor,
+) -> Tensor:
+    """dlogits [N, V], in the dtype of logits."""
+    dlogits = logits.new_zeros(logits.shape)
+    live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
+    rows = live.nonzero()[:, 0]
+    with torch.enable_grad():
+        leaf = logits[rows].detach().to(acc_dtype(logits)).requires_grad_()
+        outputs = reference.logits_logprobs(leaf, labels[rows], temperature[rows])[:2]
+        (grad,) = torch.autograd.grad(outputs, leaf, (dlogprobs[rows], dentropy[rows]))
+    dlogits[rows] = grad.to(logits.dtype)
+    return dlogits
+
+
+@logits_logprobs_backward.register_fake
+def _(dlogprobs, dentropy, logits, *rest):
+    return logits.new_empty(logits.shape)
+
+
+def _save_logits(ctx, inputs, output) -> None:
+    logits, labels, temperature, ctx.ignore_index = inputs
+    _, entropy, lse = output
+    ctx.save_for_backward(logits, labels, temperature, lse, entropy)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _logits_logprobs_grad(ctx, dlogprobs, dentropy, _):
+    logits, labels, temperature, lse, entropy = ctx.saved_tensors
+    upstream = _upstream(dlogprobs, dentropy, lse)
+    args = (*upstream, logits, labels, temperature, ctx.ignore_index, lse, entropy)
+    return logits_logprobs_backward(*args), None, None, None
+
+
+logits_logprobs.register_autograd(_logits_logprobs_grad, setup_context=_save_logits)
+
+
+@custom_op("fused_rl::kl", mutates_args=())
+def kl(d: Tensor, value_kind: int, slope_kind: int) -> tuple[Tensor, Tensor]:
+    """The estimator `value_kind` at d, and the derivative of the estimator `slope_kind` there."""
+    return reference.kl(d, value_kind).clone(), reference.kl_slope(d, slope_kind).clone()
+
+
+@kl.register_fake
+def _(d, value_kind, slope_kind):
+    return d.new_empty(d.shape), d.new_empty(d.shape)
+
+
+def _save_slope(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _kl_grad(ctx, dvalue, _):
+    (slope,) = ctx.saved_tensors
+    return dvalue * slope, None, None
+
+
+kl.register_autograd(_kl_grad, setup_context=_save_slope)
+
+
+def _load_native() -> str | None:
+    """Registers the CPU kernels; returns why they are missing, or None."""
+    library = files("fused_rl") / "libfused_rl_cpu.so"
+    if not library.is_file():
+        return "the C++ library was not built with this installation"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        reason = f"the C++ library does not load into torch {torch.__version__}: {error}"
+        warnings.warn(f"fused_rl: {reason}; CPU tensors take the reference", stacklevel=2)
+        return reason
+    return None
+
+
+native_missing = _load_native()

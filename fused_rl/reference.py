@@ -1,0 +1,100 @@
+"""What every op means, in plain torch. Forward only: autograd derives the gradients.
+
+    z[n, v]     = softcap(scale * (hidden[n] . weight[v] + bias[v])) / temperature[n]
+    softcap(x)  = c * tanh(x / c), or x where c is 0
+    lse[n]      = log sum_v exp z[n, v]
+    logprobs[n] = z[n, labels[n]] - lse[n]
+    entropy[n]  = lse[n] - sum_v p[n, v] z[n, v]        p = exp(z - lse)
+
+Labels here are all inside the vocabulary: the ops leave ignored tokens out before they come here.
+"""
+
+import torch
+from torch import Tensor
+
+# The estimators of KL, by the number that kl() takes.
+K1, K2, K3, ABS = 1, 2, 3, 4
+
+
+def acc_dtype(*tensors: Tensor) -> torch.dtype:
+    """What sums are formed in: float64 where an input is float64, float32 for everything else."""
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def logits(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    temperature: Tensor,  # [N]
+    scale: float,
+    softcap: float,
+) -> Tensor:  # [N, V]
+    """The logits that are sampled from, in the accumulator dtype."""
+    dtype = acc_dtype(hidden, weight)
+    z = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        z = z + bias.to(dtype)
+    z = z * scale
+    if softcap:
+        z = torch.tanh(z / softcap) * softcap
+    return z / temperature.to(dtype)[:, None]
+
+
+def statistics(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z [N, V], labels [N] -> logprobs, entropy, lse, each [N]."""
+    lse = torch.logsumexp(z, dim=-1)
+    logprobs = z.gather(-1, labels[:, None])[:, 0] - lse
+    p = torch.exp(z - lse[:, None])
+    # A token with p = 0 adds nothing, also where its logit is -inf.
+    expected = (p * z.masked_fill(z == -torch.inf, 0.0)).sum(-1)
+    return logprobs, lse - expected, lse
+
+
+def linear_logprobs(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [N] int64
+    temperature: Tensor,  # [N]
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy, lse, each [N]."""
+    return statistics(logits(hidden, weight, bias, temperature, scale, softcap), labels)
+
+
+def logits_logprobs(
+    logits: Tensor,  # [N, V]
+    labels: Tensor,  # [N] int64
+    temperature: Tensor,  # [N]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy, lse, each [N], from logits that are already there."""
+    z = logits.to(acc_dtype(logits)) / temperature[:, None]
+    return statistics(z, labels)
+
+
+def kl(d: Tensor, kind: int) -> Tensor:
+    """An estimate of KL(policy, reference) from d = logprobs - ref_logprobs.
+
+    k3's exponent is held at 20 nats, so that a token the policy has all but abandoned cannot make
+    the sum infinite.
+    """
+    if kind == K1:
+        return d
+    if kind == K2:
+        return 0.5 * d * d
+    if kind == K3:
+        return torch.expm1((-d).clamp(max=20.0)) + d
+    return d.abs()
+
+
+def kl_slope(d: Tensor, kind: int) -> Tensor:
+    """The derivative of kl(d, kind); for k3 beyond 20 nats the one at the bound, not 0."""
+    if kind == K1:
+        return torch.ones_like(d)
+    if kind == K2:
+        return d
+    if kind == K3:
+        return -torch.expm1((-d).clamp(max=20.0))
+    return d.sign()
