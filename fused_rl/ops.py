@@ -134,7 +134,9 @@ def _chunk_gradients(
     """dhidden of a chunk by autograd through the reference; adds to dweight and dbias."""
     hidden, weight, bias, *rest = args
     with torch.enable_grad():
-        leaves = [t.detach().to(acc_dtype(hidden, weight)).requires_grad_() for t in (hidden, weight)]
+        leaves = [
+            t.detach().to(acc_dtype(hidden, weight)).requires_grad_() for t in (hidden, weight)
+        ]
         if bias is not None:
             leaves.append(bias.detach().to(leaves[0].dtype).requires_grad_())
         full_bias = leaves[2] if bias is not None else None
@@ -175,7 +177,7 @@ def _(
 
 def _save_inputs(ctx, inputs, output) -> None:
     hidden, weight, bias, labels, temperature, *ctx.options = inputs
-    logprobs, entropy, lse, *unit = output
+    _, entropy, lse, *unit = output
     ctx.save_for_backward(hidden, weight, bias, labels, temperature, entropy, lse, *unit)
     ctx.mark_non_differentiable(lse, *unit)
     ctx.set_materialize_grads(False)

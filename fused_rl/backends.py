@@ -1,0 +1,47 @@
+"""Which kernel serves which device here, and why not the others."""
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+
+from fused_rl import ops
+
+_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps fused-rl"
+
+
+class Backend(NamedTuple):
+    """device: a torch device type. kernel: what serves it. note: why not better, and what to do."""
+
+    device: str
+    kernel: str
+    note: str
+
+
+def backends() -> list[Backend]:
+    """One entry per device, as this process would run it."""
+    return [_cpu(), _cuda()]
+
+
+def _cpu() -> Backend:
+    if ops.native_missing:
+        return Backend(
+            "cpu",
+            "reference (plain torch)",
+            f"{ops.native_missing}; with torch and a C++20 compiler at hand: {_REBUILD}",
+        )
+    isa, *microkernels = torch.ops.fused_rl.cpu_features().split()
+    products = ", ".join(microkernels) or "none"
+    note = f"loops for {isa}; matrix microkernels: {products}"
+    if "bfloat16" not in microkernels:
+        note += "; this CPU has no bfloat16 products (AVX512-BF16, AMX): bfloat16 runs as float32"
+    return Backend("cpu", "C++", note)
+
+
+def _cuda() -> Backend:
+    note = "the Triton kernels are not part of this version yet"
+    if not torch.cuda.is_available():
+        note += "; no CUDA device is visible to torch"
+    if find_spec("triton") is None:
+        note += "; triton is not installed"
+    return Backend("cuda", "reference (plain torch)", note)

@@ -1,0 +1,120 @@
+"""LMHead: what turns hidden states into logits.
+
+z = softcap(scale * (hidden . weight^T + bias))        softcap(x) = c * tanh(x / c)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rl import checks, reference
+
+
+@dataclass(frozen=True, eq=False)
+class LMHead:
+    """The language-model head: a weight, and what the model does to its product.
+
+    Args:
+        weight: [V, H], any floating dtype, any strides.
+        bias: [V] or None; may hold -inf for tokens that are never to be sampled.
+        scale: multiplies the raw logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
+        softcap: c of c * tanh(x / c) (Gemma's final_logit_softcapping), or None.
+
+    Raises:
+        ValueError: a shape, dtype or value that is not as above; a weight without elements, as
+            sharded training leaves it when the parameter is not gathered.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        checks.is_floating("weight", self.weight)
+        checks.require(
+            self.weight.dim() == 2 and self.weight.numel() > 0,
+            lambda: (
+                f"weight must be [V, H] with elements, got {list(self.weight.shape)}; "
+                "a sharded parameter must be gathered first"
+            ),
+        )
+        checks.require(math.isfinite(self.scale), lambda: f"scale must be finite, got {self.scale}")
+        checks.require(
+            self.softcap is None or 0 < self.softcap < math.inf,
+            lambda: f"softcap must be positive or None, got {self.softcap}",
+        )
+        if self.bias is not None:
+            checks.is_floating("bias", self.bias)
+            checks.require(
+                self.bias.shape == self.weight.shape[:1],
+                lambda: (
+                    f"bias must be [V] = {list(self.weight.shape[:1])}, got {list(self.bias.shape)}"
+                ),
+            )
+            checks.same_device(weight=self.weight, bias=self.bias)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether weight or bias is trained."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    @classmethod
+    def of(cls, head: LMHead | Tensor) -> LMHead:
+        """head itself, or a head of that weight alone."""
+        return head if isinstance(head, LMHead) else cls(head)
+
+    @classmethod
+    def from_model(cls, model: Any) -> LMHead:
+        """The head of a transformers causal language model: weight, bias, scale and softcap.
+
+        The hidden states it fits are those that the model's own lm_head receives:
+        `model.base_model(...).last_hidden_state`.
+
+        Raises:
+            ValueError: the model has no output embeddings, or they are not a plain linear layer
+                (an adapter on lm_head, a quantised head): their product is not hidden @ weight.T.
+        """
+        layer = model.get_output_embeddings()
+        if type(layer) is not torch.nn.Linear:
+            raise ValueError(
+                "LMHead.from_model needs a model whose output embeddings are a torch.nn.Linear, "
+                f"got {type(layer).__name__} from {type(model).__name__}"
+            )
+        config = model.config
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(layer.weight, layer.bias, _logit_scale(config), softcap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits [..., V] at temperature 1, in float32 (float64 for float64 inputs).
+
+        They are materialised: for tests, and for the few tokens one wants to look at.
+        """
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        ones = torch.ones(flat.shape[0], dtype=torch.float64, device=flat.device)
+        z = reference.logits(flat, self.weight, self.bias, ones, self.scale, self.softcap or 0.0)
+        return z.reshape(*hidden.shape[:-1], -1)
+
+
+def _logit_scale(config: Any) -> float:
+    """What multiplies the logits, under the names that models have for it."""
+    if config.model_type == "mpt":
+        # Its config has a logit_scale that the transformers model never applies.
+        return 1.0
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        scale *= getattr(config, name, None) or 1.0
+    if divisor := getattr(config, "logits_scaling", None):
+        # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by.
+        scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
+    elif base := getattr(config, "dim_model_base", None):
+        # MiniCPM's own code: hidden states are divided by the width relative to the base model's.
+        scale *= base / config.hidden_size
+    return float(scale)

@@ -1,0 +1,225 @@
+"""Log-probabilities and entropies per token, from hidden states or from logits.
+
+    logprobs[n] = z[n, labels[n]] - log sum_v exp z[n, v]
+    entropy[n]  = -sum_v p[n, v] log p[n, v]
+    z           = softcap(scale * (hidden . weight^T + bias)) / temperature
+
+The cost in multiples of N * H * V multiply-adds, a product counting 2: 2 without gradients; 8 with
+them (the backward pass recomputes the logits); 4 where the head is not trained; 6 where the loss is
+known in the forward pass (`chunked_gradients`, under `linear_policy_loss`).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_rl import checks, ops
+from fused_rl.head import LMHead
+
+IGNORE_INDEX = -100
+
+
+class TokenStats(NamedTuple):
+    """Two numbers per token, in the shape of labels; float32, or float64 for float64 inputs."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    head: LMHead | Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+    chunk_bytes: int | None = None,
+) -> TokenStats:
+    """Log-probabilities of labels and entropies, without the [N, V] logits.
+
+    Both are differentiable with respect to hidden, weight and bias. Logits are float32 whatever the
+    dtype of the inputs. Tokens that are ignored, or whose upstream gradients are 0, cost nothing in
+    the passes that do not need them. A head that is not trained gets no gradient, and the backward
+    pass is then a scaling of what the forward pass kept ([N, H], in the dtype of hidden).
+    Under torch.autocast the matrix product takes the autocast dtype, as F.linear does.
+
+    Args:
+        hidden: [..., H], float16, bfloat16, float32 or float64: the states that predict labels.
+        head: LMHead, or a weight [V, H].
+        labels: [...], int64 or int32, in [0, V) or ignore_index.
+        temperature: a number, or a tensor that broadcasts to labels; positive. No gradient.
+        ignore_index: tokens with this label give 0 and 0, and no gradient.
+        chunk_bytes: bound on the buffer for logits, where a way needs one; default 256 MiB.
+
+    Returns:
+        TokenStats(logprobs, entropy), each in the shape of labels, in nats.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; a label outside [0, V); a temperature
+            that is not positive.
+    """
+    head = LMHead.of(head)
+    args = flat_arguments(hidden, head, labels, temperature)
+    checks.chunk_bytes_is_positive(chunk_bytes)
+    frozen = torch.is_grad_enabled() and hidden.requires_grad and not head.requires_grad
+    op = ops.linear_logprobs_frozen if frozen else ops.linear_logprobs
+    logprobs, entropy, *_ = op(*args, ignore_index, chunk_bytes or ops.CHUNK_BYTES)
+    return TokenStats(logprobs.reshape(labels.shape), entropy.reshape(labels.shape))
+
+
+def logprobs_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+) -> TokenStats:
+    """Log-probabilities of labels and entropies from logits that are already there.
+
+    Known elsewhere as selective_log_softmax. Differentiable with respect to logits.
+
+    Args:
+        logits: [..., V], any floating dtype; -inf marks tokens that cannot be sampled.
+        labels: [...], int64 or int32, in [0, V) or ignore_index.
+        temperature: a number, or a tensor that broadcasts to labels; positive. No gradient.
+        ignore_index: tokens with this label give 0 and 0, and no gradient.
+
+    Returns:
+        TokenStats(logprobs, entropy), each in the shape of labels, in nats.
+
+    Raises:
+        ValueError: as for linear_logprobs.
+    """
+    checks.is_floating("logits", logits)
+    checks.is_labels(labels)
+    checks.leading_shape("logits", logits, labels)
+    checks.same_device(logits=logits, labels=labels)
+    checks.require(
+        logits.shape[-1] > 0, lambda: f"logits have no vocabulary, got {list(logits.shape)}"
+    )
+    flat = logits.reshape(-1, logits.shape[-1])
+    t = flat_temperature(temperature, labels, ops.acc_dtype(logits))
+    logprobs, entropy, _ = ops.logits_logprobs(flat, labels.reshape(-1).long(), t, ignore_index)
+    return TokenStats(logprobs.reshape(labels.shape), entropy.reshape(labels.shape))
+
+
+def flat_arguments(
+    hidden: Tensor, head: LMHead, labels: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, float, float]:
+    """What every op of the linear head begins with: checked, flattened to [N, ...]."""
+    checks.is_floating("hidden", hidden)
+    checks.is_labels(labels)
+    checks.leading_shape("hidden", hidden, labels)
+    checks.require(
+        hidden.shape[-1] == head.weight.shape[1],
+        lambda: (
+            f"hidden and weight must agree in H, got hidden {list(hidden.shape)} "
+            f"and weight {list(head.weight.shape)}"
+        ),
+    )
+    checks.same_device(hidden=hidden, weight=head.weight, labels=labels)
+    weight = head.weight
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden, weight = (_autocast(t, torch.get_autocast_dtype(kind)) for t in (hidden, weight))
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    t = flat_temperature(temperature, labels, ops.acc_dtype(hidden, weight))
+    options = (float(head.scale), float(head.softcap or 0.0))
+    return flat, weight, head.bias, labels.reshape(-1).long(), t, *options
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def flat_temperature(temperature: float | Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """One temperature per token, [N]."""
+    if not isinstance(temperature, Tensor):
+        checks.require(temperature > 0, lambda: f"temperature must be positive, got {temperature}")
+        return labels.new_full((labels.numel(),), float(temperature), dtype=dtype)
+    checks.require(
+        not temperature.requires_grad,
+        lambda: "temperature gets no gradient here, but the tensor requires one: detach it",
+    )
+    checks.same_device(temperature=temperature, labels=labels)
+    try:
+        expanded = temperature.to(dtype).expand(labels.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"temperature must broadcast to labels, got temperature {list(temperature.shape)} "
+            f"and labels {list(labels.shape)}"
+        ) from error
+    return expanded.reshape(-1)
+
+
+class HeadGradients(NamedTuple):
+    """Statistics of all tokens and the gradients of a loss, formed in one pass."""
+
+    stats: TokenStats  # [N] each
+    dhidden: Tensor | None  # [N, H]
+    dweight: Tensor | None  # [V, H]
+    dbias: Tensor | None  # [V]
+
+
+# The gradient of a token-separable loss: (stats, indices of the tokens) -> (dlogprobs, dentropy)
+Upstream = Callable[[TokenStats, Tensor], tuple[Tensor, Tensor]]
+
+
+def chunks(tokens: int, vocabulary: int, dtype: torch.dtype, chunk_bytes: int | None) -> list[int]:
+    """Sizes of the chunks that `tokens` are cut into: as few as chunk_bytes allows, and even."""
+    most = ops.chunk_rows(vocabulary, dtype, chunk_bytes or ops.CHUNK_BYTES)
+    count = max(1, -(-tokens // most))
+    size = min(most, round_up(-(-tokens // count), 16)) if tokens else 0
+    return [min(size, tokens - start) for start in range(0, tokens, size)] if size else []
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def chunked_gradients(
+    args: tuple,
+    counted: Tensor,  # [N] bool
+    upstream: Upstream,
+    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    chunk_bytes: int | None = None,
+) -> HeadGradients:
+    """One pass of 6 NHV over flat_arguments `args`: a chunk's logits, their loss, their gradient.
+
+    The gradient of the logits takes the place of the logits, feeds dhidden and dweight, and the
+    buffer is used again. With one chunk every row of dweight is finished in one go; with more,
+    dweight accumulates in float32.
+    """
+    hidden, weight, bias, labels, temperature, scale, softcap = args
+    dtype = ops.acc_dtype(hidden, weight)
+    need_hidden, need_weight, need_bias = needs
+    stats = TokenStats(*(hidden.new_zeros(len(labels), dtype=dtype) for _ in range(2)))
+    dhidden = hidden.new_zeros(hidden.shape, dtype=_kept_dtype(hidden))
+    rows = counted.nonzero()[:, 0]
+    sizes = chunks(len(rows), weight.shape[0], dtype, chunk_bytes)
+    of_sum = dtype if len(sizes) > 1 else _kept_dtype(weight)
+    allocate = weight.new_empty if sizes else weight.new_zeros
+    dweight = allocate(weight.shape if need_weight else 0, dtype=of_sum)
+    dbias = allocate(weight.shape[0] if need_bias else 0, dtype=of_sum)
+    for i, chunk in enumerate(rows.split(sizes) if sizes else ()):
+        part = (hidden[chunk], weight, bias, labels[chunk], temperature[chunk], scale, softcap)
+        logprobs, entropy, lse, z = ops.linear_logprobs_chunk(*part)
+        stats.logprobs[chunk], stats.entropy[chunk] = logprobs, entropy
+        dlogprobs, dentropy = upstream(TokenStats(logprobs, entropy), chunk)
+        dhidden[chunk] = ops.linear_logprobs_chunk_backward(
+            z, dlogprobs, dentropy, *part, lse, entropy, dweight, dbias, i > 0
+        ).to(dhidden.dtype)
+        del z
+    return HeadGradients(
+        stats,
+        dhidden if need_hidden else None,
+        dweight.to(_kept_dtype(weight)) if need_weight else None,
+        dbias.to(bias.dtype) if need_bias else None,
+    )
+
+
+def _kept_dtype(tensor: Tensor) -> torch.dtype:
+    """Gradients wait for the scale of the loss in float32 where float16 could underflow."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
