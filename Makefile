@@ -1,0 +1,44 @@
+# `make demo` and `make test` set everything up from nothing: .venv, dependencies, native build.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+READY_BENCH := $(VENV)/.ready-bench
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/CMakeLists.txt)
+
+.PHONY: demo test test-all bench lint clean
+
+demo: $(READY)
+	$(BIN)/fused-rl demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: $(READY)
+	$(BIN)/pytest $(ARGS)
+
+bench: $(READY_BENCH)
+	$(BIN)/python bench/run.py $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch comes first: the native library is built against the torch that is there.
+$(READY): pyproject.toml constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch scikit-build-core cmake ninja
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation \
+	  -e ".[test,demo]" ruff
+	$(BIN)/fused-rl doctor
+	touch $@
+
+# The peers that the benchmark runs beside us.
+$(READY_BENCH): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist out .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
