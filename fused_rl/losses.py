@@ -243,8 +243,11 @@ class _OnePass(torch.autograd.Function):
         return output.loss.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_policy_loss has no second derivative: call backward without create_graph"
+            )
         grads = [
             None if g is None else _scaled(g, dloss).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
