@@ -14,10 +14,8 @@ regularization in RLHF" (arXiv 2510.01555) and "A comedy of estimators" (arXiv 2
 gradients.
 """
 
-from dataclasses import dataclass
 from enum import Enum
 
-import torch
 from torch import Tensor
 
 from fused_rl import checks, ops, reference
@@ -78,20 +76,3 @@ def kl_penalty(
         return penalty
     checks.same_shape("weight", weight, "logprobs", logprobs)
     return weight * penalty
-
-
-@dataclass(frozen=True)
-class KLPenalty:
-    """beta * kl_penalty as a part of a loss."""
-
-    beta: float
-    value: KL = KL.K3
-    grad: KL | None = None
-
-    def __call__(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-        return self.beta * kl_penalty(logprobs, ref_logprobs, value=self.value, grad=self.grad)
-
-    @torch.no_grad()
-    def estimate(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-        """The value alone, for monitoring."""
-        return kl_penalty(logprobs, ref_logprobs, value=self.value)

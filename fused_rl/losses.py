@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from fused_rl import checks, ops
 from fused_rl.batch import TokenBatch
 from fused_rl.head import LMHead
-from fused_rl.kl import KL, KLPenalty
+from fused_rl.kl import KL
 from fused_rl.logprobs import (
     IGNORE_INDEX,
     TokenStats,
@@ -27,6 +27,7 @@ from fused_rl.logprobs import (
     linear_logprobs,
 )
 from fused_rl.means import FixedLengthMean, SequenceMean, TokenMean
+from fused_rl.penalties import KLPenalty
 from fused_rl.surrogates import Clip
 
 # With fewer tokens in a chunk, reading and writing the dweight accumulator for every chunk costs
@@ -57,7 +58,7 @@ class PolicyLoss:
     Args:
         surrogate: (log_ratio, logprobs, advantages) -> [N], with a method `clipped`.
         ratio: (log_ratio, batch) -> [N]: at which level ratios are formed.
-        kl: the penalty towards batch.ref_logprobs, or None.
+        kl: (logprobs, batch) -> [N], the penalty towards batch.ref_logprobs, or None.
         entropy_coef: weight of the entropy bonus.
         mean: batch -> [N]: the weight of each token.
     """
@@ -71,7 +72,8 @@ class PolicyLoss:
     @property
     def token_separable(self) -> bool:
         """Whether a token's loss depends on no other token, so that one pass can form it."""
-        return getattr(self.ratio, "token_separable", False)
+        parts = (self.ratio, self.kl) if self.kl is not None else (self.ratio,)
+        return all(getattr(part, "token_separable", False) for part in parts)
 
     def __call__(self, stats: TokenStats, batch: TokenBatch) -> LossOutput:
         """The loss and its metrics.
@@ -91,7 +93,7 @@ class PolicyLoss:
         logprobs, entropy = self._flat(stats, batch)
         losses = self.surrogate(self._log_ratio(logprobs, batch), logprobs, batch.advantages)
         if self.kl is not None:
-            losses = losses + self.kl(logprobs, self._reference(batch))
+            losses = losses + self.kl(logprobs, batch)
         if self.entropy_coef:
             losses = losses - self.entropy_coef * entropy
         weighted = self.mean(batch) * losses
@@ -109,11 +111,6 @@ class PolicyLoss:
     def _log_ratio(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         return self.ratio(logprobs - old, batch)
-
-    def _reference(self, batch: TokenBatch) -> Tensor:
-        if batch.ref_logprobs is None:
-            raise ValueError("this loss has a KL penalty, but the batch has no ref_logprobs")
-        return batch.ref_logprobs
 
     @torch.no_grad()
     def _metrics(self, stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
@@ -135,7 +132,7 @@ class PolicyLoss:
             "clip_fraction_high": mean(high.to(ratio.dtype)),
         }
         if batch.ref_logprobs is not None:
-            metrics["kl"] = mean((self.kl or KLPenalty(1.0)).estimate(logprobs, batch.ref_logprobs))
+            metrics["kl"] = mean((self.kl or KLPenalty(1.0)).estimate(logprobs, batch))
         if not torch.compiler.is_compiling():
             dlogprobs, dentropy = token_gradients(self, stats, batch)
             idle = (dlogprobs == 0) & (dentropy == 0)

@@ -118,6 +118,7 @@ def linear_logprobs_backward(
             dlogprobs[rows],
             dentropy[rows],
             (hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap),
+            entropy[rows],
             dweight,
             dbias,
         )
@@ -128,25 +129,38 @@ def linear_logprobs_backward(
     )
 
 
-def _chunk_gradients(
-    dlogprobs: Tensor, dentropy: Tensor, args: tuple, dweight: Tensor, dbias: Tensor
+def _softmax_gradient(
+    z: Tensor, labels: Tensor, entropy: Tensor, dlogprobs: Tensor, dentropy: Tensor
 ) -> Tensor:
-    """dhidden of a chunk by autograd through the reference; adds to dweight and dbias."""
-    hidden, weight, bias, *rest = args
-    with torch.enable_grad():
-        leaves = [
-            t.detach().to(acc_dtype(hidden, weight)).requires_grad_() for t in (hidden, weight)
-        ]
-        if bias is not None:
-            leaves.append(bias.detach().to(leaves[0].dtype).requires_grad_())
-        full_bias = leaves[2] if bias is not None else None
-        logprobs, entropy, _ = reference.linear_logprobs(leaves[0], leaves[1], full_bias, *rest)
-        grads = torch.autograd.grad((logprobs, entropy), leaves, (dlogprobs, dentropy))
+    """dz [N, V] = dlogprobs (1[label] - p) - dentropy p (log p + entropy)."""
+    logp = torch.log_softmax(z, dim=-1)
+    p = logp.exp()
+    # A token with p = 0 has no gradient, also where its log p is -inf.
+    surprise = logp.masked_fill(logp == -torch.inf, 0.0) + entropy[:, None]
+    dz = -p * (dlogprobs[:, None] + dentropy[:, None] * surprise)
+    return dz.scatter_add(-1, labels[:, None], dlogprobs[:, None])
+
+
+def _chunk_gradients(
+    dlogprobs: Tensor,
+    dentropy: Tensor,
+    args: tuple,
+    entropy: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+) -> Tensor:
+    """dhidden of a chunk, its logits computed again; adds to dweight and dbias."""
+    hidden, weight, _, labels, temperature, scale, softcap = args
+    z = reference.logits(*args[:3], temperature, scale, softcap)
+    draw = _softmax_gradient(z, labels, entropy, dlogprobs, dentropy)
+    if softcap:
+        draw = draw * (1 - (z * temperature[:, None] / softcap) ** 2)
+    draw = draw * (scale / temperature[:, None])
     if dweight.numel():
-        dweight += grads[1]
+        dweight += draw.T @ hidden.to(draw.dtype)
     if dbias.numel():
-        dbias += grads[2]
-    return grads[0].to(hidden.dtype)
+        dbias += draw.sum(0)
+    return (draw @ weight.to(draw.dtype)).to(hidden.dtype)
 
 
 @linear_logprobs_backward.register_fake
@@ -349,7 +363,7 @@ def linear_logprobs_chunk_backward(
         dweight.zero_()
         dbias.zero_()
     args = (hidden, weight, bias, labels, temperature, scale, softcap)
-    return _chunk_gradients(dlogprobs, dentropy, args, dweight, dbias)
+    return _chunk_gradients(dlogprobs, dentropy, args, entropy, dweight, dbias)
 
 
 @linear_logprobs_chunk_backward.register_fake
@@ -391,11 +405,10 @@ def logits_logprobs_backward(
     dlogits = logits.new_zeros(logits.shape)
     live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
     rows = live.nonzero()[:, 0]
-    with torch.enable_grad():
-        leaf = logits[rows].detach().to(acc_dtype(logits)).requires_grad_()
-        outputs = reference.logits_logprobs(leaf, labels[rows], temperature[rows])[:2]
-        (grad,) = torch.autograd.grad(outputs, leaf, (dlogprobs[rows], dentropy[rows]))
-    dlogits[rows] = grad.to(logits.dtype)
+    t = temperature[rows, None]
+    upstream = (entropy[rows], dlogprobs[rows], dentropy[rows])
+    dz = _softmax_gradient(logits[rows].to(t.dtype) / t, labels[rows], *upstream)
+    dlogits[rows] = (dz / t).to(logits.dtype)
     return dlogits
 
 

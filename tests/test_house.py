@@ -23,6 +23,7 @@ FLOORS = {
     "surrogates": 4,
     "advantages": 4,
     "means": 5,
+    "penalties": 5,
     "losses": 6,
     "backends": 6,
     "__init__": 7,
