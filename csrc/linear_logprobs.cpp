@@ -167,10 +167,11 @@ static Tensors3 linear_logprobs_backward(
     const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
     const at::Tensor none_h = at::empty({0}, hidden.options());
     const at::Tensor none_w = at::empty({0}, weight.options());
+    const at::Tensor none_b = at::empty({0}, weight.options());
     if (rows.empty()) {
       return {need_dhidden ? at::zeros(hidden.sizes(), hidden.options()) : none_h,
               need_dweight ? at::zeros(weight.sizes(), weight.options()) : none_w,
-              need_dbias ? at::zeros({weight.size(0)}, bias->options()) : none_w};
+              need_dbias ? at::zeros({weight.size(0)}, bias->options()) : none_b};
     }
     const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
     const auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
@@ -186,7 +187,7 @@ static Tensors3 linear_logprobs_backward(
                  p.inv_temperature.data(), g.has_dentropy},
                 nullptr, out);
     return {need_dhidden ? place_rows(out.dhidden, rows, hidden) : none_h,
-            need_dweight ? out.dweight : none_w, need_dbias ? out.dbias : none_w};
+            need_dweight ? out.dweight : none_w, need_dbias ? out.dbias : none_b};
   });
 }
 

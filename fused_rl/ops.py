@@ -1,8 +1,8 @@
 """The operators: schema, shape rules and gradients. Which kernel runs is the dispatcher's choice.
 
-An op without a kernel for the device at hand runs through reference.py, in chunks; the CPU kernels
-(csrc/) are registered from C++ when the library is loaded, at the end of this file. Nothing else in
-the package knows that devices exist.
+An op without a kernel for the device at hand runs through chunked.py, in plain torch. The kernels
+for CPUs (csrc/) are registered from C++ when the library is loaded, at the end of this file; those
+for CUDA (kernels/) in ops_cuda.py. Nothing else in the package knows that devices exist.
 
 Shapes: hidden [N, H], weight [V, H], bias [V], labels [N] int64, temperature [N]; results [N] in
 float32, or float64 where an input is float64. A token whose label is `ignore_index` gives 0, 0, 0,
@@ -16,39 +16,15 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fused_rl import reference
+from fused_rl import chunked
+from fused_rl.chunked import (  # noqa: F401 - CHUNK_BYTES is for callers of ops
+    CHUNK_BYTES,
+    check_tokens,
+    chunk_rows,
+    padded,
+    statistics_like,
+)
 from fused_rl.reference import acc_dtype
-
-# Scratch for logits when the caller names none. A constant, not a fraction of what happens to be
-# free: the chunking, and with it the last bit of the result, must not change from run to run.
-CHUNK_BYTES = 256 * 2**20
-
-
-def chunk_rows(vocabulary: int, dtype: torch.dtype, chunk_bytes: int) -> int:
-    """Tokens whose logits fit into chunk_bytes; whole tiles of 64 where there are that many."""
-    rows = max(1, chunk_bytes // (max(vocabulary, 1) * dtype.itemsize))
-    return rows // 64 * 64 if rows >= 64 else rows
-
-
-def check_tokens(labels: Tensor, temperature: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """ValueError at the first label outside the vocabulary or temperature that is not positive."""
-    counted = labels != ignore_index
-    if (wrong := ((labels < 0) | (labels >= vocabulary)) & counted).any():
-        n = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"labels[{n}] is {int(labels[n])}, outside the vocabulary [0, {vocabulary}) "
-            f"and not ignore_index ({ignore_index})"
-        )
-    if (wrong := ~(temperature > 0) & counted).any():
-        n = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"temperature[{n}] is {float(temperature[n])}, and a temperature must be positive"
-        )
-
-
-def _statistics_like(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = acc_dtype(hidden, weight)
-    return tuple(hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(3))
 
 
 @custom_op("fused_rl::linear_logprobs", mutates_args=())
@@ -68,21 +44,14 @@ def linear_logprobs(
     Partial vocabularies merge from these three: label logit = logprobs + lse, mean logit =
     lse - entropy.
     """
-    check_tokens(labels, temperature, weight.shape[0], ignore_index)
-    out = [t.zero_() for t in _statistics_like(hidden, weight)]
-    active = (labels != ignore_index).nonzero()[:, 0]
-    for rows in active.split(chunk_rows(weight.shape[0], out[0].dtype, chunk_bytes)):
-        chunk = reference.linear_logprobs(
-            hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap
-        )
-        for total, part in zip(out, chunk, strict=True):
-            total[rows] = part
-    return tuple(out)
+    return chunked.linear_logprobs(
+        hidden, weight, bias, labels, temperature, scale, softcap, ignore_index, chunk_bytes
+    )
 
 
 @linear_logprobs.register_fake
 def _(hidden, weight, bias, labels, temperature, scale, softcap, ignore_index, chunk_bytes):
-    return _statistics_like(hidden, weight)
+    return statistics_like(hidden, weight)
 
 
 @custom_op("fused_rl::linear_logprobs_backward", mutates_args=())
@@ -108,59 +77,24 @@ def linear_logprobs_backward(
 
     Tokens whose upstream gradients are both 0 cost nothing.
     """
-    dtype = acc_dtype(hidden, weight)
-    dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    dweight = weight.new_zeros(weight.shape if need_dweight else 0, dtype=dtype)
-    dbias = weight.new_zeros(weight.shape[0] if need_dbias else 0, dtype=dtype)
-    live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
-    for rows in live.nonzero()[:, 0].split(chunk_rows(weight.shape[0], dtype, chunk_bytes)):
-        dhidden[rows] = _chunk_gradients(
-            dlogprobs[rows],
-            dentropy[rows],
-            (hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap),
-            entropy[rows],
-            dweight,
-            dbias,
-        )
-    return (
-        dhidden if need_dhidden else hidden.new_empty(0),
-        dweight.to(weight.dtype),
-        dbias.to(bias.dtype) if need_dbias else dbias.to(weight.dtype),
+    return chunked.linear_logprobs_backward(
+        dlogprobs,
+        dentropy,
+        hidden,
+        weight,
+        bias,
+        labels,
+        temperature,
+        scale,
+        softcap,
+        ignore_index,
+        chunk_bytes,
+        lse,
+        entropy,
+        need_dhidden,
+        need_dweight,
+        need_dbias,
     )
-
-
-def _softmax_gradient(
-    z: Tensor, labels: Tensor, entropy: Tensor, dlogprobs: Tensor, dentropy: Tensor
-) -> Tensor:
-    """dz [N, V] = dlogprobs (1[label] - p) - dentropy p (log p + entropy)."""
-    logp = torch.log_softmax(z, dim=-1)
-    p = logp.exp()
-    # A token with p = 0 has no gradient, also where its log p is -inf.
-    surprise = logp.masked_fill(logp == -torch.inf, 0.0) + entropy[:, None]
-    dz = -p * (dlogprobs[:, None] + dentropy[:, None] * surprise)
-    return dz.scatter_add(-1, labels[:, None], dlogprobs[:, None])
-
-
-def _chunk_gradients(
-    dlogprobs: Tensor,
-    dentropy: Tensor,
-    args: tuple,
-    entropy: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-) -> Tensor:
-    """dhidden of a chunk, its logits computed again; adds to dweight and dbias."""
-    hidden, weight, _, labels, temperature, scale, softcap = args
-    z = reference.logits(*args[:3], temperature, scale, softcap)
-    draw = _softmax_gradient(z, labels, entropy, dlogprobs, dentropy)
-    if softcap:
-        draw = draw * (1 - (z * temperature[:, None] / softcap) ** 2)
-    draw = draw * (scale / temperature[:, None])
-    if dweight.numel():
-        dweight += draw.T @ hidden.to(draw.dtype)
-    if dbias.numel():
-        dbias += draw.sum(0)
-    return (draw @ weight.to(draw.dtype)).to(hidden.dtype)
 
 
 @linear_logprobs_backward.register_fake
@@ -235,7 +169,7 @@ def linear_logprobs_frozen(
     scale / temperature[n] * (weight[labels[n]] - E_p[weight]). The backward pass only scales it.
     """
     check_tokens(labels, temperature, weight.shape[0], ignore_index)
-    out = [t.zero_() for t in _statistics_like(hidden, weight)]
+    out = [t.zero_() for t in statistics_like(hidden, weight)]
     unit = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     active = (labels != ignore_index).nonzero()[:, 0]
     for rows in active.split(chunk_rows(weight.shape[0], out[0].dtype, chunk_bytes)):
@@ -252,7 +186,7 @@ def linear_logprobs_frozen(
 
 @linear_logprobs_frozen.register_fake
 def _(hidden, weight, bias, labels, temperature, scale, softcap, ignore_index, chunk_bytes):
-    return (*_statistics_like(hidden, weight), hidden.new_empty(hidden.shape))
+    return (*statistics_like(hidden, weight), hidden.new_empty(hidden.shape))
 
 
 @custom_op("fused_rl::linear_logprobs_frozen_backward", mutates_args=())
@@ -320,21 +254,13 @@ def linear_logprobs_chunk(
     z [V * N rounded up to 16] is for linear_logprobs_chunk_backward alone: its layout is the
     kernel's own. Labels are all inside the vocabulary.
     """
-    z = reference.logits(hidden, weight, bias, temperature, scale, softcap)
-    kept = z.new_zeros(weight.shape[0] * _padded(hidden.shape[0]))
-    return (*reference.statistics(z, labels), kept)
-
-
-def _padded(n: int) -> int:
-    return (n + 15) // 16 * 16
+    return chunked.linear_logprobs_chunk(hidden, weight, bias, labels, temperature, scale, softcap)
 
 
 @linear_logprobs_chunk.register_fake
 def _(hidden, weight, bias, labels, temperature, scale, softcap):
-    z = hidden.new_empty(
-        weight.shape[0] * _padded(hidden.shape[0]), dtype=acc_dtype(hidden, weight)
-    )
-    return (*_statistics_like(hidden, weight), z)
+    z = hidden.new_empty(weight.shape[0] * padded(hidden.shape[0]), dtype=acc_dtype(hidden, weight))
+    return (*statistics_like(hidden, weight), z)
 
 
 @custom_op("fused_rl::linear_logprobs_chunk_backward", mutates_args=("dweight", "dbias"))
@@ -359,11 +285,23 @@ def linear_logprobs_chunk_backward(
 
     dweight is contiguous, in any floating dtype; dbias has the dtype it likes as well.
     """
-    if not accumulate:
-        dweight.zero_()
-        dbias.zero_()
-    args = (hidden, weight, bias, labels, temperature, scale, softcap)
-    return _chunk_gradients(dlogprobs, dentropy, args, entropy, dweight, dbias)
+    return chunked.linear_logprobs_chunk_backward(
+        z,
+        dlogprobs,
+        dentropy,
+        hidden,
+        weight,
+        bias,
+        labels,
+        temperature,
+        scale,
+        softcap,
+        lse,
+        entropy,
+        dweight,
+        dbias,
+        accumulate,
+    )
 
 
 @linear_logprobs_chunk_backward.register_fake
@@ -376,18 +314,12 @@ def logits_logprobs(
     logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs, entropy, lse from logits [N, V]; one read of them."""
-    check_tokens(labels, temperature, logits.shape[1], ignore_index)
-    out = [t.zero_() for t in _statistics_like(logits, logits)]
-    rows = (labels != ignore_index).nonzero()[:, 0]
-    chunk = reference.logits_logprobs(logits[rows], labels[rows], temperature[rows])
-    for total, part in zip(out, chunk, strict=True):
-        total[rows] = part
-    return tuple(out)
+    return chunked.logits_logprobs(logits, labels, temperature, ignore_index)
 
 
 @logits_logprobs.register_fake
 def _(logits, labels, temperature, ignore_index):
-    return _statistics_like(logits, logits)
+    return statistics_like(logits, logits)
 
 
 @custom_op("fused_rl::logits_logprobs_backward", mutates_args=())
@@ -402,14 +334,9 @@ def logits_logprobs_backward(
     entropy: Tensor,
 ) -> Tensor:
     """dlogits [N, V], in the dtype of logits."""
-    dlogits = logits.new_zeros(logits.shape)
-    live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
-    rows = live.nonzero()[:, 0]
-    t = temperature[rows, None]
-    upstream = (entropy[rows], dlogprobs[rows], dentropy[rows])
-    dz = _softmax_gradient(logits[rows].to(t.dtype) / t, labels[rows], *upstream)
-    dlogits[rows] = (dz / t).to(logits.dtype)
-    return dlogits
+    return chunked.logits_logprobs_backward(
+        dlogprobs, dentropy, logits, labels, temperature, ignore_index, lse, entropy
+    )
 
 
 @logits_logprobs_backward.register_fake
@@ -438,7 +365,7 @@ logits_logprobs.register_autograd(_logits_logprobs_grad, setup_context=_save_log
 @custom_op("fused_rl::kl", mutates_args=())
 def kl(d: Tensor, value_kind: int, slope_kind: int) -> tuple[Tensor, Tensor]:
     """The estimator `value_kind` at d, and the derivative of the estimator `slope_kind` there."""
-    return reference.kl(d, value_kind).clone(), reference.kl_slope(d, slope_kind).clone()
+    return chunked.kl(d, value_kind, slope_kind)
 
 
 @kl.register_fake
@@ -451,9 +378,20 @@ def _save_slope(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
+@custom_op("fused_rl::kl_backward", mutates_args=())
+def kl_backward(dvalue: Tensor, slope: Tensor) -> Tensor:
+    """dvalue * slope; an op, so that a second derivative, which slope does not hold, raises."""
+    return dvalue * slope
+
+
+@kl_backward.register_fake
+def _(dvalue, slope):
+    return torch.empty_like(dvalue * slope)
+
+
 def _kl_grad(ctx, dvalue, _):
     (slope,) = ctx.saved_tensors
-    return dvalue * slope, None, None
+    return kl_backward(dvalue, slope), None, None
 
 
 kl.register_autograd(_kl_grad, setup_context=_save_slope)

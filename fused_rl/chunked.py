@@ -1,0 +1,223 @@
+"""The operators in plain torch, in chunks of bounded memory, on any device and in any dtype.
+
+What runs where no kernel does. Each function is what the operator of its name in ops.py does; the
+forward formulas are reference.py's.
+"""
+
+import torch
+from torch import Tensor
+
+from fused_rl import reference
+from fused_rl.reference import acc_dtype
+
+# Scratch for logits when the caller names none. A constant, not a fraction of what happens to be
+# free: the chunking, and with it the last bit of the result, must not change from run to run.
+CHUNK_BYTES = 256 * 2**20
+
+
+def chunk_rows(vocabulary: int, dtype: torch.dtype, chunk_bytes: int) -> int:
+    """Tokens whose logits fit into chunk_bytes; whole tiles of 64 where there are that many."""
+    rows = max(1, chunk_bytes // (max(vocabulary, 1) * dtype.itemsize))
+    return rows // 64 * 64 if rows >= 64 else rows
+
+
+def check_tokens(labels: Tensor, temperature: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """ValueError at the first label outside the vocabulary or temperature that is not positive.
+
+    Not on CUDA, where looking would wait for the device: there such a token's log-prob is NaN.
+    """
+    if labels.is_cuda:
+        return
+    counted = labels != ignore_index
+    if (wrong := ((labels < 0) | (labels >= vocabulary)) & counted).any():
+        n = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"labels[{n}] is {int(labels[n])}, outside the vocabulary [0, {vocabulary}) "
+            f"and not ignore_index ({ignore_index})"
+        )
+    if (wrong := ~(temperature > 0) & counted).any():
+        n = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"temperature[{n}] is {float(temperature[n])}, and a temperature must be positive"
+        )
+
+
+def statistics_like(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for logprobs, entropy and lse."""
+    dtype = acc_dtype(hidden, weight)
+    return tuple(hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(3))
+
+
+def padded(n: int) -> int:
+    """Tokens that a kept chunk of logits has room for."""
+    return (n + 15) // 16 * 16
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor,
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_tokens(labels, temperature, weight.shape[0], ignore_index)
+    out = [t.zero_() for t in statistics_like(hidden, weight)]
+    active = (labels != ignore_index).nonzero()[:, 0]
+    for rows in active.split(chunk_rows(weight.shape[0], out[0].dtype, chunk_bytes)):
+        chunk = reference.linear_logprobs(
+            hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap
+        )
+        for total, part in zip(out, chunk, strict=True):
+            total[rows] = part
+    return tuple(out)
+
+
+def linear_logprobs_backward(
+    dlogprobs: Tensor,
+    dentropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor,
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_bytes: int,
+    lse: Tensor,
+    entropy: Tensor,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = acc_dtype(hidden, weight)
+    dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+    dweight = weight.new_zeros(weight.shape if need_dweight else 0, dtype=dtype)
+    dbias = weight.new_zeros(weight.shape[0] if need_dbias else 0, dtype=dtype)
+    live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
+    for rows in live.nonzero()[:, 0].split(chunk_rows(weight.shape[0], dtype, chunk_bytes)):
+        dhidden[rows] = _chunk_gradients(
+            dlogprobs[rows],
+            dentropy[rows],
+            (hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap),
+            entropy[rows],
+            dweight,
+            dbias,
+        )
+    return (
+        dhidden if need_dhidden else hidden.new_empty(0),
+        dweight.to(weight.dtype),
+        dbias.to(bias.dtype) if need_dbias else dbias.to(weight.dtype),
+    )
+
+
+def _softmax_gradient(
+    z: Tensor, labels: Tensor, entropy: Tensor, dlogprobs: Tensor, dentropy: Tensor
+) -> Tensor:
+    """dz [N, V] = dlogprobs (1[label] - p) - dentropy p (log p + entropy)."""
+    logp = torch.log_softmax(z, dim=-1)
+    p = logp.exp()
+    # A token with p = 0 has no gradient, also where its log p is -inf.
+    surprise = logp.masked_fill(logp == -torch.inf, 0.0) + entropy[:, None]
+    dz = -p * (dlogprobs[:, None] + dentropy[:, None] * surprise)
+    return dz.scatter_add(-1, labels[:, None], dlogprobs[:, None])
+
+
+def _chunk_gradients(
+    dlogprobs: Tensor,
+    dentropy: Tensor,
+    args: tuple,
+    entropy: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+) -> Tensor:
+    """dhidden of a chunk, its logits computed again; adds to dweight and dbias."""
+    hidden, weight, _, labels, temperature, scale, softcap = args
+    z = reference.logits(*args[:3], temperature, scale, softcap)
+    draw = _softmax_gradient(z, labels, entropy, dlogprobs, dentropy)
+    if softcap:
+        draw = draw * (1 - (z * temperature[:, None] / softcap) ** 2)
+    draw = draw * (scale / temperature[:, None])
+    if dweight.numel():
+        dweight += draw.T @ hidden.to(draw.dtype)
+    if dbias.numel():
+        dbias += draw.sum(0)
+    return (draw @ weight.to(draw.dtype)).to(hidden.dtype)
+
+
+def linear_logprobs_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z = reference.logits(hidden, weight, bias, temperature, scale, softcap)
+    kept = z.new_zeros(weight.shape[0] * padded(hidden.shape[0]))
+    return (*reference.statistics(z, labels), kept)
+
+
+def linear_logprobs_chunk_backward(
+    z: Tensor,
+    dlogprobs: Tensor,
+    dentropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor,
+    scale: float,
+    softcap: float,
+    lse: Tensor,
+    entropy: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    accumulate: bool,
+) -> Tensor:
+    if not accumulate:
+        dweight.zero_()
+        dbias.zero_()
+    args = (hidden, weight, bias, labels, temperature, scale, softcap)
+    return _chunk_gradients(dlogprobs, dentropy, args, entropy, dweight, dbias)
+
+
+def logits_logprobs(
+    logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_tokens(labels, temperature, logits.shape[1], ignore_index)
+    out = [t.zero_() for t in statistics_like(logits, logits)]
+    rows = (labels != ignore_index).nonzero()[:, 0]
+    chunk = reference.logits_logprobs(logits[rows], labels[rows], temperature[rows])
+    for total, part in zip(out, chunk, strict=True):
+        total[rows] = part
+    return tuple(out)
+
+
+def logits_logprobs_backward(
+    dlogprobs: Tensor,
+    dentropy: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    ignore_index: int,
+    lse: Tensor,
+    entropy: Tensor,
+) -> Tensor:
+    dlogits = logits.new_zeros(logits.shape)
+    live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
+    rows = live.nonzero()[:, 0]
+    t = temperature[rows, None]
+    upstream = (entropy[rows], dlogprobs[rows], dentropy[rows])
+    dz = _softmax_gradient(logits[rows].to(t.dtype) / t, labels[rows], *upstream)
+    dlogits[rows] = (dz / t).to(logits.dtype)
+    return dlogits
+
+
+def kl(d: Tensor, value_kind: int, slope_kind: int) -> tuple[Tensor, Tensor]:
+    return reference.kl(d, value_kind).clone(), reference.kl_slope(d, slope_kind).clone()

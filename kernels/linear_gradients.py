@@ -1,0 +1,118 @@
+"""Gradients of the linear head: products of whole chunks, around the row kernel of logprobs.py.
+
+    draw    = the gradient of hidden . weight^T, from logprobs.bwd
+    dhidden = draw weight      dweight = draw^T hidden      dbias = sum_n draw
+
+The vendor's library forms these products as fast as the chip can. `bwd` walks the vocabulary for
+all tokens and writes each row of dweight once: 8 NHV with the forward pass. `chunk_bwd` takes the
+logits that a chunk of tokens already has: 6 NHV.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import logprobs
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b with fp32 accumulators and an fp32 result, whatever the operands."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    if out is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in fp32."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+def bwd(
+    dlogprobs: Tensor,  # [N] fp32
+    dentropy: Tensor,  # [N] fp32
+    hidden: Tensor,  # [N, H], the dtype of weight
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [N] int64
+    temperature: Tensor,  # [N] fp32
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_bytes: int,
+    lse: Tensor,  # [N] fp32
+    entropy: Tensor,  # [N] fp32
+    needs: tuple[bool, bool, bool],  # dhidden, dweight, dbias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dhidden [N, H] fp32, dweight [V, H] in the dtype of weight, dbias [V] fp32.
+
+    Chunks of the vocabulary for all tokens: a row of dweight is one product, rounded once.
+    """
+    (N, H), V = hidden.shape, weight.shape[0]
+    dhidden = hidden.new_zeros(N, H, dtype=torch.float32) if needs[0] else None
+    dweight = torch.empty(V, H, dtype=weight.dtype, device=weight.device) if needs[1] else None
+    dbias = hidden.new_empty(V, dtype=torch.float32) if needs[2] else None
+    # fp32 logits, and their gradient in the dtype of the products.
+    bytes_per_logit = 4 if hidden.dtype == torch.float32 else 4 + hidden.element_size()
+    columns = max(128, chunk_bytes // (max(N, 1) * bytes_per_logit) // 128 * 128)
+    for v0 in range(0, V, columns):
+        v1 = min(v0 + columns, V)
+        draw = logits_gradient(
+            (dlogprobs, dentropy),
+            product(hidden, weight[v0:v1].T),
+            (None if bias is None else bias[v0:v1], labels, temperature, scale, softcap),
+            (ignore_index, lse, entropy),
+            hidden.dtype,
+            v0,
+        )
+        if needs[0]:
+            add_product_(dhidden, draw, weight[v0:v1])
+        if needs[1]:
+            torch.mm(draw.T, hidden, out=dweight[v0:v1])
+        if needs[2]:
+            torch.sum(draw, 0, dtype=torch.float32, out=dbias[v0:v1])
+    return dhidden, dweight, dbias
+
+
+def logits_gradient(
+    upstream: tuple[Tensor, Tensor],
+    raw: Tensor,  # [N, columns] fp32, overwritten where the result is fp32
+    transform: tuple[Tensor | None, Tensor, Tensor, float, float],
+    known: tuple[int, Tensor, Tensor],
+    dtype: torch.dtype,
+    first_column: int = 0,
+) -> Tensor:
+    """The gradient of raw logits, in the dtype that the products take."""
+    draw = raw if dtype == torch.float32 else torch.empty_like(raw, dtype=dtype)
+    logprobs.bwd(*upstream, raw, *transform, *known, draw, first_column)
+    return draw
+
+
+def chunk_bwd(
+    upstream: tuple[Tensor, Tensor],
+    raw: Tensor,  # [N, V] fp32, consumed
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H], the dtype of hidden
+    transform: tuple[Tensor | None, Tensor, Tensor, float, float],
+    known: tuple[int, Tensor, Tensor],
+    dweight: Tensor | None,  # [V, H], written or added to
+    dbias: Tensor | None,  # [V], written or added to
+    accumulate: bool,
+) -> Tensor:  # [N, H] in the dtype of hidden
+    """dhidden of a chunk of tokens; its share of dweight and dbias."""
+    draw = logits_gradient(upstream, raw, transform, known, hidden.dtype)
+    if dweight is not None and accumulate:
+        add_product_(dweight, draw.T, hidden)
+    elif dweight is not None and dweight.dtype == hidden.dtype:
+        torch.mm(draw.T, hidden, out=dweight)
+    elif dweight is not None:
+        dweight.copy_(product(draw.T, hidden))
+    if dbias is not None:
+        share = torch.sum(draw, 0, dtype=torch.float32)
+        dbias.copy_(dbias + share if accumulate else share)
+    return draw @ weight

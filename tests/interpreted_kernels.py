@@ -1,0 +1,274 @@
+"""The Triton kernels and their drivers in the interpreter, against the reference in float64.
+
+test_kernels.py runs this file in a process of its own: TRITON_INTERPRET must be set before anyone
+imports triton. Products of the vendor's library become float32 products of torch on the CPU.
+"""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
+
+from fused_rl.kernels import kl as kl_kernel
+from fused_rl.kernels import linear_gradients, linear_logprobs, logprobs
+
+from fused_rl import ops_cuda, reference
+
+DEVICE = linear_logprobs.Device(multiprocessors=2, major=0, interpreted=True)
+SMALL = linear_logprobs.Config(16, 32, 16, 4, 2, False)
+
+
+@pytest.fixture(autouse=True)
+def small_and_on_cpu(monkeypatch):
+    """Tiles that give several blocks at small sizes; products that a CPU has."""
+
+    def product(a, b, out=None):
+        result = a.float() @ b.float()
+        return result if out is None else out.copy_(result)
+
+    def add_product_(total, a, b):
+        total += a.float() @ b.float()
+
+    monkeypatch.setattr(linear_gradients, "product", product)
+    monkeypatch.setattr(linear_logprobs, "product", product)
+    monkeypatch.setattr(linear_gradients, "add_product_", add_product_)
+    monkeypatch.setattr(linear_logprobs, "TILE", (24, 40))
+    monkeypatch.setattr(logprobs, "BLOCK_V", 64)
+    monkeypatch.setitem(linear_logprobs.CONFIGS, 0, [SMALL])
+    torch.manual_seed(0)
+
+
+class Case:
+    def __init__(self, N=37, H=19, V=130, dtype=torch.float32, transform=True, ignored=True):
+        self.hidden = torch.randn(N, H).to(dtype)
+        self.weight = torch.randn(V, H).to(dtype)
+        self.bias = torch.randn(V) if transform else None
+        self.labels = torch.randint(0, V, (N,))
+        if ignored and N > 3:
+            self.labels[1::4] = -100
+        self.temperature = torch.rand(N) + 0.5 if transform else torch.ones(N)
+        self.scale, self.softcap = (0.7, 5.0) if transform else (1.0, 0.0)
+        self.dlogprobs, self.dentropy = torch.randn(N), torch.randn(N)
+        self.dlogprobs[2::5] = 0
+        self.dentropy[2::5] = 0
+
+    @property
+    def args(self):
+        tokens = (self.hidden, self.weight, self.bias, self.labels, self.temperature)
+        return (*tokens, self.scale, self.softcap)
+
+    def exact(self):
+        """Statistics and gradients in float64, zeros for ignored tokens."""
+        leaves = [t.double().requires_grad_() for t in (self.hidden, self.weight)]
+        bias = None if self.bias is None else self.bias.double().requires_grad_()
+        live = self.labels != -100
+        tokens = (self.labels[live], self.temperature[live].double())
+        stats = reference.linear_logprobs(
+            leaves[0][live], leaves[1], bias, *tokens, self.scale, self.softcap
+        )
+        objective = (stats[0] * self.dlogprobs[live]).sum() + (stats[1] * self.dentropy[live]).sum()
+        wanted = [*leaves, *([] if bias is None else [bias])]
+        grads = torch.autograd.grad(objective, wanted)
+        full = [torch.zeros(len(self.labels), dtype=torch.float64) for _ in range(3)]
+        for to, part in zip(full, stats, strict=True):
+            to[live] = part.detach()
+        return full, grads
+
+
+def close(ours, exact, budget):
+    assert (ours.double() - exact).norm() <= budget * exact.norm().clamp_min(1e-6)
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+GRADIENT_BUDGET = {torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transform", [False, True])
+@pytest.mark.parametrize("way", ["fused", "fused tma", "tiled"])
+def test_statistics_from_hidden_states(dtype, transform, way, monkeypatch):
+    monkeypatch.setattr(linear_logprobs, "FUSED_ROWS", 0 if way == "tiled" else 10**9)
+    tma = way == "fused tma"
+    monkeypatch.setitem(linear_logprobs.CONFIGS, 0, [SMALL._replace(tma=tma), SMALL])
+    case = Case(H=24, dtype=dtype, transform=transform)
+    exact, _ = case.exact()
+    stats = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    for ours, true in zip(stats, exact, strict=True):
+        torch.testing.assert_close(ours.double(), true, atol=2e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("N", "H", "V"), [(1, 1, 1), (1, 16, 33), (17, 7, 65), (16, 33, 31)])
+@pytest.mark.parametrize("fused_rows", [0, 10**9])
+def test_ragged_sizes(N, H, V, fused_rows, monkeypatch):
+    monkeypatch.setattr(linear_logprobs, "FUSED_ROWS", fused_rows)
+    case = Case(N, H, V)
+    exact, _ = case.exact()
+    stats = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    for ours, true in zip(stats, exact, strict=True):
+        torch.testing.assert_close(ours.double(), true, atol=2e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transform", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [1, 2**20])
+def test_gradients_in_two_passes(dtype, transform, chunk_bytes):
+    case = Case(dtype=dtype, transform=transform)
+    _, exact = case.exact()
+    _, entropy, lse = ops_cuda.linear_logprobs(*case.args, -100, chunk_bytes, DEVICE)
+    grads = ops_cuda.linear_logprobs_backward(
+        *(case.dlogprobs, case.dentropy, *case.args, -100, chunk_bytes, lse, entropy),
+        *(True, True, transform, DEVICE),
+    )
+    for ours, true in zip(grads, exact, strict=False):
+        close(ours, true, GRADIENT_BUDGET[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_gradients_of_a_chunk_in_one_pass(dtype, accumulate):
+    case = Case(dtype=dtype, ignored=False)
+    _, exact = case.exact()
+    _, entropy, lse, z = ops_cuda.linear_logprobs_chunk(*case.args, DEVICE)
+    of_sum = torch.float32 if accumulate else dtype
+    dweight = torch.full(case.weight.shape, 2.0 if accumulate else float("nan"), dtype=of_sum)
+    dbias = torch.full(case.bias.shape, 2.0 if accumulate else float("nan"))
+    dhidden = ops_cuda.linear_logprobs_chunk_backward(
+        *(z, case.dlogprobs, case.dentropy, *case.args, lse, entropy),
+        *(dweight, dbias, accumulate, DEVICE),
+    )
+    offset = 2.0 if accumulate else 0.0
+    for ours, true in zip((dhidden, dweight - offset, dbias - offset), exact, strict=True):
+        close(ours, true, GRADIENT_BUDGET[dtype])
+
+
+def test_tiny_upstream_gradients_survive_float16():
+    case = Case(dtype=torch.float16, transform=False)
+    case.dlogprobs, case.dentropy = case.dlogprobs * 1e-7, case.dentropy * 1e-7
+    _, exact = case.exact()
+    _, entropy, lse = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    case.hidden = case.hidden.float()  # only the results would underflow in float16
+    grads = ops_cuda.linear_logprobs_backward(
+        *(case.dlogprobs, case.dentropy, *case.args, -100, 2**20, lse, entropy),
+        *(True, False, False, DEVICE),
+    )
+    close(grads[0], exact[0], GRADIENT_BUDGET[torch.float16])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+def test_rows_of_logits(dtype, multiprocessors):
+    logits = (torch.randn(9, 150) * 4).to(dtype)
+    labels = torch.randint(0, 150, (9,))
+    labels[4] = -100
+    temperature = torch.rand(9) + 0.5
+    device = DEVICE._replace(multiprocessors=multiprocessors)
+    logprobs_, entropy, lse = ops_cuda.logits_logprobs(logits, labels, temperature, -100, device)
+    live = labels != -100
+    leaf = logits.double().requires_grad_()
+    exact = reference.logits_logprobs(leaf[live], labels[live], temperature[live].double())
+    for ours, true in zip((logprobs_, entropy, lse), exact, strict=True):
+        torch.testing.assert_close(ours[live].double(), true.detach(), atol=1e-5, rtol=2e-6)
+        assert ours[4] == 0
+    g, h = torch.randn(9), torch.randn(9)
+    got = ops_cuda.logits_logprobs_backward(
+        g, h, logits, labels, temperature, -100, lse, entropy, device
+    )
+    (true,) = torch.autograd.grad((exact[0] * g[live]).sum() + (exact[1] * h[live]).sum(), leaf)
+    close(got, true, GRADIENT_BUDGET[dtype])
+    assert got.dtype == dtype
+    assert (got[4] == 0).all()
+
+
+def test_minus_infinity_columns_and_rows():
+    logits = torch.randn(3, 100)
+    logits[0, 7:60] = -torch.inf
+    logits[1] = -torch.inf
+    labels = torch.tensor([0, 0, 0])
+    out = ops_cuda.logits_logprobs(logits, labels, torch.ones(3), -100, DEVICE)
+    exact = reference.logits_logprobs(logits.double(), labels, torch.ones(3).double())
+    for ours, true in zip(out, exact, strict=True):
+        torch.testing.assert_close(ours[[0, 2]].double(), true[[0, 2]], atol=1e-6, rtol=1e-6)
+    assert out[0][1].isnan() and out[1][1].isnan()
+    got = ops_cuda.logits_logprobs_backward(
+        torch.ones(3), torch.ones(3), logits, labels, torch.ones(3), -100, *out[:0:-1], DEVICE
+    )
+    assert got[[0, 2]].isfinite().all()
+    assert (got[0, 7:60] == 0).all()
+
+
+@pytest.mark.parametrize("fused_rows", [0, 10**9])
+def test_a_nan_row_poisons_itself_alone(fused_rows, monkeypatch):
+    monkeypatch.setattr(linear_logprobs, "FUSED_ROWS", fused_rows)
+    case = Case(ignored=False)
+    clean = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    case.hidden[5] = float("nan")
+    dirty = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    others = torch.arange(37) != 5
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a[others], b[others])
+        assert b[5].isnan()
+
+
+def test_a_nan_at_an_ignored_row_reaches_nothing():
+    case = Case()
+    case.hidden[1] = float("nan")
+    assert case.labels[1] == -100
+    _, entropy, lse = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    grads = ops_cuda.linear_logprobs_backward(
+        *(case.dlogprobs, case.dentropy, *case.args, -100, 2**20, lse, entropy),
+        *(True, True, True, DEVICE),
+    )
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_a_label_outside_the_vocabulary_is_nan_for_that_token():
+    case = Case(ignored=False)
+    case.labels[3], case.labels[8] = 130, -1
+    logprobs_, entropy, _ = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    wrong = torch.zeros(37, dtype=torch.bool)
+    wrong[[3, 8]] = True
+    assert logprobs_[wrong].isnan().all()
+    assert logprobs_[~wrong].isfinite().all()
+    assert entropy.isfinite().all()
+
+
+def test_offsets_beyond_two_to_the_31():
+    """A row stride so large that a 32-bit product with the row would wrap; the rows overlap not."""
+    stride = 2**30 + 64
+    # Only the pages that are touched take memory.
+    storage = torch.empty(2 * stride + 64, dtype=torch.bfloat16)
+    logits = storage.as_strided((3, 64), (stride, 1))
+    values = torch.randn(3, 64).to(torch.bfloat16)
+    logits.copy_(values)
+    labels = torch.tensor([3, 5, 7])
+    out = ops_cuda.logits_logprobs(logits, labels, torch.ones(3), -100, DEVICE)
+    exact = reference.logits_logprobs(values.double(), labels, torch.ones(3).double())
+    torch.testing.assert_close(out[0].double(), exact[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [1, 2, 3, 4])
+def test_kl_values_and_slopes(dtype, kind):
+    small = torch.logspace(-6, 0, 60)
+    d = torch.cat([torch.linspace(-30, 30, 301), small, -small, torch.tensor([0.0, 200.0, -200.0])])
+    d = d.to(dtype)
+    budget = 5e-6 if dtype == torch.float32 else 1e-9
+    value, slope = kl_kernel.fwd(d, kind, kind)
+    # Exact enough to judge by: expm1(-d) + d cancels below 1e-4 even in float64.
+    exact = reference.kl(d.double(), kind)
+    if kind == 3:
+        x = -d.double()
+        tail = x**2 / 2 + x**3 / 6 + x**4 / 24 + x**5 / 120
+        exact = torch.where(x.abs() < 1e-3, tail, exact)
+        assert (value >= 0).all()
+    torch.testing.assert_close(value.double(), exact, atol=0.0, rtol=budget)
+    exact_slope = reference.kl_slope(d.double(), kind)
+    torch.testing.assert_close(slope.double(), exact_slope, atol=0.0, rtol=budget)
+    other, slope_of_k2 = kl_kernel.fwd(d, kind, 2)
+    assert torch.equal(other, value)
+    assert torch.equal(slope_of_k2, d)
+    assert kl_kernel.fwd(torch.tensor([float("nan")]), kind, 2)[0].isnan().all()
+    assert kl_kernel.fwd(torch.empty(0), kind, kind)[0].shape == (0,)

@@ -1,0 +1,127 @@
+"""The ops on a CUDA device, through the public functions; skipped where there is none."""
+
+import pytest
+import torch
+
+import fused_rl
+from fused_rl import TokenBatch, linear_logprobs, linear_policy_loss, logprobs_from_logits, ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+BUDGET = {
+    torch.float64: 1e-11,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.5e-2,
+}
+
+
+def build(dtype, device, N=130, H=72, V=1003, trained=True):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, H).to(dtype), torch.randn(V, H).to(dtype)
+    labels = torch.randint(0, V, (N,)).where(torch.rand(N) < 0.8, -100)
+    hidden = hidden.to(device).requires_grad_()
+    return hidden, weight.to(device).requires_grad_(trained), labels.to(device)
+
+
+def relative(ours, exact) -> float:
+    exact = exact.double().cpu()
+    return ((ours.double().cpu() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [1, 130, 700])
+@pytest.mark.parametrize("trained", [True, False])
+def test_linear_logprobs_agrees_with_the_cpu_in_float64(dtype, N, trained):
+    hidden, weight, labels = build(dtype, "cuda", N, trained=trained)
+    h, w = hidden.detach().double().cpu().requires_grad_(), weight.detach().double().cpu()
+    w.requires_grad_(trained)
+    exact = linear_logprobs(h, w, labels.cpu())
+    ours = linear_logprobs(hidden, weight, labels)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, atol=2e-5, rtol=2e-6)
+    leaves = [(hidden, h), (weight, w)] if trained else [(hidden, h)]
+    for stat in range(2):
+        got = torch.autograd.grad(ours[stat].sum(), [a for a, _ in leaves], retain_graph=True)
+        true = torch.autograd.grad(exact[stat].sum(), [b for _, b in leaves], retain_graph=True)
+        for a, b in zip(got, true, strict=True):
+            assert relative(a, b) < BUDGET[dtype] or b.norm() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logprobs_from_logits_agree(dtype):
+    logits = torch.randn(40, 5000).to(dtype).cuda().requires_grad_()
+    labels = torch.randint(0, 5000, (40,)).cuda()
+    leaf = logits.detach().double().cpu().requires_grad_()
+    exact = logprobs_from_logits(leaf, labels.cpu())
+    ours = logprobs_from_logits(logits, labels)
+    (a,) = torch.autograd.grad(ours.logprobs.sum() + ours.entropy.sum(), logits)
+    (b,) = torch.autograd.grad(exact.logprobs.sum() + exact.entropy.sum(), leaf)
+    torch.testing.assert_close(ours.logprobs.double().cpu(), exact.logprobs, atol=2e-5, rtol=2e-6)
+    assert relative(a, b) < BUDGET[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_bytes", [None, 64 * 1003 * 4])
+def test_the_one_pass_loss_agrees(dtype, chunk_bytes):
+    def run(device, dtype):
+        hidden, weight, labels = build(dtype, device, N=128)
+        shape = (8, 16)
+        mask = (labels != -100).reshape(shape)
+        advantages = torch.linspace(-1, 1, 8, device=device)
+        batch = TokenBatch.padded(labels.reshape(shape), mask, advantages)
+        shaped = hidden.reshape(*shape, -1)
+        loss = fused_rl.grpo(entropy_coef=0.01)
+        output = linear_policy_loss(shaped, weight, batch, loss, chunk_bytes=chunk_bytes)
+        return output.loss.detach(), *torch.autograd.grad(output.loss, (hidden, weight))
+
+    wide = torch.float64
+    exact, ours = run("cpu", wide), run("cuda", dtype)
+    for a, b in zip(ours[1:], exact[1:], strict=True):
+        # The inputs were rounded to dtype before; the loss of precision is theirs.
+        assert relative(a, b) < 4 * BUDGET[dtype] + 2e-2 * (dtype != wide)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_on_cuda(dtype):
+    hidden, weight, labels = build(dtype, "cuda", N=20)
+    temperature = torch.ones(20, device="cuda")
+    args = (hidden, weight, None, labels, temperature, 1.0, 0.0, -100, 2**20)
+    torch.library.opcheck(ops.linear_logprobs, args)
+
+
+def test_same_bits_from_run_to_run():
+    hidden, weight, labels = build(torch.bfloat16, "cuda")
+    runs = []
+    for _ in range(2):
+        stats = linear_logprobs(hidden, weight, labels)
+        runs.append([*stats, *torch.autograd.grad(stats.logprobs.sum(), (hidden, weight))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_label_outside_the_vocabulary_is_nan():
+    hidden, weight, labels = build(torch.bfloat16, "cuda")
+    labels[0] = 1003
+    assert linear_logprobs(hidden, weight, labels).logprobs[0].isnan()
+
+
+def test_the_forward_can_be_captured_in_a_graph():
+    hidden, weight, labels = build(torch.bfloat16, "cuda")
+    labels = labels.clamp(min=0)
+    with torch.no_grad():
+        expected = linear_logprobs(hidden, weight, labels)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = linear_logprobs(hidden, weight, labels)
+        graph.replay()
+    torch.testing.assert_close(captured.logprobs, expected.logprobs)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_tensor_on_another_device_than_the_current_one():
+    hidden, weight, labels = build(torch.bfloat16, "cuda:1")
+    stats = linear_logprobs(hidden, weight, labels)
+    assert stats.logprobs.device.index == 1
