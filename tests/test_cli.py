@@ -1,0 +1,93 @@
+"""The command line."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fused_rl
+from fused_rl import cli
+
+
+def test_doctor_names_every_backend_and_version(capsys):
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for backend in fused_rl.backends():
+        assert backend.device in printed and backend.kernel in printed and backend.note in printed
+    assert fused_rl.__version__ in printed and torch.__version__ in printed
+    assert f"threads       {torch.get_num_threads()}\n" in printed
+
+
+def test_doctor_says_what_is_not_installed(capsys, monkeypatch):
+    def version(name):
+        raise cli.PackageNotFoundError(name)
+
+    monkeypatch.setattr(cli, "version", version)
+    assert cli.main(["doctor"]) == 0
+    assert "transformers  not installed\n" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"fused-rl {fused_rl.__version__}\n"
+
+
+def test_demo_without_its_extra(capsys, monkeypatch):
+    def find_spec(name, original=importlib.util.find_spec):
+        return None if name in ("rich", "matplotlib") else original(name)
+
+    monkeypatch.setattr(cli, "find_spec", find_spec)
+    assert cli.main(["demo"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "rich, matplotlib" in error and 'pip install "fused-rl[demo]"' in error
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--steps", "0"], "must be positive, got 0"),
+        (["--beta", "-1"], "not negative, got -1"),
+        (["--beta", "nan"], "not negative, got nan"),
+        (["--kl", "k4"], "k4"),
+        (["--kl-grad", "k4"], "k4"),
+    ],
+)
+def test_wrong_options(options, complaint, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["demo", *options])
+    assert exit_.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_demo_on_a_model_that_is_not_there(capsys, tmp_path):
+    pytest.importorskip("fused_rl.demo", exc_type=ImportError)
+    assert cli.main(["demo", "--model", str(tmp_path / "nowhere")]) == 2
+    assert "must be a directory" in capsys.readouterr().err
+
+
+def test_options_reach_the_demo_and_defaults_are_its_own(monkeypatch):
+    demo = pytest.importorskip("fused_rl.demo", exc_type=ImportError)
+    configs = []
+    monkeypatch.setattr(demo, "run", lambda config: configs.append(config) or 0)
+    assert cli.main(["demo"]) == 0
+    options = "--steps 7 --seed 3 --beta 0.5 --kl k1 --kl-grad k2 --out there --model here"
+    assert cli.main(["demo", *options.split()]) == 0
+    assert configs == [
+        demo.DemoConfig(),
+        demo.DemoConfig(7, 3, 0.5, "k1", "k2", "there", "here"),
+    ]
+
+
+def test_import_stays_light():
+    code = "import fused_rl.cli, sys, json; print(json.dumps(list(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    heavy = {"transformers", "tokenizers", "rich", "matplotlib", "triton", "fused_rl.demo"}
+    assert heavy & set(json.loads(result.stdout)) == set()

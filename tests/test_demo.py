@@ -1,0 +1,314 @@
+"""The demo: it learns, it repeats itself, and it keeps what it has when it is stopped."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from fused_rl import KL, demo, demo_report
+from fused_rl.demo import DemoConfig
+from fused_rl.demo_task import Problem, UnusableModel, load, reward, sample_problems, start
+
+COMPARISON = {
+    "tokens": 2,
+    "hidden_size": 3,
+    "vocabulary": 5,
+    "dtype": "bfloat16",
+    "ways": {
+        "fused_rl": {"loss": 0.5, "seconds": 0.25, "peak_bytes": 3 * 2**20},
+        "plain torch": {"loss": 0.5, "seconds": 0.5, "peak_bytes": None},
+    },
+}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Three steps of 12 answers; the comparison at a large vocabulary has a test of its own."""
+    monkeypatch.setattr(demo, "compare_loss_steps", lambda: COMPARISON)
+    return DemoConfig(steps=3, prompts=3, group_size=4, out=str(tmp_path / "out"))
+
+
+def log_of(config):
+    with open(f"{config.out}/log.json") as file:
+        return json.load(file)
+
+
+def rewards_of(config):
+    return [record["reward"] for record in log_of(config)["steps"]]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model directory, as a user would have one."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(5)
+    for part in start(None, 1.0):
+        part.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("1 1 3 4", 1.0),
+        ("  1 1\n3 4 ", 1.0),
+        ("1 1 4 3", 0.5),
+        ("3 1 4 1", 0.25),
+        ("1 1 3", 0.75),
+        ("1 1 3 4 4", 0.8),
+        ("1 1 3 4 <pad>", 0.8),
+        ("1134", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_reward_by_hand(completion, expected):
+    assert reward(Problem((3, 1, 4, 1)), completion) == expected
+
+
+def test_problem_by_hand():
+    problem = Problem((3, 1, 4, 1))
+    assert (problem.prompt, problem.answer) == ("Sort 3 1 4 1:", "1 1 3 4")
+
+
+def test_problems_repeat_with_their_generator():
+    first, second = (sample_problems(8, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert first == second
+    assert {digit for p in first for digit in p.digits} <= set(range(10))
+
+
+def test_tokenizer_has_one_token_per_word_and_comes_back():
+    _, tokenizer = start(None, 1.0)
+    ids = tokenizer("Sort 3 1 4 1:").input_ids
+    assert len(ids) == 6
+    assert tokenizer.decode(ids) == "Sort 3 1 4 1 :"
+
+
+def test_rollout_ends_at_the_first_end_of_sequence(config):
+    torch.manual_seed(0)
+    model, tokenizer = start(None, 1.0)
+    problems = sample_problems(64, torch.Generator().manual_seed(0))
+    rollout = demo.sample(model, tokenizer, problems)
+    for labels, mask, problem, r in zip(
+        rollout.labels.tolist(), rollout.loss_mask.tolist(), problems, rollout.rewards, strict=True
+    ):
+        ends = [i for i, token in enumerate(labels) if token == tokenizer.eos_token_id]
+        length = ends[0] + 1 if ends else len(labels)
+        assert mask == [i < length for i in range(len(labels))]
+        answer = labels[: ends[0]] if ends else labels
+        assert float(r) == pytest.approx(reward(problem, tokenizer.decode(answer)))
+    assert 0 < rollout.loss_mask.float().mean() < 1
+
+
+def test_answer_logprobs_are_those_of_the_models_own_logits(config):
+    torch.manual_seed(0)
+    model, tokenizer = start(None, 1.0)
+    problems = sample_problems(16, torch.Generator().manual_seed(0))
+    rollout = demo.sample(model, tokenizer, problems)
+    logits = model(rollout.sequences, attention_mask=rollout.attention_mask).logits[:, 5:-1]
+    expected = torch.log_softmax(logits.double() / 0.7, -1)
+    expected = expected.gather(-1, rollout.labels[..., None])[..., 0].where(rollout.loss_mask, 0.0)
+    actual = demo.answer_logprobs(model, rollout, 0.7).where(rollout.loss_mask, 0.0)
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_padding_on_the_left_changes_no_logprob():
+    """Prompts of different lengths: the shorter one as it would be by itself."""
+    torch.manual_seed(0)
+    model, tokenizer = start(None, 1.0)
+    problems = [Problem((3, 1)), Problem((3, 1, 4, 1))]
+    both = demo.sample(model, tokenizer, problems)
+    assert both.attention_mask[0, :6].tolist() == [0, 0, 1, 1, 1, 1]
+    alone = replace(both, sequences=both.sequences[:1, 2:], labels=both.labels[:1])
+    alone = replace(alone, attention_mask=both.attention_mask[:1, 2:])
+    torch.testing.assert_close(
+        demo.answer_logprobs(model, both, 1.0)[:1], demo.answer_logprobs(model, alone, 1.0)
+    )
+
+
+def test_a_run_writes_log_and_figure(config, capsys):
+    assert demo.run(config) == 0
+    log = log_of(config)
+    assert set(log) == {"config", "versions", "interrupted", "summary", "loss_step", "steps"}
+    assert [record["step"] for record in log["steps"]] == [1, 2, 3]
+    assert set(log["steps"][0]) == {
+        *("step", "reward", "solved", "kl", "entropy", "clip_fraction", "loss"),
+        *("tokens", "seconds", "tokens_per_second"),
+    }
+    assert log["config"]["seed"] == 0 and log["versions"]["torch"] == torch.__version__
+    assert log["loss_step"] == COMPARISON and log["interrupted"] is False
+    mean = sum(rewards_of(config)) / 3
+    assert log["summary"]["first_mean_reward"] == pytest.approx(mean)
+    with open(f"{config.out}/curves.png", "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    printed = capsys.readouterr().out
+    assert "250 ms" in printed and "3 MiB" in printed and "n/a" in printed
+
+
+def test_a_seed_repeats_a_run_and_another_does_not(config):
+    runs = []
+    for seed in (1, 1, 2):
+        demo.run(replace(config, seed=seed))
+        runs.append(log_of(config)["steps"])
+    for record in (record for run in runs for record in run):
+        del record["seconds"], record["tokens_per_second"]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_ctrl_c_keeps_what_was_logged(config, monkeypatch, capsys):
+    demo.run(config)
+    whole = rewards_of(config)
+    updates = 0
+
+    def update(*args, original=demo.update):
+        nonlocal updates
+        updates += 1
+        if updates == 2 * config.epochs * config.minibatches + 1:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(demo, "update", update)
+    capsys.readouterr()
+    assert demo.run(config) == 130
+    assert rewards_of(config) == whole[:2]
+    assert log_of(config)["interrupted"] is True
+    assert "Interrupted after 2 of 3 steps" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_the_first_step(config, monkeypatch):
+    def sample(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "sample", sample)
+    assert demo.run(config) == 130
+    assert log_of(config)["steps"] == []
+    assert log_of(config)["summary"]["first_mean_reward"] is None
+
+
+def test_ctrl_c_in_the_comparison_keeps_a_complete_log(config, monkeypatch):
+    def compare():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "compare_loss_steps", compare)
+    assert demo.run(config) == 130
+    assert log_of(config)["interrupted"] is False
+    assert len(rewards_of(config)) == 3
+
+
+@pytest.mark.parametrize("own_model", [False, True])
+def test_the_number_of_threads_comes_back(config, own_model, saved, threads):
+    torch.set_num_threads(3)
+    config = replace(config, steps=1, model=str(saved) if own_model else None)
+    assert demo.run(config) == 0
+    assert log_of(config)["versions"]["threads"] == (3 if own_model else 1)
+    assert torch.get_num_threads() == 3
+
+
+def test_the_estimators_that_were_asked_for():
+    penalty = DemoConfig(beta=0.5, kl="k1", kl_grad="k2").policy_loss().kl
+    assert (penalty.beta, penalty.value, penalty.grad) == (0.5, KL.K1, KL.K2)
+    penalty = DemoConfig(kl="abs").policy_loss().kl
+    assert (penalty.value, penalty.grad) == (KL.ABS, None)
+
+
+def test_learning_rate_by_hand():
+    config = DemoConfig(warmup_steps=20)
+    assert config.learning_rate_at(5) == pytest.approx(1e-4)
+    assert config.learning_rate_at(20) == config.learning_rate_at(400) == 4e-4
+    assert replace(config, model="a directory").learning_rate_at(20) == 1e-5
+
+
+def test_a_model_of_the_users(config, saved):
+    assert demo.run(replace(config, model=str(saved))) == 0
+    assert len(rewards_of(config)) == 3
+    assert log_of(config)["config"]["model"] == str(saved)
+
+
+def test_training_starts_from_the_weights_of_the_directory(saved):
+    torch.manual_seed(5)
+    expected, _ = start(None, 1.0)
+    model, tokenizer = start(saved, 0.5)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), atol=0, rtol=0)
+    assert tokenizer.padding_side == "left" and model.generation_config.temperature == 0.5
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(saved, tmp_path):
+    model, tokenizer = load(saved)
+    tokenizer.pad_token = None
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load(tmp_path)[1].pad_token == "<eos>"
+
+
+def test_unusable_models(saved, tmp_path):
+    with pytest.raises(ValueError, match=r"must be a directory, got .*nowhere"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(UnusableModel, match="has no model"):
+        load(tmp_path)
+    model, tokenizer = load(saved)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnusableModel, match="has no tokenizer"):
+        load(tmp_path)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UnusableModel, match="no end-of-sequence token"):
+        load(tmp_path)
+
+
+def test_an_update_moves_only_towards_better_answers():
+    """The log-probability of an answer with a positive advantage rises, of the other one falls."""
+    torch.manual_seed(0)
+    model, tokenizer = start(None, 1.0)
+    rollout = demo.sample(model, tokenizer, [Problem((3, 1, 4, 1))] * 2)
+    before = demo.answer_logprobs(model, rollout, 1.0)
+    batch = demo.TokenBatch.padded(rollout.labels, rollout.loss_mask, torch.tensor([1.0, -1.0]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = DemoConfig(beta=0.0)
+    demo.update(model, optimizer, rollout, torch.arange(2), batch, config)
+    after = demo.answer_logprobs(model, rollout, 1.0)
+    change = (after - before).where(rollout.loss_mask, 0.0).sum(-1)
+    assert change[0] > 0 > change[1]
+
+
+def test_both_ways_of_the_comparison_give_the_same_loss(monkeypatch):
+    monkeypatch.setattr(demo_report, "DTYPE", torch.float32)
+    fused, plain = (demo_report.loss_step(way, 7, 16, 33)() for way in demo_report.WAYS)
+    assert fused == pytest.approx(plain, abs=1e-6)
+
+
+def test_comparison_runs_in_processes_of_its_own():
+    comparison = demo_report.compare_loss_steps(16, 8, 1000)
+    fused, plain = (comparison["ways"][way] for way in ("fused_rl", "plain torch"))
+    assert comparison["vocabulary"] == 1000
+    assert fused["loss"] == pytest.approx(plain["loss"], abs=0.02)
+    assert fused["seconds"] > 0 and plain["seconds"] > 0
+
+
+def test_running_mean_by_hand():
+    assert demo_report.running_mean([1.0, 2.0, 6.0, 0.0], 1) == pytest.approx([1.5, 3, 8 / 3, 3])
+    assert demo_report.running_mean([1.0, 2.0], 0) == [1.0, 2.0]
+
+
+def test_summary_by_hand():
+    records = [{"reward": float(i), "seconds": 0.5} for i in range(20)]
+    assert demo_report.summarise(records) == {
+        "steps_done": 20,
+        "first_mean_reward": 2.0,
+        "last_mean_reward": 18.5,
+        "seconds": 10.0,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_mean_reward_at_least_triples(config, seed):
+    out = DemoConfig(seed=seed, out=config.out)
+    assert demo.run(out) == 0
+    summary = log_of(out)["summary"]
+    assert summary["last_mean_reward"] >= 3 * summary["first_mean_reward"]
+    assert summary["last_mean_reward"] >= 0.8
