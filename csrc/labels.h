@@ -29,20 +29,22 @@ inline void check_temperature(double temperature, int64_t n) {
                     ", and a temperature must be positive");
 }
 
+// lse is kept in double whatever T: its rounding would be a relative error of every p of the row.
 template <class T>
 struct Statistics {
-  T logprob, entropy, lse;
+  T logprob, entropy;
+  double lse;
 };
 
 // sum = sum_v exp(z - max), moment = sum_v exp(z - max) (z - max). A row of nothing but -inf has no
 // distribution: NaN, as in torch.
 template <class T>
-Statistics<T> finish(T max, T sum, T moment, T label_logit) {
-  const T log_sum = std::log(sum);
-  const T entropy = max == -std::numeric_limits<T>::infinity()
-                        ? std::numeric_limits<T>::quiet_NaN()
-                        : log_sum - moment / sum;
-  return {(label_logit - max) - log_sum, entropy, max + log_sum};
+Statistics<T> finish(double max, double sum, double moment, double label_logit) {
+  const double log_sum = std::log(sum);
+  const double entropy = max == -std::numeric_limits<double>::infinity()
+                             ? std::numeric_limits<double>::quiet_NaN()
+                             : log_sum - moment / sum;
+  return {T((label_logit - max) - log_sum), T(entropy), max + log_sum};
 }
 
 }  // namespace fused_rl

@@ -163,8 +163,9 @@ struct Pass {
       const int64_t line = p.labels[n0 + n] - v0;
       if (line >= 0 && line < rows) label_term[n] = label_gradient(n0 + n, z[line * width + n]);
     }
-    const Upstream<A> here{up.lse + n0,       up.entropy + n0,         up.dlogprobs + n0,
-                           up.dentropy + n0, up.inv_temperature + n0, up.has_dentropy};
+    const Upstream<A> here{up.lse + n0,       up.lse_low + n0,  up.entropy + n0,
+                           up.dlogprobs + n0, up.dentropy + n0, up.inv_temperature + n0,
+                           up.has_dentropy};
     loops<A>().gradient(z, rows, width, width, here, p.transform, target, ld_target);
     for (int64_t n = 0; n < width; ++n) {
       const int64_t line = p.labels[n0 + n] - v0;

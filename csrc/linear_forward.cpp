@@ -52,7 +52,7 @@ TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept) {
     }
   });
 
-  TokenStatistics<T> out{std::vector<A>(p.N), std::vector<A>(p.N), std::vector<A>(p.N)};
+  TokenStatistics<T> out{std::vector<A>(p.N), std::vector<A>(p.N), std::vector<double>(p.N)};
   for (int64_t n = 0; n < p.N; ++n) {
     A max = -std::numeric_limits<A>::infinity();
     for (int64_t s = 0; s < slabs; ++s) max = std::max(max, state[s * 3 * p.padded + n]);
@@ -66,7 +66,7 @@ TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept) {
       sum += factor * double(slab[p.padded]);
       moment += factor * (double(slab[2 * p.padded]) + shift * double(slab[p.padded]));
     }
-    const Statistics<A> s = finish<A>(max, A(sum), A(moment), at_label[n]);
+    const Statistics<A> s = finish<A>(max, sum, moment, at_label[n]);
     out.logprobs[n] = s.logprob;
     out.entropy[n] = s.entropy;
     out.lse[n] = s.lse;

@@ -110,8 +110,13 @@ static Tensors3 linear_logprobs(const at::Tensor& hidden, const at::Tensor& weig
 // The per-token inputs of a backward pass, gathered and padded.
 template <class A>
 struct Gathered {
-  std::vector<A> lse, entropy, dlogprobs, dentropy;
+  std::vector<A> lse, lse_low, entropy, dlogprobs, dentropy;
   bool has_dentropy = false;
+
+  Upstream<A> upstream(const std::vector<A>& inv_temperature) const {
+    return {lse.data(),       lse_low.data(),  entropy.data(),        dlogprobs.data(),
+            dentropy.data(), inv_temperature.data(), has_dentropy};
+  }
 };
 
 template <class A>
@@ -125,7 +130,11 @@ static Gathered<A> gather_upstream(const at::Tensor& lse, const at::Tensor& entr
     for (size_t i = 0; i < rows.size(); ++i) to[i] = from.const_data_ptr<A>()[rows[i]];
     return to;
   };
-  Gathered<A> g{take(lse), take(entropy), take(dlogprobs), take(dentropy)};
+  Gathered<A> g{take(lse), std::vector<A>(padded), take(entropy), take(dlogprobs), take(dentropy)};
+  const at::Tensor exact = lse.to(at::kDouble).contiguous();
+  for (size_t i = 0; i < rows.size(); ++i) {
+    g.lse_low[i] = A(exact.const_data_ptr<double>()[rows[i]] - double(g.lse[i]));
+  }
   for (A d : g.dentropy) g.has_dentropy |= d != A(0);
   return g;
 }
@@ -182,10 +191,7 @@ static Tensors3 linear_logprobs_backward(
       prefer_huge_pages(out.dweight);
     }
     if (need_dbias) out.dbias = at::empty({p.V}, bias->options());
-    backward<T>(p,
-                {g.lse.data(), g.entropy.data(), g.dlogprobs.data(), g.dentropy.data(),
-                 p.inv_temperature.data(), g.has_dentropy},
-                nullptr, out);
+    backward<T>(p, g.upstream(p.inv_temperature), nullptr, out);
     return {need_dhidden ? place_rows(out.dhidden, rows, hidden) : none_h,
             need_dweight ? out.dweight : none_w, need_dbias ? out.dbias : none_b};
   });
@@ -241,10 +247,7 @@ static at::Tensor linear_logprobs_chunk_backward(
       if (!accumulate) prefer_huge_pages(dweight);
     }
     if (dbias.numel()) out.dbias = dbias;
-    backward<T>(p,
-                {g.lse.data(), g.entropy.data(), g.dlogprobs.data(), g.dentropy.data(),
-                 p.inv_temperature.data(), g.has_dentropy},
-                &kept, out);
+    backward<T>(p, g.upstream(p.inv_temperature), &kept, out);
     return place_rows(out.dhidden, rows, hidden);
   });
 }

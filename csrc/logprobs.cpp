@@ -41,21 +41,21 @@ static const T* row(const at::Tensor& logits, int64_t n, std::vector<T>& buffer)
 
 template <class T>
 static void forward(const at::Tensor& logits, const int64_t* labels, const T* temperature,
-                    int64_t ignore_index, T* logprobs, T* entropy, T* lse) {
+                    int64_t ignore_index, T* logprobs, T* entropy, double* lse) {
   const int64_t N = logits.size(0), V = logits.size(1);
   at::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
     std::vector<T> buffer;
     for (int64_t n = begin; n < end; ++n) {
       if (labels[n] == ignore_index) {
-        logprobs[n] = entropy[n] = lse[n] = 0;
+        logprobs[n] = entropy[n] = 0;
+        lse[n] = 0;
         continue;
       }
       check_temperature(temperature[n], n);
       const T* z = row<T>(logits, n, buffer);
-      const T inv_temperature = T(1) / temperature[n];
       T max, sum, moment;
-      loops<T>().row_statistics(z, V, inv_temperature, &max, &sum, &moment);
-      const Statistics<T> s = finish<T>(max, sum, moment, z[labels[n]] * inv_temperature);
+      loops<T>().row_statistics(z, V, temperature[n], &max, &sum, &moment);
+      const Statistics<T> s = finish<T>(max, sum, moment, z[labels[n]] / temperature[n]);
       logprobs[n] = s.logprob;
       entropy[n] = s.entropy;
       lse[n] = s.lse;
@@ -69,11 +69,12 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> logits_logprobs(
   check_labels(labels, logits.size(1), ignore_index);
   const at::Tensor y = labels.contiguous(), t = temperature.contiguous();
   at::Tensor logprobs = at::empty({logits.size(0)}, t.options());
-  at::Tensor entropy = at::empty_like(logprobs), lse = at::empty_like(logprobs);
+  at::Tensor entropy = at::empty_like(logprobs);
+  at::Tensor lse = at::empty({logits.size(0)}, t.options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES(t.scalar_type(), "logprobs_from_logits", [&] {
     forward<scalar_t>(logits, y.const_data_ptr<int64_t>(), t.const_data_ptr<scalar_t>(),
                       ignore_index, logprobs.mutable_data_ptr<scalar_t>(),
-                      entropy.mutable_data_ptr<scalar_t>(), lse.mutable_data_ptr<scalar_t>());
+                      entropy.mutable_data_ptr<scalar_t>(), lse.mutable_data_ptr<double>());
   });
   return {logprobs, entropy, lse};
 }
@@ -81,7 +82,7 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> logits_logprobs(
 template <class T>
 static void backward(const at::Tensor& dlogprobs, const at::Tensor& dentropy,
                      const at::Tensor& logits, const int64_t* labels, const T* temperature,
-                     int64_t ignore_index, const T* lse, const T* entropy, at::Tensor& dlogits) {
+                     int64_t ignore_index, const double* lse, const T* entropy, at::Tensor& dlogits) {
   const int64_t N = logits.size(0), V = logits.size(1);
   const T* g = dlogprobs.const_data_ptr<T>();
   const T* h = dentropy.const_data_ptr<T>();
@@ -90,10 +91,10 @@ static void backward(const at::Tensor& dlogprobs, const at::Tensor& dentropy,
     for (int64_t n = begin; n < end; ++n) {
       if (labels[n] == ignore_index || (g[n] == T(0) && h[n] == T(0))) continue;
       const T* z = row<T>(logits, n, buffer);
-      const T inv_temperature = T(1) / temperature[n];
-      loops<T>().row_gradient(z, V, inv_temperature, lse[n], entropy[n], g[n], h[n],
+      const T rounded = T(lse[n]), low = T(lse[n] - double(rounded));
+      loops<T>().row_gradient(z, V, temperature[n], rounded, low, entropy[n], g[n], h[n],
                               gradient.data());
-      gradient[labels[n]] += g[n] * inv_temperature;
+      gradient[labels[n]] += g[n] / temperature[n];
       AT_DISPATCH_FLOATING_TYPES_AND2(
           at::kHalf, at::kBFloat16, dlogits.scalar_type(), "logprobs_from_logits_backward", [&] {
             scalar_t* to = dlogits.mutable_data_ptr<scalar_t>() + n * V;
@@ -112,7 +113,7 @@ static at::Tensor logits_logprobs_backward(const at::Tensor& dlogprobs, const at
   const at::Tensor g = dlogprobs.contiguous(), h = dentropy.contiguous();
   AT_DISPATCH_FLOATING_TYPES(t.scalar_type(), "logprobs_from_logits_backward", [&] {
     backward<scalar_t>(g, h, logits, y.const_data_ptr<int64_t>(), t.const_data_ptr<scalar_t>(),
-                       ignore_index, lse.const_data_ptr<scalar_t>(),
+                       ignore_index, lse.const_data_ptr<double>(),
                        entropy.const_data_ptr<scalar_t>(), dlogits);
   });
   return dlogits;

@@ -78,9 +78,9 @@ static void accumulate(const T* z, int64_t lines, int64_t columns, int64_t ld, R
 
 // d(logprob)/dz = 1[label] - p and d(entropy)/dz = -p (log p + entropy); the 1[label] is left out.
 template <class T>
-FUSED_RL_INLINE Vec<T> softmax_gradient(Vec<T> z, Vec<T> lse, Vec<T> entropy, Vec<T> dlogprob,
-                                        Vec<T> dentropy) {
-  const Vec<T> logp = at_least<T>(z - lse, Simd<T>::lowest);
+FUSED_RL_INLINE Vec<T> softmax_gradient(Vec<T> z, Vec<T> lse, Vec<T> lse_low, Vec<T> entropy,
+                                        Vec<T> dlogprob, Vec<T> dentropy) {
+  const Vec<T> logp = at_least<T>((z - lse) - lse_low, Simd<T>::lowest);
   return -exp<T>(logp) * (dlogprob + dentropy * (logp + entropy));
 }
 
@@ -91,7 +91,8 @@ static void gradient(const T* z, int64_t lines, int64_t columns, int64_t ld, Ups
   for (int64_t n = 0; n < columns; n += W) {
     const Vec<T> inv_temperature = load(up.inv_temperature + n);
     const Vec<T> slope = inv_temperature * by.scale;
-    const Vec<T> lse = load(up.lse + n), entropy = load(up.entropy + n);
+    const Vec<T> lse = load(up.lse + n), lse_low = load(up.lse_low + n);
+    const Vec<T> entropy = load(up.entropy + n);
     const Vec<T> dlogprob = load(up.dlogprobs + n) * slope;
     const Vec<T> dentropy = load(up.dentropy + n) * slope;
     const T* from = z + n;
@@ -101,17 +102,17 @@ static void gradient(const T* z, int64_t lines, int64_t columns, int64_t ld, Ups
       const Vec<T> to_tanh = T(1) / (inv_temperature * by.softcap);
       for (int64_t v = 0; v < lines; ++v) {
         const Vec<T> x = load(from + v * ld), t = x * to_tanh;
-        const Vec<T> d = softmax_gradient<T>(x, lse, entropy, dlogprob, dentropy);
+        const Vec<T> d = softmax_gradient<T>(x, lse, lse_low, entropy, dlogprob, dentropy);
         store(to + v * ld_draw, d * (T(1) - t * t));
       }
     } else if (up.has_dentropy) {
       for (int64_t v = 0; v < lines; ++v) {
         const Vec<T> x = load(from + v * ld);
-        store(to + v * ld_draw, softmax_gradient<T>(x, lse, entropy, dlogprob, dentropy));
+        store(to + v * ld_draw, softmax_gradient<T>(x, lse, lse_low, entropy, dlogprob, dentropy));
       }
     } else {
       for (int64_t v = 0; v < lines; ++v) {
-        store(to + v * ld_draw, exp<T>(load(from + v * ld) - lse) * -dlogprob);
+        store(to + v * ld_draw, exp<T>((load(from + v * ld) - lse) - lse_low) * -dlogprob);
       }
     }
   }
@@ -129,30 +130,37 @@ static void line_sums(const T* z, int64_t lines, int64_t columns, int64_t ld, T*
   }
 }
 
-template <class T>
-static void row_statistics(const T* logits, int64_t V, T inv_temperature, T* max_out, T* sum_out,
-                           T* moment_out) {
+// Divided, not multiplied by a reciprocal: one rounding instead of two.
+template <class T, bool divide>
+FUSED_RL_INLINE Vec<T> at_temperature(Vec<T> z, T temperature) {
+  if constexpr (divide) return z / temperature;
+  return z;
+}
+
+template <class T, bool divide>
+static void row_statistics_of(const T* logits, int64_t V, T temperature, T* max_out, T* sum_out,
+                              T* moment_out) {
   constexpr int W = Simd<T>::width;
   constexpr int64_t block = 4096 / W * W;
   const T minus_inf = -std::numeric_limits<T>::infinity();
   State<T> s{splat<T>(0) + minus_inf, Vec<T>{}, Vec<T>{}};
-  const Vec<T> factor = splat<T>(inv_temperature);
   const int64_t whole = V / W * W;
   alignas(64) T tail[W];
   for (int i = 0; i < W; ++i) tail[i] = whole + i < V ? logits[whole + i] : minus_inf;
   const int64_t padded = whole < V ? whole + W : whole;
+  const auto logit = [&](int64_t v) {
+    return at_temperature<T, divide>(load(v < whole ? logits + v : tail), temperature);
+  };
   for (int64_t v0 = 0; v0 < padded; v0 += block) {
     const int64_t v1 = v0 + block < padded ? v0 + block : padded;
     Vec<T> max = s.max;
     for (int64_t v = v0; v < v1; v += W) {
-      const Vec<T> z = load(v < whole ? logits + v : tail) * factor;
+      const Vec<T> z = logit(v);
       max = z > max ? z : max;
     }
     const Vec<T> reference = reference_point<T>(max);
     State<T> here{max, Vec<T>{}, Vec<T>{}};
-    for (int64_t v = v0; v < v1; v += W) {
-      add_logit<T>(here, load(v < whole ? logits + v : tail) * factor, reference);
-    }
+    for (int64_t v = v0; v < v1; v += W) add_logit<T>(here, logit(v), reference);
     rescale<T>(s, reference);
     s = {max, s.sum + here.sum, s.moment + here.moment};
   }
@@ -170,21 +178,36 @@ static void row_statistics(const T* logits, int64_t V, T inv_temperature, T* max
 }
 
 template <class T>
-static void row_gradient(const T* logits, int64_t V, T inv_temperature, T lse, T entropy,
-                         T dlogprob, T dentropy, T* dlogits) {
+static void row_statistics(const T* logits, int64_t V, T temperature, T* max, T* sum, T* moment) {
+  const auto run = temperature == T(1) ? row_statistics_of<T, false> : row_statistics_of<T, true>;
+  run(logits, V, temperature, max, sum, moment);
+}
+
+template <class T, bool divide>
+static void row_gradient_of(const T* logits, int64_t V, T temperature, T lse, T lse_low, T entropy,
+                            T dlogprob, T dentropy, T* dlogits) {
   constexpr int W = Simd<T>::width;
-  const Vec<T> l = splat<T>(lse), e = splat<T>(entropy);
-  const Vec<T> g = splat<T>(dlogprob * inv_temperature), h = splat<T>(dentropy * inv_temperature);
+  const Vec<T> l = splat<T>(lse), low = splat<T>(lse_low), e = splat<T>(entropy);
+  const Vec<T> g = splat<T>(dlogprob / temperature), h = splat<T>(dentropy / temperature);
+  const auto gradient_at = [&](const T* at) {
+    const Vec<T> z = at_temperature<T, divide>(load(at), temperature);
+    return softmax_gradient<T>(z, l, low, e, g, h);
+  };
   int64_t v = 0;
-  for (; v + W <= V; v += W) {
-    store(dlogits + v, softmax_gradient<T>(load(logits + v) * inv_temperature, l, e, g, h));
-  }
+  for (; v + W <= V; v += W) store(dlogits + v, gradient_at(logits + v));
   if (v < V) {
     alignas(64) T tail[W] = {};
     std::memcpy(tail, logits + v, (V - v) * sizeof(T));
-    store(tail, softmax_gradient<T>(load(tail) * inv_temperature, l, e, g, h));
+    store(tail, gradient_at(tail));
     std::memcpy(dlogits + v, tail, (V - v) * sizeof(T));
   }
+}
+
+template <class T>
+static void row_gradient(const T* logits, int64_t V, T temperature, T lse, T lse_low, T entropy,
+                         T dlogprob, T dentropy, T* dlogits) {
+  const auto run = temperature == T(1) ? row_gradient_of<T, false> : row_gradient_of<T, true>;
+  run(logits, V, temperature, lse, lse_low, entropy, dlogprob, dentropy, dlogits);
 }
 
 template <class T>

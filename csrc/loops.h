@@ -30,7 +30,8 @@ struct Running {
 // What the gradient of a logit needs, per token.
 template <class T>
 struct Upstream {
-  const T* lse;
+  const T* lse;      // rounded to T,
+  const T* lse_low;  // and what that left over
   const T* entropy;
   const T* dlogprobs;
   const T* dentropy;
@@ -50,9 +51,9 @@ struct Loops {
   // sums[v] = sum_n z[v, n]
   void (*line_sums)(const T* z, int64_t lines, int64_t columns, int64_t ld, T* sums);
   // A row of V logits, contiguous: its statistics and its gradient (without the label's own term).
-  void (*row_statistics)(const T* logits, int64_t V, T inv_temperature, T* max, T* sum, T* moment);
-  void (*row_gradient)(const T* logits, int64_t V, T inv_temperature, T lse, T entropy, T dlogprob,
-                       T dentropy, T* dlogits);
+  void (*row_statistics)(const T* logits, int64_t V, T temperature, T* max, T* sum, T* moment);
+  void (*row_gradient)(const T* logits, int64_t V, T temperature, T lse, T lse_low, T entropy,
+                       T dlogprob, T dentropy, T* dlogits);
   // k1, k2, k3, abs of d: value and derivative.
   void (*kl)(const T* d, int64_t n, int64_t value_kind, int64_t slope_kind, T* value, T* slope);
 };

@@ -130,7 +130,8 @@ void logits_tile(const Problem<T>& p, Block<T> weight, int64_t v0, int64_t rows,
 // One entry per token of the problem.
 template <class T>
 struct TokenStatistics {
-  std::vector<Acc<T>> logprobs, entropy, lse;
+  std::vector<Acc<T>> logprobs, entropy;
+  std::vector<double> lse;
 };
 
 // kept: null, or a buffer for V * padded logits, tile by tile: [tiles, V, width].

@@ -43,9 +43,11 @@ def check_tokens(labels: Tensor, temperature: Tensor, vocabulary: int, ignore_in
 
 
 def statistics_like(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for logprobs, entropy and lse."""
+    """Room for logprobs, entropy and lse. lse is in float64 whatever the inputs: its rounding would
+    be a relative error of every probability of the row.
+    """
     dtype = acc_dtype(hidden, weight)
-    return tuple(hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(3))
+    return tuple(hidden.new_empty(hidden.shape[:1], dtype=t) for t in (dtype, dtype, torch.float64))
 
 
 def padded(n: int) -> int:
@@ -72,7 +74,7 @@ def linear_logprobs(
             hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap
         )
         for total, part in zip(out, chunk, strict=True):
-            total[rows] = part
+            total[rows] = part.to(total.dtype)
     return tuple(out)
 
 
@@ -160,7 +162,8 @@ def linear_logprobs_chunk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = reference.logits(hidden, weight, bias, temperature, scale, softcap)
     kept = z.new_zeros(weight.shape[0] * padded(hidden.shape[0]))
-    return (*reference.statistics(z, labels), kept)
+    logprobs, entropy, lse = reference.statistics(z, labels)
+    return logprobs, entropy, lse.double(), kept
 
 
 def linear_logprobs_chunk_backward(
@@ -195,7 +198,7 @@ def logits_logprobs(
     rows = (labels != ignore_index).nonzero()[:, 0]
     chunk = reference.logits_logprobs(logits[rows], labels[rows], temperature[rows])
     for total, part in zip(out, chunk, strict=True):
-        total[rows] = part
+        total[rows] = part.to(total.dtype)
     return tuple(out)
 
 

@@ -140,7 +140,7 @@ def _linear_logprobs_grad(ctx, dlogprobs, dentropy, _):
     hidden, weight, bias, labels, temperature, entropy, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     grads = linear_logprobs_backward(
-        *_upstream(dlogprobs, dentropy, lse),
+        *_upstream(dlogprobs, dentropy, entropy),
         *(hidden, weight, bias, labels, temperature, *ctx.options),
         *(lse, entropy, *needs),
     )
@@ -207,9 +207,10 @@ def linear_logprobs_frozen_backward(
     unit: Tensor,
 ) -> Tensor:
     """dhidden. A gradient of the entropy is not in `unit`: its tokens recompute their logits."""
-    # where, not a product: an ignored token's NaN upstream must not turn its zeros into NaN.
+    # where, not the product alone: 0 * NaN is NaN.
+    live = (labels != ignore_index) & (dlogprobs != 0)
     scaled = dlogprobs[:, None] * unit.to(dlogprobs.dtype)
-    dhidden = scaled.where((labels != ignore_index)[:, None], 0.0).to(hidden.dtype)
+    dhidden = scaled.where(live[:, None], 0.0).to(hidden.dtype)
     with_entropy = dentropy != 0
     if with_entropy.any():
         rows = with_entropy.nonzero()[:, 0]
@@ -229,7 +230,7 @@ def _(dlogprobs, dentropy, hidden, *rest):
 def _linear_logprobs_frozen_grad(ctx, dlogprobs, dentropy, *_):
     hidden, weight, bias, labels, temperature, entropy, lse, unit = ctx.saved_tensors
     dhidden = linear_logprobs_frozen_backward(
-        *_upstream(dlogprobs, dentropy, lse),
+        *_upstream(dlogprobs, dentropy, entropy),
         *(hidden, weight, bias, labels, temperature, *ctx.options),
         *(lse, entropy, unit),
     )
@@ -354,7 +355,7 @@ def _save_logits(ctx, inputs, output) -> None:
 
 def _logits_logprobs_grad(ctx, dlogprobs, dentropy, _):
     logits, labels, temperature, lse, entropy = ctx.saved_tensors
-    upstream = _upstream(dlogprobs, dentropy, lse)
+    upstream = _upstream(dlogprobs, dentropy, entropy)
     args = (*upstream, logits, labels, temperature, ctx.ignore_index, lse, entropy)
     return logits_logprobs_backward(*args), None, None, None
 

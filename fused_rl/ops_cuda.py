@@ -51,7 +51,7 @@ def linear_logprobs(
     left, right = _operands(*_taken(rows, hidden), weight)
     tokens = _taken(rows, labels, temperature)
     stats = kernel.fwd(left, right, bias, *tokens, scale, softcap, ignore_index, device)
-    return tuple(_placed(rows, part, temperature) for part in stats)
+    return tuple(_placed(rows, part, part.new_empty(len(labels))) for part in stats)
 
 
 def _scale_of(dtype: torch.dtype, dlogprobs: Tensor, dentropy: Tensor) -> Tensor | None:
@@ -206,7 +206,8 @@ def _register(name: str) -> None:
 
     def run(*args):
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if not HAS_TRITON or any(t.dtype == torch.float64 for t in tensors):
+        # The first two: an lse, further on, is always float64.
+        if not HAS_TRITON or any(t.dtype == torch.float64 for t in tensors[:2]):
             return plain(*args)
         from fused_rl.kernels.linear_logprobs import Device
 

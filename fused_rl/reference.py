@@ -43,12 +43,10 @@ def logits(
 
 def statistics(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """z [N, V], labels [N] -> logprobs, entropy, lse, each [N]."""
-    lse = torch.logsumexp(z, dim=-1)
-    logprobs = z.gather(-1, labels[:, None])[:, 0] - lse
-    p = torch.exp(z - lse[:, None])
-    # A token with p = 0 adds nothing, also where its logit is -inf.
-    expected = (p * z.masked_fill(z == -torch.inf, 0.0)).sum(-1)
-    return logprobs, lse - expected, lse
+    logp = torch.log_softmax(z, dim=-1)
+    # A token with p = 0 adds nothing, also where its log p is -inf.
+    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+    return logp.gather(-1, labels[:, None])[:, 0], entropy, torch.logsumexp(z, dim=-1)
 
 
 def linear_logprobs(

@@ -45,7 +45,7 @@ def bwd(
     softcap: float,
     ignore_index: int,
     chunk_bytes: int,
-    lse: Tensor,  # [N] fp32
+    lse: Tensor,  # [N] fp64
     entropy: Tensor,  # [N] fp32
     needs: tuple[bool, bool, bool],  # dhidden, dweight, dbias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

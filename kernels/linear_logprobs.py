@@ -263,9 +263,10 @@ def fwd(
     ignore_index: int,
     device: Device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, entropy, lse, each [N] fp32; nothing of size V is kept."""
+    """logprobs, entropy [N] fp32, lse [N] fp64; nothing of size V is kept."""
     if len(labels) == 0:
-        return tuple(temperature.new_empty(0) for _ in range(3))
+        empty = temperature.new_empty(0)
+        return empty, empty.clone(), empty.double()
     few = len(labels) <= FUSED_ROWS and weight.stride(1) == 1
     statistics = fused_statistics if few else tiled_statistics
     args = (bias, labels, temperature, scale, softcap)

@@ -59,8 +59,10 @@ def added(m_i, s_i, t_i, z):
 
 @triton.jit
 def softmax_gradient(z, lse, entropy, dlogprob, dentropy, is_label):
-    """dz of one logit."""
-    logp = z - lse
+    """dz of one logit. lse is fp64: rounded to fp32 it would be a relative error of every p."""
+    high = lse.to(tl.float32)
+    low = (lse - high.to(tl.float64)).to(tl.float32)
+    logp = (z - high) - low
     p = tl.exp(logp)
     surprise = p * tl.where(p > 0.0, logp + entropy, 0.0)
     # A NaN in the row makes p NaN, and p > 0 false: the first term carries it on.
@@ -118,7 +120,7 @@ def _merge_kernel(
     labels_ptr,  # (N,) int64
     logprobs_ptr,  # (N,) fp32, written
     entropy_ptr,  # (N,) fp32, written
-    lse_ptr,  # (N,) fp32, written
+    lse_ptr,  # (N,) fp64, written
     N,
     V,
     splits,
@@ -134,8 +136,8 @@ def _merge_kernel(
         part += 4 * N
     empty = m_i == float("-inf")
     at = tl.where(empty, 0.0, m_i)
-    s_i = tl.zeros((BLOCK_N,), tl.float32)
-    t_i = tl.zeros((BLOCK_N,), tl.float32)
+    s_i = tl.zeros((BLOCK_N,), tl.float64)
+    t_i = tl.zeros((BLOCK_N,), tl.float64)
     label_logit = tl.zeros((BLOCK_N,), tl.float32)
     part = partial_ptr + rows
     for _ in range(splits):
@@ -145,21 +147,21 @@ def _merge_kernel(
         shift = tl.where(m == float("-inf"), 0.0, m - at)
         factor = tl.where(m == float("-inf"), 0.0, tl.exp(shift))
         # A part of NaN alone has maximum -inf and a NaN sum, which must not be lost.
-        s_i += tl.where(s == s, factor * s, s)
-        t_i += factor * (t + shift * s)
+        s_i += tl.where(s == s, factor * s, s).to(tl.float64)
+        t_i += (factor * (t + shift * s)).to(tl.float64)
         label_logit += tl.load(part + 3 * N, mask=mask, other=0.0)
         part += 4 * N
     nan = float("nan")
     log_s = tl.log(s_i)
-    entropy = tl.where(empty, nan, log_s - t_i / s_i)
-    logprob = (label_logit - m_i) - log_s
+    entropy = tl.where(empty, nan, (log_s - t_i / s_i).to(tl.float32))
+    logprob = ((label_logit - m_i).to(tl.float64) - log_s).to(tl.float32)
     label = tl.load(labels_ptr + rows, mask=mask, other=0)
     # A label outside the vocabulary is a mistake of the caller: NaN for that token, never a number.
     logprob = tl.where((label >= 0) & (label < V), logprob, nan)
     ignored = label == ignore_index
     tl.store(logprobs_ptr + rows, tl.where(ignored, 0.0, logprob), mask=mask)
     tl.store(entropy_ptr + rows, tl.where(ignored, 0.0, entropy), mask=mask)
-    tl.store(lse_ptr + rows, tl.where(ignored, 0.0, m_i + log_s), mask=mask)
+    tl.store(lse_ptr + rows, tl.where(ignored, 0.0, m_i.to(tl.float64) + log_s), mask=mask)
 
 
 @triton.jit
@@ -168,7 +170,7 @@ def _gradient_kernel(
     bias_ptr,  # (V,) or unused
     labels_ptr,  # (N,) int64
     temperature_ptr,  # (N,) fp32
-    lse_ptr,  # (N,) fp32
+    lse_ptr,  # (N,) fp64
     entropy_ptr,  # (N,) fp32
     dlogprobs_ptr,  # (N,) fp32
     dentropy_ptr,  # (N,) fp32
@@ -259,9 +261,10 @@ def merge(
     V: int,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, entropy, lse, each [N] fp32, of rows whose parts are in `partial`."""
+    """logprobs, entropy [N] fp32 and lse [N] fp64 of rows whose parts are in `partial`."""
     splits, _, N = partial.shape
-    logprobs, entropy, lse = (partial.new_empty(N) for _ in range(3))
+    logprobs, entropy = (partial.new_empty(N) for _ in range(2))
+    lse = partial.new_empty(N, dtype=torch.float64)
     if N:
         _merge_kernel[(triton.cdiv(N, MERGE_ROWS),)](
             partial,
@@ -290,7 +293,7 @@ def fwd(
     ignore_index: int,
     multiprocessors: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, entropy, lse, each [N] fp32."""
+    """logprobs, entropy [N] fp32, lse [N] fp64."""
     N, V = logits.shape
     splits = splits_for(N, V, multiprocessors)
     partial = torch.empty(splits, 4, N, dtype=torch.float32, device=logits.device)
@@ -308,7 +311,7 @@ def bwd(
     scale: float,
     softcap: float,
     ignore_index: int,
-    lse: Tensor,  # [N] fp32
+    lse: Tensor,  # [N] fp64
     entropy: Tensor,  # [N] fp32
     draw: Tensor,  # [N, V], rows contiguous, written; may be logits
     first_column: int = 0,

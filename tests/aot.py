@@ -30,7 +30,8 @@ SCALARS = {"scale": "fp32", "softcap": "fp32", "row_stride": "i64", "draw_row_st
 
 def signature(kernel, constants: dict, **types: str) -> dict[str, str]:
     """Types by parameter name: pointers to fp32 where nothing else is said."""
-    known = {**SIZES, **SCALARS, **ROW, "columns_per_split": "i32", "H": "i32", **types}
+    rest = {"columns_per_split": "i32", "H": "i32", "lse_ptr": "*fp64"}
+    known = {**SIZES, **SCALARS, **ROW, **rest, **types}
     return {
         name: "constexpr" if name in constants else known.get(name, "*fp32")
         for name in kernel.arg_names

@@ -1,0 +1,35 @@
+"""Fixtures: the same random numbers every time, and memory that is never born clean."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(20240501)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised tensors hold NaN, so that what a kernel forgets to write is seen."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Whatever number of threads a test sets, the next one has the number from before."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
