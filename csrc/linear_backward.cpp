@@ -4,7 +4,7 @@
 //     draw[v, n] = dz softcap'(.) scale / temperature[n]
 //     dweight    = draw hidden        dhidden = draw^T weight        dbias[v] = sum_n draw[v, n]
 //
-// The vocabulary is walked in super-blocks of about a thousand rows. For each: the gradient of its
+// The vocabulary is walked in super-blocks of about two thousand rows. For each: the gradient of its
 // logits (from logits recomputed or kept), then its rows of dweight, finished and written once, then
 // its share of dhidden, which stays in accumulators. Every sum has one owner and a fixed order: no
 // atomics, no copy per thread, the same bits on any number of threads.
@@ -17,7 +17,7 @@
 
 namespace fused_rl {
 
-static constexpr int64_t super_block_rows = 1024;
+static constexpr int64_t super_block_rows = 2048;
 static constexpr int64_t chunk_tokens = 4096;  // bounds the gradient of a super-block's logits
 static constexpr int64_t panel = 64;           // columns of dweight in one product
 

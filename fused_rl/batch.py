@@ -14,17 +14,12 @@ from torch import Tensor
 
 from fused_rl import checks
 from fused_rl.logprobs import IGNORE_INDEX
+from fused_rl.sequences import Level, segment_sum, sequence_ids
 
-_PER_TOKEN = (
-    "labels",
-    "loss_mask",
-    "advantages",
-    "sequence",
-    "sequence_tokens",
-    "old_logprobs",
-    "ref_logprobs",
-    "rollout_logprobs",
-)
+_OPTIONAL = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "weights")
+_PER_TOKEN = ("labels", "loss_mask", "advantages", "sequence", "sequence_tokens", *_OPTIONAL)
+# What a token outside loss_mask holds; 0 for everything else.
+_NEUTRAL = {"labels": IGNORE_INDEX, "weights": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +39,7 @@ class TokenBatch:
             current one, so that every ratio is exactly 1.
         ref_logprobs: [N] or None: of the reference policy, for the KL.
         rollout_logprobs: [N] or None: as the inference engine reported them.
+        weights: [N] or None: what each token's surrogate is multiplied by; None: 1.
     """
 
     labels: Tensor
@@ -57,6 +53,7 @@ class TokenBatch:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
+    weights: Tensor | None = None
 
     @classmethod
     def padded(
@@ -68,6 +65,7 @@ class TokenBatch:
         old_logprobs: Tensor | None = None,
         ref_logprobs: Tensor | None = None,
         rollout_logprobs: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> TokenBatch:
         """A batch of B sequences in T columns.
 
@@ -77,6 +75,7 @@ class TokenBatch:
             loss_mask: [B, T] bool or 0/1: True counts.
             advantages: [B], or per token [B, T].
             old_logprobs, ref_logprobs, rollout_logprobs: [B, T] or None, in nats.
+            weights: [B, T] or None: what each token's surrogate is multiplied by.
 
         Raises:
             ValueError: shapes, dtypes or devices that do not fit.
@@ -85,14 +84,12 @@ class TokenBatch:
         checks.require(
             labels.dim() == 2, lambda: f"labels must be [B, T], got {list(labels.shape)}"
         )
-        B, T = labels.shape
-        sequence = torch.arange(B, device=labels.device).repeat_interleave(T)
+        sequence, B = sequence_ids(labels.shape, None, labels.device)
         per_token = advantages
         if advantages.shape == (B,):
-            per_token = advantages[:, None].expand(B, T)
-        return cls._build(
-            labels, loss_mask, per_token, sequence, B, old_logprobs, ref_logprobs, rollout_logprobs
-        )
+            per_token = advantages[:, None].expand(labels.shape)
+        given = (old_logprobs, ref_logprobs, rollout_logprobs, weights)
+        return cls._build(labels, loss_mask, per_token, sequence, B, *given)
 
     @classmethod
     def packed(
@@ -105,6 +102,7 @@ class TokenBatch:
         old_logprobs: Tensor | None = None,
         ref_logprobs: Tensor | None = None,
         rollout_logprobs: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> TokenBatch:
         """Sequences one after another, without padding.
 
@@ -114,6 +112,7 @@ class TokenBatch:
             advantages: [B], or per token [N]. Where N equals B, per token.
             loss_mask: [N] bool or 0/1; None: every token counts.
             old_logprobs, ref_logprobs, rollout_logprobs: [N] or None, in nats.
+            weights: [N] or None: what each token's surrogate is multiplied by.
 
         Raises:
             ValueError: shapes, dtypes or devices that do not fit; cu_seqlens that does not go from
@@ -121,34 +120,17 @@ class TokenBatch:
         """
         checks.is_labels(labels)
         checks.require(labels.dim() == 1, lambda: f"labels must be [N], got {list(labels.shape)}")
-        checks.require(
-            cu_seqlens.dim() == 1 and len(cu_seqlens) > 0 and not cu_seqlens.is_floating_point(),
-            lambda: (
-                "cu_seqlens must be [B + 1] integers, "
-                f"got {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
-            ),
-        )
-        lengths = cu_seqlens.long().diff()
-        bounds = [int(cu_seqlens[0]), int(cu_seqlens[-1])]
-        checks.require(
-            bounds == [0, len(labels)] and bool((lengths >= 0).all()),
-            lambda: f"cu_seqlens must rise from 0 to N = {len(labels)}, got {cu_seqlens.tolist()}",
-        )
-        B = len(lengths)
-        sequence = torch.arange(B, device=labels.device).repeat_interleave(lengths)
+        sequence, B = sequence_ids(labels.shape, cu_seqlens, labels.device)
         if loss_mask is None:
             loss_mask = torch.ones_like(labels, dtype=torch.bool)
         per_token = advantages
         if advantages.shape == (B,) and len(labels) != B:
             per_token = advantages[sequence]
-        return cls._build(
-            labels, loss_mask, per_token, sequence, B, old_logprobs, ref_logprobs, rollout_logprobs
-        )
+        given = (old_logprobs, ref_logprobs, rollout_logprobs, weights)
+        return cls._build(labels, loss_mask, per_token, sequence, B, *given)
 
     @classmethod
-    def _build(
-        cls, labels, loss_mask, advantages, sequence, num_sequences, *logprobs
-    ) -> TokenBatch:
+    def _build(cls, labels, loss_mask, advantages, sequence, num_sequences, *given) -> TokenBatch:
         checks.same_shape("loss_mask", loss_mask, "labels", labels)
         checks.require(
             loss_mask.dtype in (torch.bool, torch.int32, torch.int64, torch.uint8),
@@ -162,32 +144,27 @@ class TokenBatch:
                 f"({list(labels.shape)}), got {list(advantages.shape)}"
             ),
         )
-        names = ("old_logprobs", "ref_logprobs", "rollout_logprobs")
-        given = dict(zip(names, logprobs, strict=True))
-        for name, tensor in given.items():
+        optional = dict(zip(_OPTIONAL, given, strict=True))
+        for name, tensor in optional.items():
             if tensor is not None:
                 checks.is_floating(name, tensor)
                 checks.same_shape(name, tensor, "labels", labels)
-        checks.same_device(labels=labels, loss_mask=loss_mask, advantages=advantages, **given)
+        checks.same_device(labels=labels, loss_mask=loss_mask, advantages=advantages, **optional)
         mask = loss_mask.reshape(-1).bool()
         tokens = torch.zeros(num_sequences, dtype=torch.int64, device=labels.device)
         tokens = tokens.index_add(0, sequence, mask.long())
         # A counted label below 0 becomes -1, which no op ignores: a mistake stays an error.
         counted = labels.reshape(-1).long().clamp(min=-1)
 
-        def neutral(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.detach().reshape(-1).where(mask, 0.0)
-
+        flat = {"labels": counted, "advantages": advantages, **optional}
         return cls(
-            labels=counted.where(mask, IGNORE_INDEX),
+            **{name: _neutral(name, tensor, mask) for name, tensor in flat.items()},
             loss_mask=mask,
-            advantages=neutral(advantages),
             sequence=sequence,
             sequence_tokens=tokens[sequence],
             num_tokens=mask.sum(),
             num_sequences=num_sequences,
             shape=labels.shape,
-            **{name: neutral(tensor) for name, tensor in given.items()},
         )
 
     def select(self, rows: Tensor) -> TokenBatch:
@@ -196,8 +173,64 @@ class TokenBatch:
         parts = {name: None if t is None else t[rows] for name, t in chosen.items()}
         return replace(self, **parts, shape=rows.shape)
 
+    def with_weights(self, weights: Tensor) -> TokenBatch:
+        """The same tokens, each surrogate multiplied by its weight, [N] or in the batch's shape.
+
+        Raises:
+            ValueError: weights that are not one floating number per token.
+        """
+        checks.is_floating("weights", weights)
+        self._one_per_token("weights", weights)
+        return replace(self, weights=_neutral("weights", weights, self.loss_mask))
+
+    def with_mask(self, keep: Tensor) -> TokenBatch:
+        """Without the tokens where keep is False; every count stays that of this batch, so that
+        what is dropped is not made up for by what remains.
+
+        Raises:
+            ValueError: keep that is not one bool per token, [N] or in the batch's shape.
+        """
+        checks.require(
+            keep.dtype == torch.bool, lambda: f"keep must be torch.bool, got {keep.dtype}"
+        )
+        self._one_per_token("keep", keep)
+        mask = self.loss_mask & keep.reshape(-1)
+        parts = {name: getattr(self, name) for name in ("labels", "advantages", *_OPTIONAL)}
+        kept = {name: _neutral(name, tensor, mask) for name, tensor in parts.items()}
+        return replace(self, loss_mask=mask, **kept)
+
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """[num_sequences]: the sums of values [N] over each sequence's tokens in loss_mask."""
+        counted = values.where(self.loss_mask, 0.0)
+        return segment_sum(counted, self.sequence, self.num_sequences)
+
+    def at_level(self, log_ratio: Tensor, level: Level) -> Tensor:
+        """[N]: the log-ratio of each token, of its sequence, or the mean over its sequence."""
+        if level is Level.TOKEN:
+            return log_ratio
+        total = self.sequence_sum(log_ratio)
+        if level is Level.GEOMETRIC:
+            total = total / self.sequence_sum(torch.ones_like(log_ratio)).clamp(min=1)
+        return total[self.sequence]
+
+    def _one_per_token(self, name: str, tensor: Tensor) -> None:
+        checks.require(
+            tensor.shape in (self.loss_mask.shape, self.shape),
+            lambda: (
+                f"{name} must be one per token, {list(self.loss_mask.shape)} or "
+                f"{list(self.shape)}, got {list(tensor.shape)}"
+            ),
+        )
+
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
+
+
+def _neutral(name: str, tensor: Tensor | None, mask: Tensor) -> Tensor | None:
+    """Flat, detached, and outside the mask what no sum, exp or lookup notices."""
+    if tensor is None:
+        return None
+    return tensor.detach().reshape(-1).where(mask, _NEUTRAL.get(name, 0))

@@ -2,16 +2,32 @@
 
     loss = sum_n weight[n] * token_loss[n]
 
-Weights depend on masks and counts alone, never on the losses: so a loss whose tokens do not depend
-on each other can be formed chunk by chunk. Counts given as arguments replace those of the batch;
-with the counts of the whole step, micro-batches add up to the gradient of the step exactly.
+                          weight of a counted token               known elsewhere as
+    TokenMean             1 / num_tokens                          TRL dapo, bnpo; verl token-mean
+    TokenSum              1                                       verl token-sum
+    SequenceMean          1 / (num_sequences tokens)              TRL grpo; verl seq-mean-token-mean
+    SequenceSumMean       1 / num_sequences                       verl seq-mean-token-sum; LUSPO
+    FixedLengthMean       1 / (num_sequences length)              TRL dr_grpo
+    LengthWeightedMean    tokens / (num_sequences length)         TRL luspo at token level
+    RolloutMean           1 / (num_rollouts tokens of rollout)    slime
+
+where tokens are the counted ones of the token's sequence. Weights depend on masks and counts alone,
+never on the losses: so a loss whose tokens do not depend on each other can be formed chunk by
+chunk.
+
+Counts given as arguments replace those of the batch. With the counts of the whole step, its
+micro-batches add up to the gradient of the step exactly. Where ranks each hold a part of the step
+and their gradients are averaged, as DDP and FSDP do, give the count divided by the number of ranks.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fused_rl.batch import TokenBatch
+
+Count = int | float | Tensor
 
 
 @dataclass(frozen=True)
@@ -21,11 +37,18 @@ class TokenMean:
     num_tokens: counted tokens of the whole step, over all its micro-batches; None: of the batch.
     """
 
-    num_tokens: int | None = None
+    num_tokens: Count | None = None
 
     def __call__(self, batch: TokenBatch) -> Tensor:
-        count = batch.num_tokens if self.num_tokens is None else self.num_tokens
-        return batch.loss_mask / _at_least_one(count, batch)
+        return batch.loss_mask / _count(self.num_tokens, batch.num_tokens, batch)
+
+
+@dataclass(frozen=True)
+class TokenSum:
+    """1: the loss is a sum, which grows with the batch. The caller divides."""
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        return batch.loss_mask.to(batch.advantages.dtype)
 
 
 @dataclass(frozen=True)
@@ -35,12 +58,26 @@ class SequenceMean:
     num_sequences: sequences of the whole step; None: of the batch.
     """
 
-    num_sequences: int | None = None
+    num_sequences: Count | None = None
 
     def __call__(self, batch: TokenBatch) -> Tensor:
-        count = batch.num_sequences if self.num_sequences is None else self.num_sequences
         per_sequence = batch.sequence_tokens.clamp(min=1).to(batch.advantages.dtype)
-        return batch.loss_mask / (per_sequence * max(count, 1))
+        return batch.loss_mask / (per_sequence * _sequences(self.num_sequences, batch))
+
+
+@dataclass(frozen=True)
+class SequenceSumMean:
+    """1 / num_sequences: sums over tokens, the mean over sequences.
+
+    With SequenceRatio it is LUSPO (arXiv 2602.05261): a sequence weighs as many tokens as it has.
+
+    num_sequences: sequences of the whole step; None: of the batch.
+    """
+
+    num_sequences: Count | None = None
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        return batch.loss_mask / _sequences(self.num_sequences, batch)
 
 
 @dataclass(frozen=True)
@@ -52,15 +89,52 @@ class FixedLengthMean:
     """
 
     length: int
-    num_sequences: int | None = None
+    num_sequences: Count | None = None
 
     def __call__(self, batch: TokenBatch) -> Tensor:
-        count = batch.num_sequences if self.num_sequences is None else self.num_sequences
-        return batch.loss_mask / batch.advantages.new_tensor(max(count, 1) * self.length)
+        return batch.loss_mask / (_sequences(self.num_sequences, batch) * self.length)
 
 
-def _at_least_one(count: int | Tensor, batch: TokenBatch) -> Tensor:
-    """A batch without counted tokens has loss 0, not 0 / 0."""
-    if isinstance(count, Tensor):
-        return count.clamp(min=1).to(batch.advantages.dtype)
-    return batch.advantages.new_tensor(max(count, 1))
+@dataclass(frozen=True)
+class LengthWeightedMean:
+    """tokens of the sequence / (num_sequences * length): long answers weigh more, squared.
+
+    length: what TRL's mean over columns divides by: the padded width of the batch.
+    num_sequences: sequences of the whole step; None: of the batch.
+    """
+
+    length: int
+    num_sequences: Count | None = None
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        tokens = batch.sequence_tokens.where(batch.loss_mask, 0)
+        return tokens / (_sequences(self.num_sequences, batch) * self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutMean:
+    """1 / (num_rollouts * tokens of the rollout): a rollout cut into sequences counts once.
+
+    rollout_tokens: [num_sequences] int: for each sequence of the batch, how many tokens of its
+        rollout count, over all sequences of that rollout.
+    num_rollouts: rollouts of the whole step.
+    """
+
+    rollout_tokens: Tensor
+    num_rollouts: Count
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        per_rollout = self.rollout_tokens.clamp(min=1).to(batch.advantages.dtype)[batch.sequence]
+        return batch.loss_mask / (per_rollout * _count(self.num_rollouts, 1, batch))
+
+
+def _sequences(given: Count | None, batch: TokenBatch) -> Tensor:
+    return _count(given, batch.num_sequences, batch)
+
+
+def _count(given: Count | None, own: Count, batch: TokenBatch) -> Tensor:
+    """The count as a tensor; a batch without counted tokens has loss 0, not 0 / 0."""
+    count = own if given is None else given
+    if not isinstance(count, Tensor):
+        count = batch.advantages.new_tensor(count)
+    return torch.where(count > 0, count, 1).to(batch.advantages.dtype)

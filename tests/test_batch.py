@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_rl import TokenBatch
+from fused_rl import Level, TokenBatch
 
 LABELS = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
 MASK = torch.tensor([[True, True, True, False], [True, True, False, False]])
@@ -101,3 +101,58 @@ def test_per_token_advantages_win_where_sequences_and_tokens_are_equally_many():
     )
     assert batch.advantages.tolist() == [1.0, 2.0]
     assert batch.sequence.tolist() == [0, 0]
+
+
+def test_weights_are_one_outside_the_mask_and_follow_the_tokens():
+    weights = torch.arange(8.0).reshape(2, 4)
+    batch = TokenBatch.padded(LABELS, MASK, torch.ones(2), weights=weights)
+    assert batch.weights.tolist() == [0, 1, 2, 1, 4, 5, 1, 1]
+    assert batch.select(torch.tensor([4, 5])).weights.tolist() == [4, 5]
+    assert batch.to("cpu").weights.tolist() == batch.weights.tolist()
+    plain = TokenBatch.padded(LABELS, MASK, torch.ones(2))
+    assert plain.weights is None
+    for given in (weights, weights.reshape(-1)):
+        assert torch.equal(plain.with_weights(given.requires_grad_()).weights, batch.weights)
+    assert not plain.with_weights(weights).weights.requires_grad
+    packed = TokenBatch.packed(
+        LABELS[MASK], torch.tensor([0, 3, 5]), torch.ones(2), weights=weights[MASK]
+    )
+    assert packed.weights.tolist() == [0, 1, 2, 4, 5]
+
+
+def test_a_narrower_mask_keeps_the_counts_of_the_batch():
+    old = torch.full((2, 4), -1.0)
+    batch = TokenBatch.padded(LABELS, MASK, torch.ones(2), old_logprobs=old, weights=old)
+    keep = torch.tensor([[True, False, True, True], [False, True, True, True]])
+    part = batch.with_mask(keep)
+    assert part.loss_mask.tolist() == (MASK & keep).reshape(-1).tolist()
+    assert part.labels.tolist() == [5, -100, 7, -100, -100, 9, -100, -100]
+    assert part.old_logprobs.tolist() == [-1, 0, -1, 0, 0, -1, 0, 0]
+    assert part.weights.tolist() == [-1, 1, -1, 1, 1, -1, 1, 1]
+    assert part.advantages.tolist() == [1, 0, 1, 0, 0, 1, 0, 0]
+    assert torch.equal(part.sequence_tokens, batch.sequence_tokens)
+    assert (part.num_tokens, part.num_sequences) == (batch.num_tokens, batch.num_sequences)
+    assert part.sequence_sum(torch.ones(8)).tolist() == [2, 1]
+
+
+def test_levels_by_hand():
+    batch = TokenBatch.padded(LABELS, MASK, torch.ones(2))
+    values = torch.tensor([1.0, 2.0, 6.0, 99.0, 3.0, 4.0, 99.0, 99.0])
+    rows = batch.loss_mask.nonzero()[:, 0]
+    assert torch.equal(batch.at_level(values, Level.TOKEN), values)
+    assert batch.at_level(values, Level.SEQUENCE)[rows].tolist() == [9, 9, 9, 7, 7]
+    assert batch.at_level(values, Level.GEOMETRIC)[rows].tolist() == [3, 3, 3, 3.5, 3.5]
+
+
+def test_mistakes_in_weights_and_masks_are_named():
+    batch = TokenBatch.padded(LABELS, MASK, torch.ones(2))
+    with pytest.raises(ValueError, match=r"weights must be one per token, \[8\] or \[2, 4\]"):
+        batch.with_weights(torch.ones(2))
+    with pytest.raises(ValueError, match=r"weights must be float16.*got torch.int64"):
+        batch.with_weights(torch.ones(8).long())
+    with pytest.raises(ValueError, match=r"keep must be one per token, .* got \[4, 2\]"):
+        batch.with_mask(MASK.T)
+    with pytest.raises(ValueError, match=r"keep must be torch.bool, got torch.int64"):
+        batch.with_mask(MASK.long())
+    with pytest.raises(ValueError, match=r"weights \[2\] and labels \[2, 4\]"):
+        TokenBatch.padded(LABELS, MASK, torch.ones(2), weights=torch.ones(2))

@@ -290,6 +290,16 @@ def test_a_log_ratio_of_two_hundred_stays_finite_in_value_and_gradient():
         assert all(g.isfinite().all() for g in tokens.gradients(output))
 
 
+@pytest.mark.parametrize("old", [float("inf"), float("-inf")])
+def test_a_token_that_the_old_policy_could_not_sample_stays_finite(old):
+    tokens = Tokens()
+    tokens.old[0, 0] = old
+    output = linear_policy_loss(tokens.hidden, tokens.head, tokens.batch, fused_rl.grpo())
+    assert output.loss.isfinite()
+    assert all(g.isfinite().all() for g in tokens.gradients(output))
+    assert all(v.isfinite() for v in output.metrics.values())
+
+
 def test_without_old_logprobs_every_ratio_is_exactly_one_and_the_gradient_is_reinforce():
     tokens = Tokens()
     batch = TokenBatch.padded(tokens.labels, tokens.mask, tokens.advantages)
@@ -375,6 +385,17 @@ def test_metrics_by_hand():
         k3 = sum(1 / r - 1 + math.log(r) for r in (0.5, 1.0, 1.5)) / 3
         assert metrics["kl"].item() == pytest.approx(k3)
         assert not any(v.requires_grad for v in metrics.values())
+
+
+def test_a_beta_of_zero_needs_no_reference_and_reports_the_estimator_asked_for():
+    tokens = Tokens()
+    free = TokenBatch.padded(tokens.labels, tokens.mask, tokens.advantages)
+    loss = fused_rl.grpo(beta=0.0, kl=KL.K1)
+    assert "kl" not in linear_policy_loss(tokens.hidden, tokens.head, free, loss).metrics
+    output = loss(tokens.stats(), tokens.batch)
+    k1 = (tokens.stats().logprobs - tokens.ref)[tokens.mask].mean()
+    torch.testing.assert_close(output.metrics["kl"], k1.detach())
+    torch.testing.assert_close(output.loss, fused_rl.grpo()(tokens.stats(), tokens.batch).loss)
 
 
 def test_a_function_of_the_users_takes_the_pass_it_asks_for():

@@ -1,0 +1,165 @@
+"""PolicyLoss: a policy-gradient loss is a composition.
+
+    loss = sum_n weight[n] * (w[n] * surrogate[n] + kl[n] - entropy_coef * entropy[n])
+
+with weight from means.py, surrogate from surrogates.py or trust_regions.py, of the log-ratio that
+ratios.py forms, kl from penalties.py, and w = batch.weights, the importance weights of the rollout,
+where the batch has them. named.py has the compositions that have a name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fused_rl.batch import TokenBatch
+from fused_rl.logprobs import TokenStats
+from fused_rl.means import TokenMean
+from fused_rl.penalties import KLPenalty
+from fused_rl.ratios import TokenRatio
+from fused_rl.surrogates import Clip, Surrogate, bounded
+
+
+class LossOutput(NamedTuple):
+    """A scalar to call backward() on, and detached scalars to log."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A policy loss, called as loss(stats, batch).
+
+    Args:
+        surrogate: (log_ratio, logprobs, advantages) -> [N]; `clipped` as in surrogates.Surrogate.
+            Unless it has token_separable = True it is called with the counted tokens alone.
+        ratio: (log_ratio, batch) -> [N]: at which level ratios are formed.
+        kl: (logprobs, batch) -> [N], the penalty towards batch.ref_logprobs, or None.
+        entropy_coef: weight of the entropy bonus.
+        mean: batch -> [N]: the weight of each token.
+    """
+
+    surrogate: Callable[[Tensor, Tensor, Tensor], Tensor] = field(default_factory=Clip)
+    ratio: Callable[[Tensor, TokenBatch], Tensor] = field(default_factory=TokenRatio)
+    kl: KLPenalty | None = None
+    entropy_coef: float = 0.0
+    mean: Callable[[TokenBatch], Tensor] = field(default_factory=TokenMean)
+
+    @property
+    def token_separable(self) -> bool:
+        """Whether a token's loss depends on no other token, so that one pass can form it."""
+        parts = (self.surrogate, self.ratio, self.kl if self._pulls else None)
+        return all(_separable(part) for part in parts if part is not None)
+
+    def __call__(self, stats: TokenStats, batch: TokenBatch) -> LossOutput:
+        """The loss and its metrics.
+
+        Args:
+            stats: of the tokens of batch, [N] or in the shape the batch was built from.
+            batch: the tokens.
+
+        Raises:
+            ValueError: stats that do not fit the batch; a KL penalty without ref_logprobs.
+        """
+        flat = self._flat(stats, batch)
+        return LossOutput(self.objective(flat, batch), self._metrics(flat, batch))
+
+    def objective(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
+        """The loss alone."""
+        logprobs, entropy = self._flat(stats, batch)
+        log_ratio = self._log_ratio(logprobs, batch)
+        losses = self._of_tokens(self.surrogate, log_ratio, logprobs, batch)
+        if batch.weights is not None:
+            losses = batch.weights * losses
+        if self._pulls:
+            losses = losses + self.kl(logprobs, batch)
+        if self.entropy_coef:
+            losses = losses - self.entropy_coef * entropy
+        weighted = self.mean(batch) * losses
+        return weighted.where(batch.loss_mask, 0.0).sum()
+
+    @property
+    def _pulls(self) -> bool:
+        """Whether kl is a term of the loss. With a beta of 0 it only says what metrics report; a
+        tensor may be changed between steps, and is no 0 for good.
+        """
+        beta = getattr(self.kl, "beta", 1.0)
+        return self.kl is not None and (isinstance(beta, Tensor) or beta != 0)
+
+    def _flat(self, stats: TokenStats, batch: TokenBatch) -> TokenStats:
+        """Flattened, with zeros outside loss_mask: whatever is there cannot reach an exp."""
+        if any(t.numel() != batch.labels.numel() for t in stats):
+            raise ValueError(
+                "stats must have one entry per token of the batch, got "
+                f"{[list(t.shape) for t in stats]} for {list(batch.shape)}"
+            )
+        return TokenStats(*(t.reshape(-1).where(batch.loss_mask, 0.0) for t in stats))
+
+    def _log_ratio(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
+        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        return self.ratio(logprobs - old, batch)
+
+    def _of_tokens(
+        self, method: Callable, log_ratio: Tensor, logprobs: Tensor, batch: TokenBatch
+    ) -> Tensor:
+        """The surrogate, or its bounds [2, N]. One that couples tokens hears of counted ones."""
+        args = (log_ratio, logprobs, batch.advantages)
+        if _separable(self.surrogate):
+            return method(*args)
+        rows = batch.loss_mask.nonzero()[:, 0]
+        part = method(*(t[rows] for t in args))
+        return part.new_zeros(*part.shape[:-1], len(logprobs)).index_copy(-1, rows, part)
+
+    def _clipped(self, *args: Tensor) -> Tensor:
+        """The surrogate's two bounds, [2, N]; a plain function has none."""
+        return torch.stack(getattr(self.surrogate, "clipped", Surrogate().clipped)(*args))
+
+    @torch.no_grad()
+    def _metrics(self, stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
+        logprobs, entropy = stats
+        count = batch.num_tokens.clamp(min=1)
+
+        def mean(x: Tensor) -> Tensor:
+            return x.where(batch.loss_mask, 0).sum() / count
+
+        log_ratio = self._log_ratio(logprobs, batch)
+        ratio = torch.exp(bounded(log_ratio))
+        low, high = self._of_tokens(self._clipped, log_ratio, logprobs, batch)
+        metrics = {
+            "entropy": mean(entropy),
+            "ratio_mean": mean(ratio),
+            # Padded, so that an empty batch has a maximum too.
+            "ratio_max": pad(ratio.where(batch.loss_mask, 0.0), (0, 1)).max(),
+            "clip_fraction_low": mean(low.to(ratio.dtype)),
+            "clip_fraction_high": mean(high.to(ratio.dtype)),
+        }
+        if batch.ref_logprobs is not None:
+            metrics["kl"] = mean((self.kl or KLPenalty(1.0)).estimate(logprobs, batch))
+        if not torch.compiler.is_compiling():
+            dlogprobs, dentropy = token_gradients(self, stats, batch)
+            idle = (dlogprobs == 0) & (dentropy == 0)
+            metrics["zero_gradient_fraction"] = mean(idle.to(ratio.dtype))
+        return metrics
+
+
+def _separable(part: object) -> bool:
+    return getattr(part, "token_separable", False)
+
+
+Loss = Callable[[TokenStats, TokenBatch], LossOutput]
+
+
+def token_gradients(loss: Loss, stats: TokenStats, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """dlogprobs and dentropy [N] of a loss."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in stats]
+        objective = getattr(loss, "objective", None)
+        of = TokenStats(*leaves)
+        value = objective(of, batch) if objective else loss(of, batch).loss
+        if not value.requires_grad:
+            return tuple(torch.zeros_like(t) for t in leaves)
+        return torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
