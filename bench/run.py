@@ -1,6 +1,7 @@
 """Runs the benchmark, prints its tables and writes a JSON: `make bench`, or
 
     python bench/run.py [--tokens 1024] [--hidden 1024] [--vocabulary 32768] [--dtype bfloat16]
+    python bench/run.py --readme bench/results/NAME.json      the README's table from a result
 
 Times are ratios to the bare matrix products of the same dtype, run in turns with them. The error is
 that of log-probs against float64, or the relative error of the gradients against float32.
@@ -31,7 +32,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
+    parser.add_argument("--readme", type=Path, help="write this result into README.md, run nothing")
     args = parser.parse_args()
+    if args.readme:
+        write_readme(json.loads(args.readme.read_text()), args.readme)
+        return
     case = Case.make(args.tokens, args.hidden, args.vocabulary, getattr(torch, args.dtype))
     records = [
         *no_grad(case, args.rounds),
@@ -93,6 +98,44 @@ def measure(
         }
         for name, times in seconds.items()
     ]
+
+
+def write_readme(content: dict, source: Path) -> None:
+    """Puts the table between the README's markers."""
+    shape, where = content["shape"], content["environment"]
+    lines = [
+        f"N = {shape['tokens']} tokens, H = {shape['hidden']}, V = {shape['vocabulary']}, "
+        f"{shape['dtype']}, on {where['cores']} cores of an {where['cpu']} "
+        f"({where['backend']['note']}), torch {where['torch']}: [{source.name}]({source}), "
+        "or `make bench` on your machine.",
+        "",
+        "| | time, ms | x bare products | extra memory, MiB | error |",
+        "|---|---|---|---|---|",
+    ]
+    for label in dict.fromkeys(r["case"] for r in content["records"]):
+        for r in (r for r in content["records"] if r["case"] == label):
+            if r["provider"] == "bare products":
+                lines.append(
+                    f"| **{label}** ({r['nhv']} NHV) | {r['seconds_median'] * 1e3:.0f} | 1 | | |"
+                )
+                continue
+            error = r.get("logprob_error", r.get("gradient_error"))
+            lines.append(
+                f"| {r['provider']} | {r['seconds_median'] * 1e3:.0f} "
+                f"| {r['ratio_to_products']:.2f} | {r['peak_extra_bytes'] / 2**20:.0f} "
+                f"| {error:.0e} |"
+            )
+    lines += [
+        "",
+        "Medians of interleaved runs; below 1 is less time than torch's own products take. The error "
+        "is the largest of the log-probs against float64 in the first case, and in the others the "
+        "relative error of the gradients against float32.",
+    ]
+    readme = Path("README.md")
+    before, rest = readme.read_text().split("<!-- bench:begin -->")
+    after = rest.split("<!-- bench:end -->")[1]
+    block = "\n".join(lines)
+    readme.write_text(f"{before}<!-- bench:begin -->\n{block}\n<!-- bench:end -->{after}")
 
 
 def show(content: dict) -> None:
