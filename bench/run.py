@@ -128,8 +128,8 @@ def write_readme(content: dict, source: Path) -> None:
     lines += [
         "",
         "Medians of interleaved runs; below 1 is less time than torch's own products take. The "
-        "error is the largest of the log-probs against float64 in the first case, and in the others "
-        "the relative error of the gradients against float32.",
+        "error is the largest of the log-probs against float64 in the first case, and in the "
+        "others the relative error of the gradients against float32.",
     ]
     readme = Path("README.md")
     before, rest = readme.read_text().split("<!-- bench:begin -->")

@@ -230,7 +230,12 @@ class TokenBatch:
 
 
 def _neutral(name: str, tensor: Tensor | None, mask: Tensor) -> Tensor | None:
-    """Flat, detached, and outside the mask what no sum, exp or lookup notices."""
+    """Flat, detached, and outside the mask what no sum, exp or lookup notices.
+
+    Half precision becomes float32: a loss in float16 would lose a count beyond 65504.
+    """
     if tensor is None:
         return None
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        tensor = tensor.float()
     return tensor.detach().reshape(-1).where(mask, _NEUTRAL.get(name, 0))

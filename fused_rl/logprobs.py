@@ -51,7 +51,8 @@ def linear_logprobs(
         labels: [...], int64 or int32, in [0, V) or ignore_index.
         temperature: a number, or a tensor that broadcasts to labels; positive. No gradient.
         ignore_index: tokens with this label give 0 and 0, and no gradient.
-        chunk_bytes: bound on the buffer for logits, where a way needs one; default 256 MiB.
+        chunk_bytes: bound on the buffer for logits, where a way needs one; default 256 MiB, on CUDA
+            1 GiB.
 
     Returns:
         TokenStats(logprobs, entropy), each in the shape of labels, in nats.
@@ -65,7 +66,7 @@ def linear_logprobs(
     checks.chunk_bytes_is_positive(chunk_bytes)
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not head.requires_grad
     op = ops.linear_logprobs_frozen if frozen else ops.linear_logprobs
-    logprobs, entropy, *_ = op(*args, ignore_index, chunk_bytes or ops.CHUNK_BYTES)
+    logprobs, entropy, *_ = op(*args, ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes))
     return TokenStats(logprobs.reshape(labels.shape), entropy.reshape(labels.shape))
 
 
@@ -167,9 +168,9 @@ class HeadGradients(NamedTuple):
 Upstream = Callable[[TokenStats, Tensor], tuple[Tensor, Tensor]]
 
 
-def chunks(tokens: int, vocabulary: int, dtype: torch.dtype, chunk_bytes: int | None) -> list[int]:
+def chunks(tokens: int, hidden: Tensor, weight: Tensor, chunk_bytes: int | None) -> list[int]:
     """Sizes of the chunks that `tokens` are cut into: as few as chunk_bytes allows, and even."""
-    most = ops.chunk_rows(vocabulary, dtype, chunk_bytes or ops.CHUNK_BYTES)
+    most = ops.chunk_tokens(hidden, weight, chunk_bytes)
     count = max(1, -(-tokens // most))
     size = min(most, round_up(-(-tokens // count), 16)) if tokens else 0
     return [min(size, tokens - start) for start in range(0, tokens, size)] if size else []
@@ -198,7 +199,7 @@ def chunked_gradients(
     stats = TokenStats(*(hidden.new_zeros(len(labels), dtype=dtype) for _ in range(2)))
     dhidden = hidden.new_zeros(hidden.shape, dtype=_kept_dtype(hidden))
     rows = counted.nonzero()[:, 0]
-    sizes = chunks(len(rows), weight.shape[0], dtype, chunk_bytes)
+    sizes = chunks(len(rows), hidden, weight, chunk_bytes)
     of_sum = dtype if len(sizes) > 1 else _kept_dtype(weight)
     allocate = weight.new_empty if sizes else weight.new_zeros
     dweight = allocate(weight.shape if need_weight else 0, dtype=of_sum)

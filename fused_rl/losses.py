@@ -36,10 +36,6 @@ __all__ = [
     "token_gradients",
 ]
 
-# With fewer tokens in a chunk, reading and writing the dweight accumulator for every chunk costs
-# more than computing the logits a second time.
-ONE_PASS_ROWS = 256
-
 
 def linear_policy_loss(
     hidden: Tensor,
@@ -68,7 +64,7 @@ def linear_policy_loss(
             over tokens whose normalisers come from the batch's counts.
         temperature: a number, or a tensor that broadcasts to batch.shape: what the tokens were
             sampled at.
-        chunk_bytes: bound on the buffer for logits; default 256 MiB.
+        chunk_bytes: bound on the buffer for logits; default 256 MiB, on CUDA 1 GiB.
 
     Returns:
         LossOutput(loss, metrics). A batch without counted tokens has loss 0 and gradients of zeros.
@@ -96,9 +92,9 @@ def _one_pass_pays(
     hidden: Tensor, head: LMHead, batch: TokenBatch, chunk_bytes: int | None
 ) -> bool:
     """Few chunks, or chunks that are large enough, or no dweight to accumulate over them."""
-    dtype = ops.acc_dtype(hidden, head.weight)
-    sizes = chunks(batch.labels.numel(), head.weight.shape[0], dtype, chunk_bytes)
-    return len(sizes) <= 1 or sizes[0] >= ONE_PASS_ROWS or not head.requires_grad
+    sizes = chunks(batch.labels.numel(), hidden, head.weight, chunk_bytes)
+    enough = ops.one_pass_tokens(hidden.device)
+    return len(sizes) <= 1 or sizes[0] >= enough or not head.requires_grad
 
 
 class _OnePass(torch.autograd.Function):

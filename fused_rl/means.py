@@ -8,7 +8,7 @@
     SequenceMean          1 / (num_sequences tokens)              TRL grpo; verl seq-mean-token-mean
     SequenceSumMean       1 / num_sequences                       verl seq-mean-token-sum; LUSPO
     FixedLengthMean       1 / (num_sequences length)              TRL dr_grpo
-    LengthWeightedMean    tokens / (num_sequences length)         TRL luspo at token level
+    LengthWeightedMean    tokens / (num_sequences length)         Liger luspo, unpadded
     RolloutMean           1 / (num_rollouts tokens of rollout)    slime
 
 where tokens are the counted ones of the token's sequence. Weights depend on masks and counts alone,

@@ -15,6 +15,34 @@ from torch import Tensor
 
 from . import logprobs
 
+# The tile that the vendor's products of bf16 are cut into, tokens x H.
+PRODUCT_TILE = (128, 256)
+
+
+def bytes_per_logit(element_size: int) -> int:
+    """fp32 logits, and beside them their gradient in the dtype of the products; fp32 shares."""
+    return 4 if element_size == 4 else 4 + element_size
+
+
+def chunk_tokens(V: int, H: int, element_size: int, chunk_bytes: int, multiprocessors: int) -> int:
+    """Tokens of a chunk: of the numbers that chunk_bytes allows, the one whose dhidden, the product
+    with the fewest tiles, leaves the fewest multiprocessors idle in its last wave; the largest of
+    those that do almost as well.
+    """
+    rows, columns = PRODUCT_TILE
+    most = chunk_bytes // (V * bytes_per_logit(element_size))
+    if most < rows:
+        return max(1, most)
+    across = -(-H // columns)
+
+    def used(count: int) -> float:
+        tiles = count * across
+        return tiles / (-(-tiles // multiprocessors) * multiprocessors)
+
+    counts = range(1, most // rows + 1)
+    best = max(used(count) for count in counts)
+    return rows * max(count for count in counts if used(count) >= best - 0.02)
+
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b with fp32 accumulators and an fp32 result, whatever the operands."""
@@ -57,9 +85,8 @@ def bwd(
     dhidden = hidden.new_zeros(N, H, dtype=torch.float32) if needs[0] else None
     dweight = torch.empty(V, H, dtype=weight.dtype, device=weight.device) if needs[1] else None
     dbias = hidden.new_empty(V, dtype=torch.float32) if needs[2] else None
-    # fp32 logits, and their gradient in the dtype of the products.
-    bytes_per_logit = 4 if hidden.dtype == torch.float32 else 4 + hidden.element_size()
-    columns = max(128, chunk_bytes // (max(N, 1) * bytes_per_logit) // 128 * 128)
+    per_column = max(N, 1) * bytes_per_logit(hidden.element_size())
+    columns = max(128, chunk_bytes // per_column // 128 * 128)
     for v0 in range(0, V, columns):
         v1 = min(v0 + columns, V)
         draw = logits_gradient(

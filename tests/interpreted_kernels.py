@@ -249,6 +249,20 @@ def test_offsets_beyond_two_to_the_31():
     torch.testing.assert_close(out[0].double(), exact[0], atol=1e-5, rtol=1e-5)
 
 
+def test_chunks_fill_the_device_and_stay_within_their_bytes():
+    def tokens(V, H, gigabytes=1.0, multiprocessors=132):
+        bound = int(gigabytes * 2**30)
+        count = linear_gradients.chunk_tokens(V, H, 2, bound, multiprocessors)
+        assert count * V * 6 <= bound or count == 1
+        return count
+
+    # 8 x 16 tiles on 132 multiprocessors; 9 x 16 would need a second wave for a few.
+    assert tokens(151936, 4096) == 1024
+    assert tokens(256000, 2304, 3.0) == 1792
+    assert tokens(128256, 2048, 2.0) == 2048
+    assert tokens(151936, 4096, 0.0001) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", [1, 2, 3, 4])
 def test_kl_values_and_slopes(dtype, kind):

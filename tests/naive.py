@@ -241,6 +241,8 @@ def loss(tokens: Tokens, level: Level, formula: Formula, mean: Mean) -> Tensor:
 def trl(tokens: Tokens, loss_type: str, by_sequence: bool = False) -> Tensor:
     """GRPOTrainer's loss of one process without accumulation, as its documentation states it.
 
+    luspo at token level is that of the versions before 1.16, masked; Liger still has it so.
+
     epsilon 0.2 both ways, or 5 above for cispo; beta 0; longest completion 11.
     """
     B, T = tokens.mask.shape

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fused_rl
 from fused_rl import Level, TokenBatch
 
 LABELS = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
@@ -156,3 +157,14 @@ def test_mistakes_in_weights_and_masks_are_named():
         batch.with_mask(MASK.long())
     with pytest.raises(ValueError, match=r"weights \[2\] and labels \[2, 4\]"):
         TokenBatch.padded(LABELS, MASK, torch.ones(2), weights=torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", [fused_rl.dapo(), fused_rl.grpo(), fused_rl.dr_grpo(70000)])
+def test_half_precision_advantages_lose_no_counts(dtype, loss):
+    """70000 tokens are infinitely many in float16, and 40.06 are 40 in bfloat16."""
+    labels = torch.zeros(1, 70000, dtype=torch.long)
+    batch = TokenBatch.padded(labels, labels == 0, torch.ones(1, dtype=dtype))
+    logprobs = torch.full((1, 70000), -1.0)
+    value = loss(fused_rl.TokenStats(logprobs, 0 * logprobs), batch).loss
+    assert value.item() == pytest.approx(-1, rel=1e-5)

@@ -18,7 +18,7 @@ from fused_rl import (
     TokenStats,
     linear_logprobs,
     linear_policy_loss,
-    losses,
+    ops,
 )
 
 
@@ -168,7 +168,7 @@ LOSSES = {
 @pytest.mark.parametrize("chunk_tokens", [1, 16, None])
 @pytest.mark.parametrize("name", LOSSES)
 def test_one_pass_equals_two_passes_in_value_and_gradient(name, chunk_tokens, trained, monkeypatch):
-    monkeypatch.setattr(losses, "ONE_PASS_ROWS", 1)
+    monkeypatch.setitem(ops.ONE_PASS_TOKENS, "cpu", 1)
     tokens = Tokens(trained=trained)
     loss, batch = LOSSES[name], tokens.batch
     chunk_bytes = None if chunk_tokens is None else chunk_tokens * 19 * 8

@@ -119,7 +119,7 @@ def test_trl_loss_types(case, tokens):
 
 @drawn.examples(15)
 @given(tokens=drawn.batches(per_token=False))
-def test_trl_luspo_at_token_level_divides_by_the_padded_width(tokens):
+def test_luspo_at_token_level_of_older_trl_divides_by_the_padded_width(tokens):
     if tokens.mask.any():
         mean = fused_rl.LengthWeightedMean(tokens.mask.shape[1])
         value = drawn.ours(fused_rl.PolicyLoss(mean=mean), tokens)
