@@ -20,6 +20,8 @@ namespace fused_rl {
 static constexpr int64_t super_block_rows = 2048;
 static constexpr int64_t chunk_tokens = 4096;  // bounds the gradient of a super-block's logits
 static constexpr int64_t panel = 64;           // columns of dweight in one product
+// dhidden sums over the whole vocabulary in fp32: short sums, added up, lose less than one long sum.
+static constexpr int64_t sum_step = 512;
 
 template <class T>
 struct Pass {
@@ -30,6 +32,8 @@ struct Pass {
   Upstream<A> up;
   const Kept<T>* kept;
   Gradients& out;
+  const Picks* picks;
+  const A* terms;
 
   int64_t rows_max = std::min(std::max(p.block, super_block_rows / p.block * p.block),
                               round_up(p.V, p.block));
@@ -51,8 +55,13 @@ struct Pass {
   at::Tensor bias_parts;                              // [tiles, rows]
 
   Pass(const Problem<T>& problem, Upstream<A> upstream, const Kept<T>* kept_logits,
-       Gradients& gradients)
-      : p(problem), up(upstream), kept(kept_logits), out(gradients) {
+       Gradients& gradients, const Picks* chosen, const A* chosen_terms)
+      : p(problem),
+        up(upstream),
+        kept(kept_logits),
+        out(gradients),
+        picks(chosen),
+        terms(chosen_terms) {
     if (!kept) logits_operand = pack_for_logits(p);
     if (out.dweight.defined()) {
       columns_operand = at::empty({panels, p.padded, panel}, of_T);
@@ -171,6 +180,11 @@ struct Pass {
       const int64_t line = p.labels[n0 + n] - v0;
       if (line >= 0 && line < rows) target[line * ld_target + n] += label_term[n];
     }
+    if (picks) {
+      picks->each(v0 / p.block, t, [&](Picks::Pick i) {
+        target[i.line * ld_target + i.column] += terms[i.pair];
+      });
+    }
     if (out.dbias.defined()) {
       loops<A>().line_sums(target, rows, width, ld_target,
                            bias_parts.template mutable_data_ptr<A>() + t * rows_max + first);
@@ -235,8 +249,12 @@ struct Pass {
         const int64_t h0 = task / tiles * block, t = chunk0 / tile_tokens + task % tiles;
         const int64_t n0 = t * tile_tokens, width = p.tile_width(t), column = n0 - chunk0;
         const T* operand = right + (paired ? column * rows_pad : column);
-        tile_matmul<T>(std::min(block, p.H - h0), width, K, left + h0 * rows_pad, rows_pad, operand,
-                       paired ? width : ld, to + n0 * p.H + h0 * width, width, true);
+        const int64_t ld_operand = paired ? width : ld;
+        for (int64_t k0 = 0; k0 < K; k0 += sum_step) {
+          tile_matmul<T>(std::min(block, p.H - h0), width, std::min(sum_step, K - k0),
+                         left + h0 * rows_pad + k0, rows_pad, operand + k0 * ld_operand, ld_operand,
+                         to + n0 * p.H + h0 * width, width, true);
+        }
       }
     });
   }
@@ -280,13 +298,16 @@ struct Pass {
 };
 
 template <class T>
-void backward(const Problem<T>& p, Upstream<Acc<T>> up, const Kept<T>* kept, Gradients& out) {
-  Pass<T>(p, up, kept, out).run();
+void backward(const Problem<T>& p, Upstream<Acc<T>> up, const Kept<T>* kept, Gradients& out,
+              const Picks* picks, const Acc<T>* terms) {
+  Pass<T>(p, up, kept, out, picks, terms).run();
 }
 
 template void backward(const Problem<c10::BFloat16>&, Upstream<float>,
-                       const Kept<c10::BFloat16>*, Gradients&);
-template void backward(const Problem<float>&, Upstream<float>, const Kept<float>*, Gradients&);
-template void backward(const Problem<double>&, Upstream<double>, const Kept<double>*, Gradients&);
+                       const Kept<c10::BFloat16>*, Gradients&, const Picks*, const float*);
+template void backward(const Problem<float>&, Upstream<float>, const Kept<float>*, Gradients&,
+                       const Picks*, const float*);
+template void backward(const Problem<double>&, Upstream<double>, const Kept<double>*, Gradients&,
+                       const Picks*, const double*);
 
 }  // namespace fused_rl

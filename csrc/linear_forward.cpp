@@ -15,7 +15,8 @@ static constexpr int64_t max_slabs = 64;
 
 
 template <class T>
-TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept) {
+TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept, const Picks* picks,
+                           Acc<T>* picked) {
   using A = Acc<T>;
   const int64_t slabs = std::min(max_slabs, p.blocks());
   // Few slabs, as with a small vocabulary, leave threads idle: then the tokens are cut as well.
@@ -47,6 +48,11 @@ TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept) {
             const int64_t line = p.labels[n0 + n] - v0;
             if (line >= 0 && line < rows) at_label[n0 + n] = z[line * width + n];
           }
+          if (picks) {
+            picks->each(b, t, [&](Picks::Pick i) {
+              picked[i.pair] = z[i.line * width + i.column];
+            });
+          }
         }
       }
     }
@@ -74,8 +80,9 @@ TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept) {
   return out;
 }
 
-template TokenStatistics<c10::BFloat16> forward(const Problem<c10::BFloat16>&, float*);
-template TokenStatistics<float> forward(const Problem<float>&, float*);
-template TokenStatistics<double> forward(const Problem<double>&, double*);
+template TokenStatistics<c10::BFloat16> forward(const Problem<c10::BFloat16>&, float*,
+                                                const Picks*, float*);
+template TokenStatistics<float> forward(const Problem<float>&, float*, const Picks*, float*);
+template TokenStatistics<double> forward(const Problem<double>&, double*, const Picks*, double*);
 
 }  // namespace fused_rl

@@ -1,36 +1,14 @@
 // The operators of the linear head: they choose the arithmetic, pick the tokens that take part, and
 // put the results of forward() and backward() where those tokens were.
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "labels.h"
 #include "problem.h"
+#include "tokens.h"
 
 namespace fused_rl {
-
-using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using Bias = std::optional<at::Tensor>;
-
-// Calls f with a value of the type that the products are computed in: bf16 where hidden and weight
-// are bf16 and the CPU multiplies it, double where either is double, float for all the rest.
-template <class F>
-static auto with_compute_type(const at::Tensor& hidden, const at::Tensor& weight, const F& f) {
-  const auto both = [&](at::ScalarType t) {
-    return hidden.scalar_type() == t && weight.scalar_type() == t;
-  };
-  if (both(at::kBFloat16) && has_microkernel<c10::BFloat16>()) return f(c10::BFloat16());
-  if (hidden.scalar_type() == at::kDouble || weight.scalar_type() == at::kDouble) return f(0.0);
-  return f(0.f);
-}
-
-static at::Tensor index_tensor(const std::vector<int64_t>& rows) {
-  return at::from_blob(const_cast<int64_t*>(rows.data()), {int64_t(rows.size())},
-                       at::TensorOptions().dtype(at::kLong));
-}
 
 template <class T>
 Problem<T> make_problem(const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
@@ -72,14 +50,15 @@ Problem<T> make_problem(const at::Tensor& hidden, const at::Tensor& weight, cons
   return p;
 }
 
-template <class A>
-static at::Tensor scatter(const std::vector<A>& values, const std::vector<int64_t>& rows,
-                          int64_t N) {
-  at::Tensor out = at::zeros({N}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
-  A* to = out.mutable_data_ptr<A>();
-  for (size_t i = 0; i < rows.size(); ++i) to[rows[i]] = values[i];
-  return out;
-}
+template Problem<c10::BFloat16> make_problem(const at::Tensor&, const at::Tensor&, const Bias&,
+                                             const at::Tensor&, const at::Tensor&, double, double,
+                                             const std::vector<int64_t>&);
+template Problem<float> make_problem(const at::Tensor&, const at::Tensor&, const Bias&,
+                                     const at::Tensor&, const at::Tensor&, double, double,
+                                     const std::vector<int64_t>&);
+template Problem<double> make_problem(const at::Tensor&, const at::Tensor&, const Bias&,
+                                      const at::Tensor&, const at::Tensor&, double, double,
+                                      const std::vector<int64_t>&);
 
 static std::vector<int64_t> all_rows(int64_t N) {
   std::vector<int64_t> rows(N);
@@ -93,10 +72,7 @@ static Tensors3 linear_logprobs(const at::Tensor& hidden, const at::Tensor& weig
                                 int64_t ignore_index, int64_t /*chunk_bytes*/) {
   check_labels(labels, weight.size(0), ignore_index);
   const at::Tensor y = labels.contiguous();
-  std::vector<int64_t> active;
-  for (int64_t n = 0; n < y.numel(); ++n) {
-    if (y.const_data_ptr<int64_t>()[n] != ignore_index) active.push_back(n);
-  }
+  const auto active = counted_rows(y, ignore_index);
   return with_compute_type(hidden, weight, [&](auto zero) -> Tensors3 {
     using T = decltype(zero);
     const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, active);
@@ -105,62 +81,6 @@ static Tensors3 linear_logprobs(const at::Tensor& hidden, const at::Tensor& weig
     return {scatter(s.logprobs, active, N), scatter(s.entropy, active, N),
             scatter(s.lse, active, N)};
   });
-}
-
-// The per-token inputs of a backward pass, gathered and padded.
-template <class A>
-struct Gathered {
-  std::vector<A> lse, lse_low, entropy, dlogprobs, dentropy;
-  bool has_dentropy = false;
-
-  Upstream<A> upstream(const std::vector<A>& inv_temperature) const {
-    return {lse.data(),       lse_low.data(),  entropy.data(),        dlogprobs.data(),
-            dentropy.data(), inv_temperature.data(), has_dentropy};
-  }
-};
-
-template <class A>
-static Gathered<A> gather_upstream(const at::Tensor& lse, const at::Tensor& entropy,
-                                   const at::Tensor& dlogprobs, const at::Tensor& dentropy,
-                                   const std::vector<int64_t>& rows, int64_t padded) {
-  const auto of_A = c10::CppTypeToScalarType<A>::value;
-  const auto take = [&](const at::Tensor& tensor) {
-    const at::Tensor from = tensor.to(of_A).contiguous();
-    std::vector<A> to(padded, A(0));
-    for (size_t i = 0; i < rows.size(); ++i) to[i] = from.const_data_ptr<A>()[rows[i]];
-    return to;
-  };
-  Gathered<A> g{take(lse), std::vector<A>(padded), take(entropy), take(dlogprobs), take(dentropy)};
-  const at::Tensor exact = lse.to(at::kDouble).contiguous();
-  for (size_t i = 0; i < rows.size(); ++i) {
-    g.lse_low[i] = A(exact.const_data_ptr<double>()[rows[i]] - double(g.lse[i]));
-  }
-  for (A d : g.dentropy) g.has_dentropy |= d != A(0);
-  return g;
-}
-
-// Tokens that are not ignored and have an upstream gradient; NaN is one.
-static std::vector<int64_t> rows_with_gradient(const at::Tensor& labels, int64_t ignore_index,
-                                               const at::Tensor& dlogprobs,
-                                               const at::Tensor& dentropy) {
-  const at::Tensor live = dlogprobs.ne(0).logical_or(dentropy.ne(0)).contiguous();
-  const at::Tensor y = labels.contiguous();
-  std::vector<int64_t> rows;
-  for (int64_t n = 0; n < y.numel(); ++n) {
-    if (live.const_data_ptr<bool>()[n] && y.const_data_ptr<int64_t>()[n] != ignore_index) {
-      rows.push_back(n);
-    }
-  }
-  return rows;
-}
-
-// dhidden of some tokens to all tokens, in the dtype of hidden.
-static at::Tensor place_rows(const at::Tensor& dhidden, const std::vector<int64_t>& rows,
-                             const at::Tensor& hidden) {
-  if (int64_t(rows.size()) == hidden.size(0)) return dhidden.to(hidden.scalar_type());
-  at::Tensor out = at::zeros(hidden.sizes(), hidden.options());
-  out.index_copy_(0, index_tensor(rows), dhidden.to(hidden.scalar_type()));
-  return out;
 }
 
 static Tensors3 linear_logprobs_backward(

@@ -262,6 +262,38 @@ static void kl(const T* d, int64_t n, int64_t value_kind, int64_t slope_kind, T*
   }
 }
 
+template <class T>
+static void add_scaled(const T* x, int64_t n, T factor, T* sum) {
+  constexpr int W = Simd<T>::width;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(sum + i, load(sum + i) + load(x + i) * factor);
+  for (; i < n; ++i) sum[i] += x[i] * factor;
+}
+
+static void add_scaled_bfloat16(const uint16_t* x, int64_t n, float factor, float* sum) {
+  constexpr int W = Simd<float>::width;
+  using Half = Simd<float>::half_bits;
+  using Bits = decltype(bfloat16_bits(Vec<float>{}));
+  const auto widened = [](Half half) {
+    const Bits bits = __builtin_convertvector(half, Bits) << 16;
+    Vec<float> wide;
+    std::memcpy(&wide, &bits, sizeof(wide));
+    return wide;
+  };
+  Half half;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    std::memcpy(&half, x + i, sizeof(half));
+    store(sum + i, load(sum + i) + widened(half) * factor);
+  }
+  if (i < n) {
+    half = Half{};
+    std::memcpy(&half, x + i, (n - i) * sizeof(uint16_t));
+    const Vec<float> rest = widened(half) * factor;
+    for (int k = 0; i + k < n; ++k) sum[i + k] += rest[k];
+  }
+}
+
 static void pack(const float* tile, int64_t lines, int64_t columns, int64_t ld, uint16_t* rows,
                  int64_t ld_rows, uint16_t* pairs, int64_t ld_pairs) {
   constexpr int W = Simd<float>::width;
@@ -306,7 +338,7 @@ static void narrow(const float* from, int64_t n, uint16_t* to) {
 template <class T>
 static constexpr Loops<T> table() {
   return {transform<T>,      accumulate<T>,   gradient<T>, line_sums<T>,
-          row_statistics<T>, row_gradient<T>, kl<T>};
+          row_statistics<T>, row_gradient<T>, kl<T>,       add_scaled<T>};
 }
 
 extern const Loops<float> float_loops;
@@ -314,6 +346,6 @@ extern const Loops<double> double_loops;
 extern const BFloat16Loops bfloat16_loops;
 const Loops<float> float_loops = table<float>();
 const Loops<double> double_loops = table<double>();
-const BFloat16Loops bfloat16_loops = {pack, narrow};
+const BFloat16Loops bfloat16_loops = {pack, narrow, add_scaled_bfloat16};
 
 }  // namespace fused_rl::FUSED_RL_ISA

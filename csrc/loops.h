@@ -56,6 +56,8 @@ struct Loops {
                        T dlogprob, T dentropy, T* dlogits);
   // k1, k2, k3, abs of d: value and derivative.
   void (*kl)(const T* d, int64_t n, int64_t value_kind, int64_t slope_kind, T* value, T* slope);
+  // sum += factor * x
+  void (*add_scaled)(const T* x, int64_t n, T factor, T* sum);
 };
 
 // fp32 to bf16, and the two layouts of a bf16 tile that the products of the backward pass read.
@@ -65,6 +67,8 @@ struct BFloat16Loops {
   void (*pack)(const float* tile, int64_t lines, int64_t columns, int64_t ld, uint16_t* rows,
                int64_t ld_rows, uint16_t* pairs, int64_t ld_pairs);
   void (*narrow)(const float* from, int64_t n, uint16_t* to);
+  // sum += factor * x
+  void (*add_scaled)(const uint16_t* x, int64_t n, float factor, float* sum);
 };
 
 template <class T>

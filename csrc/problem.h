@@ -127,6 +127,25 @@ void logits_tile(const Problem<T>& p, Block<T> weight, int64_t v0, int64_t rows,
   }
 }
 
+// Chosen pairs (token, word), grouped by the tile in which their logit lies: a tile finds its own
+// without a search.
+struct Picks {
+  struct Pick {
+    int32_t line, column;
+    int64_t pair;  // its number in the caller's count
+  };
+  std::vector<Pick> picks;
+  std::vector<int64_t> first;  // [blocks * tiles + 1]
+  int64_t tiles;
+
+  // f(pick) for those of block b and tile t.
+  template <class F>
+  void each(int64_t b, int64_t t, const F& f) const {
+    const int64_t group = b * tiles + t;
+    for (int64_t i = first[group]; i < first[group + 1]; ++i) f(picks[i]);
+  }
+};
+
 // One entry per token of the problem.
 template <class T>
 struct TokenStatistics {
@@ -135,8 +154,10 @@ struct TokenStatistics {
 };
 
 // kept: null, or a buffer for V * padded logits, tile by tile: [tiles, V, width].
+// picks: null, or the pairs whose logits are wanted in `picked`, each under its number.
 template <class T>
-TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept);
+TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept, const Picks* picks = nullptr,
+                           Acc<T>* picked = nullptr);
 
 // Gradients of one pass. Undefined tensors are not wanted.
 struct Gradients {
@@ -155,7 +176,9 @@ struct Kept {
 };
 
 // up.*: [padded], zeros in the padding. kept: null to recompute the logits.
+// picks: null, or the pairs to whose draw `terms` are added, each under its number.
 template <class T>
-void backward(const Problem<T>& p, Upstream<Acc<T>> up, const Kept<T>* kept, Gradients& out);
+void backward(const Problem<T>& p, Upstream<Acc<T>> up, const Kept<T>* kept, Gradients& out,
+              const Picks* picks = nullptr, const Acc<T>* terms = nullptr);
 
 }  // namespace fused_rl

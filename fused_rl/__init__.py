@@ -1,5 +1,6 @@
 """Fused log-probs, entropies, KL terms and policy losses for RL on language models."""
 
+from fused_rl import ops_cuda as _ops_cuda  # noqa: F401 - registers the kernels for CUDA
 from fused_rl.advantages import (
     GAEOutput,
     clipped_value_loss,
@@ -17,6 +18,7 @@ from fused_rl.backends import Backend, backends
 from fused_rl.batch import TokenBatch
 from fused_rl.diagnosis import Finding, Thresholds, diagnose
 from fused_rl.head import LMHead
+from fused_rl.kept import KeptStats, linear_kept_logprobs
 from fused_rl.kl import KL, kl_penalty
 from fused_rl.logprobs import TokenStats, linear_logprobs, logprobs_from_logits
 from fused_rl.losses import linear_policy_loss
@@ -120,6 +122,7 @@ __all__ = [
     "GAEOutput",
     "KLCov",
     "KLPenalty",
+    "KeptStats",
     "Kimi",
     "LMHead",
     "LengthWeightedMean",
@@ -171,6 +174,7 @@ __all__ = [
     "leave_one_out_advantages",
     "length_rewards",
     "length_weighted_advantages",
+    "linear_kept_logprobs",
     "linear_logprobs",
     "linear_policy_loss",
     "logprobs_from_logits",

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_rl import ops, ops_cuda
+from fused_rl import ops
 
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps fused-rl"
 
@@ -39,7 +39,7 @@ def _cpu() -> Backend:
 
 def _cuda() -> Backend:
     here = "" if torch.cuda.is_available() else "; no device of the kind is visible to torch"
-    if not ops_cuda.HAS_TRITON:
+    if not ops.HAS_TRITON:
         note = f"triton is not installed: pip install triton{here}"
         return Backend("cuda", "reference (plain torch)", note)
     note = "float64 in plain torch; proved in the interpreter and ahead of time, not timed yet"

@@ -10,10 +10,6 @@ from torch import Tensor
 from fused_rl import reference
 from fused_rl.reference import acc_dtype
 
-# Scratch for logits when the caller names none. A constant, not a fraction of what happens to be
-# free: the chunking, and with it the last bit of the result, must not change from run to run.
-CHUNK_BYTES = 256 * 2**20
-
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, chunk_bytes: int) -> int:
     """Tokens whose logits fit into chunk_bytes; whole tiles of 64 where there are that many."""

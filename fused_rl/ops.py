@@ -11,20 +11,54 @@ costs nothing and passes no gradient.
 
 import warnings
 from importlib.resources import files
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from fused_rl import chunked
-from fused_rl.chunked import (  # noqa: F401 - CHUNK_BYTES is for callers of ops
-    CHUNK_BYTES,
+from fused_rl.chunked import (
     check_tokens,
     chunk_rows,
     padded,
     statistics_like,
 )
 from fused_rl.reference import acc_dtype
+
+HAS_TRITON = find_spec("triton") is not None
+
+# Scratch for logits when the caller names none. Constants, not a fraction of what happens to be
+# free: the chunking, and with it the last bit of the result, must not change from run to run.
+CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+# With fewer tokens in a chunk, reading and writing the fp32 dweight for every chunk costs more than
+# computing the logits a second time: 4 x arithmetic rate / memory bandwidth.
+ONE_PASS_TOKENS = {"cpu": 256, "cuda": 735}
+
+
+def scratch_bytes(device: torch.device, chunk_bytes: int | None) -> int:
+    """chunk_bytes, or the device's own bound."""
+    return chunk_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+
+
+def one_pass_tokens(device: torch.device) -> int:
+    """From how many tokens in a chunk on one pass is cheaper than two."""
+    return ONE_PASS_TOKENS.get(device.type, ONE_PASS_TOKENS["cpu"])
+
+
+def chunk_tokens(hidden: Tensor, weight: Tensor, chunk_bytes: int | None) -> int:
+    """Tokens whose logits a chunk may hold."""
+    scratch = scratch_bytes(hidden.device, chunk_bytes)
+    dtype = acc_dtype(hidden, weight)
+    if not (hidden.is_cuda and HAS_TRITON and dtype == torch.float32):
+        return chunk_rows(weight.shape[0], dtype, scratch)
+    from fused_rl.kernels import linear_gradients
+    from fused_rl.kernels.linear_logprobs import Device
+
+    width = hidden.element_size() if hidden.dtype == weight.dtype else 4
+    multiprocessors = Device.of(hidden.device).multiprocessors
+    V, H = weight.shape
+    return linear_gradients.chunk_tokens(V, H, width, scratch, multiprocessors)
 
 
 @custom_op("fused_rl::linear_logprobs", mutates_args=())
@@ -172,7 +206,7 @@ def linear_logprobs_frozen(
     out = [t.zero_() for t in statistics_like(hidden, weight)]
     unit = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     active = (labels != ignore_index).nonzero()[:, 0]
-    for rows in active.split(chunk_rows(weight.shape[0], out[0].dtype, chunk_bytes)):
+    for rows in active.split(chunk_tokens(hidden, weight, chunk_bytes)):
         args = (hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap)
         *chunk, z = linear_logprobs_chunk(*args)
         for total, part in zip(out, chunk, strict=True):

@@ -6,8 +6,6 @@ function is what the operator of its name does, plus the `device` it runs on.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
@@ -194,9 +192,6 @@ def kl(d, value_kind, slope_kind, device):
     return kernel.fwd(d, value_kind, slope_kind)
 
 
-HAS_TRITON = find_spec("triton") is not None
-
-
 def _register(name: str) -> None:
     """The kernel of this file on cuda, under a guard of the device.
 
@@ -207,7 +202,7 @@ def _register(name: str) -> None:
     def run(*args):
         tensors = [a for a in args if isinstance(a, Tensor)]
         # The first two: an lse, further on, is always float64.
-        if not HAS_TRITON or any(t.dtype == torch.float64 for t in tensors[:2]):
+        if not ops.HAS_TRITON or any(t.dtype == torch.float64 for t in tensors[:2]):
             return plain(*args)
         from fused_rl.kernels.linear_logprobs import Device
 

@@ -32,13 +32,23 @@ def logits(
 ) -> Tensor:  # [N, V]
     """The logits that are sampled from, in the accumulator dtype."""
     dtype = acc_dtype(hidden, weight)
-    z = hidden.to(dtype) @ weight.to(dtype).T
-    if bias is not None:
-        z = z + bias.to(dtype)
+    raw = hidden.to(dtype) @ weight.to(dtype).T
+    return from_products(raw, bias, temperature[:, None], scale, softcap)
+
+
+def from_products(
+    raw: Tensor,  # hidden . weight, in the accumulator dtype
+    bias: Tensor | None,  # broadcasts to raw
+    temperature: Tensor,  # broadcasts to raw
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """What a head does to the products of hidden and weight: bias, scale, softcap, temperature."""
+    z = raw if bias is None else raw + bias.to(raw.dtype)
     z = z * scale
     if softcap:
         z = torch.tanh(z / softcap) * softcap
-    return z / temperature.to(dtype)[:, None]
+    return z / temperature.to(raw.dtype)
 
 
 def statistics(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,6 +70,19 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs, entropy, lse, each [N]."""
     return statistics(logits(hidden, weight, bias, temperature, scale, softcap), labels)
+
+
+def kept_logprobs(
+    z: Tensor,  # [N, V]
+    labels: Tensor,  # [N] int64
+    kept: Tensor,  # [M] int64: the kept words of one token after another
+    cu_kept: Tensor,  # [N + 1] int64: where those of each token begin
+) -> Tensor:  # [N]
+    """z[n, label] - log sum_{v in kept[n]} exp z[n, v]: logprobs under the sampling mask."""
+    token = torch.arange(len(labels), device=z.device).repeat_interleave(cu_kept.diff())
+    excluded = torch.ones_like(z, dtype=torch.bool).index_put((token, kept), z.new_zeros(()).bool())
+    lse = torch.logsumexp(z.masked_fill(excluded, -torch.inf), dim=-1)
+    return z.gather(-1, labels[:, None])[:, 0] - lse
 
 
 def logits_logprobs(

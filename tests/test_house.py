@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 import pytest
+import torch
 
 import fused_rl
 
@@ -21,8 +22,10 @@ FLOORS = {
     "ops_cuda": 3,
     "head": 3,
     "sequences": 3,
+    "kept_ops": 3,
     "kl": 3,
     "logprobs": 4,
+    "kept": 5,
     "schedules": 3,
     "overoptimisation": 3,
     "diagnosis": 4,
@@ -40,6 +43,10 @@ FLOORS = {
     "losses": 9,
     "backends": 4,
     "__init__": 10,
+    "bench_peers": 10,
+    "bench_report": 10,
+    "bench": 11,
+    "plan": 11,
     "demo": 11,
     "demo_task": 11,
     "demo_report": 11,
@@ -135,6 +142,12 @@ def test_no_top_level_kernels_is_installed():
         cwd=ROOT / "tests",
     )
     assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["linear_logprobs", "linear_logprobs_backward", "kl"])
+def test_operators_have_kernels_for_cpu_and_cuda(name):
+    for key in ("CPU", "CUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_rl::{name}", key)
 
 
 def test_this_installation_has_the_native_kernels():

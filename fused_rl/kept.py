@@ -1,0 +1,102 @@
+"""Log-probabilities of tokens that were sampled under a mask: top-k, top-p, min-p.
+
+    kept_logprobs[n] = z[n, labels[n]] - log sum_{v in kept[n]} exp z[n, v]
+
+A sampler that keeps a part of the vocabulary draws from the distribution renormalised over that
+part, so this is the log-probability that the rollout reports and that importance ratios need. The
+sets are those of the rollout, replayed: a trainer that chose its own would, wherever the two
+differ, divide by the mass of another set.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_rl import checks, kept_ops, ops
+from fused_rl.head import LMHead
+from fused_rl.logprobs import IGNORE_INDEX, flat_arguments
+
+
+class KeptStats(NamedTuple):
+    """Three numbers per token, in the shape of labels; float32, or float64 for float64 inputs."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    kept_logprobs: Tensor
+
+
+def linear_kept_logprobs(
+    hidden: Tensor,
+    head: LMHead | Tensor,
+    labels: Tensor,
+    kept: Tensor,
+    cu_kept: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+    chunk_bytes: int | None = None,
+) -> KeptStats:
+    """linear_logprobs, and the log-probabilities of labels renormalised over the kept words.
+
+    All three are differentiable with respect to hidden, weight and bias, and come out of one pass
+    over the vocabulary, without the [N, V] logits. A loss of kept_logprobs alone has a backward
+    pass that looks at the kept words only. exp(logprobs - kept_logprobs) is the mass of the kept
+    set.
+
+    Args:
+        hidden: [..., H], float16, bfloat16, float32 or float64: the states that predict labels.
+        head: LMHead, or a weight [V, H].
+        labels: [...], int64 or int32, in [0, V) or ignore_index; each in its own kept set.
+        kept: [M], int64 or int32: the kept words of one token after another, each at most once
+            per token and in any order.
+        cu_kept: [N + 1], int64 or int32, rising from 0 to M, with N the number of labels: the set
+            of the n-th of the flattened tokens is kept[cu_kept[n] : cu_kept[n + 1]].
+        temperature: a number, or a tensor that broadcasts to labels; positive. No gradient.
+        ignore_index: tokens with this label give 0, 0 and 0, and no gradient; their kept sets,
+            which may be empty, are not looked at.
+        chunk_bytes: bound on the buffers for logits, where a way needs one; default 256 MiB.
+
+    Returns:
+        KeptStats(logprobs, entropy, kept_logprobs), each in the shape of labels, in nats.
+
+    Raises:
+        ValueError: as for linear_logprobs; offsets that do not rise from 0 to M; a kept word
+            outside [0, V), or twice in one set; a label that is not in its set. On CUDA, where
+            looking would wait for the device, kept_logprobs of such a token is NaN (of every token,
+            for wrong offsets).
+    """
+    head = LMHead.of(head)
+    flat, weight, bias, y, t, scale, softcap = flat_arguments(hidden, head, labels, temperature)
+    checks.chunk_bytes_is_positive(chunk_bytes)
+    _check_sets(kept, cu_kept, labels)
+    logprobs, entropy, _, kept_logprobs, _ = kept_ops.linear_kept_logprobs(
+        *(flat, weight, bias, y, kept.long(), cu_kept.long(), t, scale, softcap),
+        *(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes)),
+    )
+    return KeptStats(*(x.reshape(labels.shape) for x in (logprobs, entropy, kept_logprobs)))
+
+
+def _check_sets(kept: Tensor, cu_kept: Tensor, labels: Tensor) -> None:
+    for name, tensor, shape in (("kept", kept, "[M]"), ("cu_kept", cu_kept, "[N + 1]")):
+        checks.require(
+            isinstance(tensor, Tensor) and tensor.dtype in (torch.int64, torch.int32),
+            lambda name=name, tensor=tensor: (
+                f"{name} must be an int64 or int32 tensor, got "
+                f"{tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__}"
+            ),
+        )
+        checks.require(
+            tensor.dim() == 1,
+            lambda name=name, tensor=tensor, shape=shape: (
+                f"{name} must be {shape}, got {list(tensor.shape)}"
+            ),
+        )
+    checks.require(
+        cu_kept.shape[0] == labels.numel() + 1,
+        lambda: (
+            f"cu_kept must be [N + 1] = [{labels.numel() + 1}], "
+            f"got cu_kept {list(cu_kept.shape)} and labels {list(labels.shape)}"
+        ),
+    )
+    checks.same_device(kept=kept, cu_kept=cu_kept, labels=labels)
