@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_BENCH := $(VENV)/.ready-bench
+READY_ALL := $(VENV)/.ready-all
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/CMakeLists.txt)
 
 .PHONY: demo test test-all bench lint clean
@@ -14,7 +15,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
 
-test-all: $(READY)
+test-all: $(READY_ALL)
 	$(BIN)/pytest $(ARGS)
 
 bench: $(READY_BENCH)
@@ -37,6 +38,11 @@ $(READY): pyproject.toml constraints.txt $(NATIVE)
 # The peers that the benchmark runs beside us.
 $(READY_BENCH): $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[bench]"
+	touch $@
+
+# What the parity tests run beside us.
+$(READY_ALL): $(READY_BENCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[trl]"
 	touch $@
 
 clean:
