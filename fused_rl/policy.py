@@ -70,6 +70,11 @@ class PolicyLoss:
 
     def objective(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         """The loss alone."""
+        weighted = self.mean(batch) * self.token_losses(stats, batch)
+        return weighted.where(batch.loss_mask, 0.0).sum()
+
+    def token_losses(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
+        """What the mean weighs, [N]; 0 outside loss_mask."""
         logprobs, entropy = self._flat(stats, batch)
         log_ratio = self._log_ratio(logprobs, batch)
         losses = self._of_tokens(self.surrogate, log_ratio, logprobs, batch)
@@ -79,8 +84,7 @@ class PolicyLoss:
             losses = losses + self.kl(logprobs, batch)
         if self.entropy_coef:
             losses = losses - self.entropy_coef * entropy
-        weighted = self.mean(batch) * losses
-        return weighted.where(batch.loss_mask, 0.0).sum()
+        return losses.where(batch.loss_mask, 0.0)
 
     @property
     def _pulls(self) -> bool:
