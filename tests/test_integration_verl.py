@@ -1,0 +1,358 @@
+"""The names of verl, OpenRLHF and prime-rl against plain formulas; none of the three is run here.
+
+What stands in for verl in the tests of patch() are empty modules with its names in its places.
+"""
+
+import re
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_rl.integrations import verl
+
+B, T, V, H = 4, 6, 19, 8
+
+
+def leaves(dtype=torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight, labels."""
+    hidden = torch.randn(B, T, H, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, H, dtype=dtype, requires_grad=True)
+    return hidden, weight, torch.randint(0, V, (B, T))
+
+
+def plain(hidden, weight, labels, temperature=1.0) -> tuple[Tensor, Tensor]:
+    logp = torch.log_softmax(hidden @ weight.T / temperature, -1)
+    return logp.gather(-1, labels[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+
+
+def assert_same(ours, theirs, inputs) -> None:
+    """Values, and the gradients of a random combination of them."""
+    coefficients = [torch.randn_like(t) for t in theirs]
+    torch.testing.assert_close(tuple(ours), tuple(theirs))
+    gradients = [
+        torch.autograd.grad(
+            sum((c * t).sum() for c, t in zip(coefficients, ts, strict=True)), inputs
+        )
+        for ts in (ours, theirs)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def config(**options) -> SimpleNamespace:
+    """What the losses read of verl's actor config, with its defaults."""
+    defaults = {"clip_ratio": 0.2, "clip_ratio_low": None, "clip_ratio_high": None}
+    defaults |= {"clip_ratio_c": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "global_batch_info": {}}
+    return SimpleNamespace(**(defaults | options))
+
+
+# The head.
+
+
+@pytest.mark.parametrize("shape", [(B * T,), (B, T)])
+def test_linear_cross_entropy(shape):
+    hidden, weight, labels = leaves()
+    states, labels = hidden.reshape(*shape, H), labels.reshape(shape)
+    ours = verl.linear_cross_entropy(states, weight, labels, 0.7)
+    assert_same(ours, plain(states, weight, labels, 0.7), (hidden, weight))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_reductions_are_of_the_log_probs(reduction):
+    hidden, weight, labels = leaves()
+    logprobs, entropy = plain(hidden, weight, labels)
+    ours = verl.linear_cross_entropy(hidden, weight, labels, reduction=reduction)
+    assert_same(ours, (getattr(logprobs, reduction)(), entropy), (hidden, weight))
+
+
+def test_what_linear_cross_entropy_refuses():
+    hidden, weight, labels = leaves()
+    with pytest.raises(ValueError, match="got 'batchmean'"):
+        verl.linear_cross_entropy(hidden, weight, labels, reduction="batchmean")
+    with pytest.raises(NotImplementedError, match="split between ranks"):
+        verl.linear_cross_entropy(hidden, weight, labels, dist_process_group=object())
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 512])
+def test_fused_linear_for_ppo(chunk_size):
+    hidden, weight, labels = leaves()
+    head = verl.FusedLinearForPPO(chunk_size)
+    assert not list(head.parameters())
+    ours = head(hidden, weight, labels.int(), temperature=1.3)
+    assert_same(ours, plain(hidden, weight, labels, 1.3), (hidden, weight))
+
+
+def test_entropies_of_bfloat16_states_are_float32():
+    hidden, weight, labels = (t.bfloat16() if t.is_floating_point() else t for t in leaves())
+    expected = plain(hidden.double(), weight.double(), labels)
+    ours = verl.FusedLinearForPPO()(hidden, weight, labels)
+    assert all(t.dtype == torch.float32 for t in ours)
+    torch.testing.assert_close(tuple(ours), tuple(t.float() for t in expected))
+
+
+# KL.
+
+K = {
+    "k1": lambda d: d,
+    "abs": lambda d: d.abs(),
+    "k2": lambda d: d.square() / 2,
+    "k3": lambda d: torch.exp(-d) - 1 + d,
+}
+NAMES = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2"}
+NAMES |= {"low_var_kl": "k3", "k3": "k3"}
+
+
+@pytest.mark.parametrize("straight", ["", "+"])
+@pytest.mark.parametrize("name", NAMES)
+def test_kl_penalty(name, straight):
+    logprob = torch.randn(B, T, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(B, T, dtype=torch.float64)
+    d = logprob - ref
+    value = K[NAMES[name]](d)
+    through = K["k2"](d) if straight else value
+    ours = verl.kl_penalty(logprob, ref, name + straight)
+    torch.testing.assert_close(ours, value)
+    gradients = (torch.autograd.grad(x.sum(), logprob) for x in (ours, through))
+    torch.testing.assert_close(*gradients)
+
+
+def test_k3_of_a_token_that_the_reference_likes_far_more():
+    """At d = -3 verl's value of 16.1 is held at 10, without a gradient; ours is 16.1 and pulls."""
+    logprob = torch.tensor([-3.0], dtype=torch.float64, requires_grad=True)
+    ours = verl.kl_penalty(logprob, torch.zeros_like(logprob), "low_var_kl")
+    e3 = torch.tensor(3.0, dtype=torch.float64).exp().item()
+    assert ours.item() == pytest.approx(e3 - 4)
+    assert torch.autograd.grad(ours, logprob)[0].item() == pytest.approx(1 - e3)
+
+
+@pytest.mark.parametrize("name", ["k4", "k3++", "", "+"])
+def test_a_name_that_is_none(name):
+    with pytest.raises(ValueError, match="kl_penalty must be one of"):
+        verl.kl_penalty(torch.zeros(1), torch.zeros(1), name)
+
+
+def test_full_is_not_of_log_probs():
+    with pytest.raises(NotImplementedError, match="logits of both models"):
+        verl.kl_penalty(torch.zeros(1), torch.zeros(1), "full")
+
+
+# Policy losses.
+
+
+def rollout(advantages_per_token: bool = False) -> dict[str, Tensor]:
+    """Sequences of 6, 3, 0 and 5 tokens, with garbage outside the mask."""
+    mask = (torch.arange(T) < torch.tensor([T, 3, 0, 5])[:, None]).long()
+    new = -torch.rand(B, T, dtype=torch.float64) * 3
+    old = new + 0.4 * torch.randn(B, T, dtype=torch.float64)
+    # One ratio beyond the dual clip where A < 0.
+    old[0, 0] = new[0, 0] - 2
+    per_token = torch.randn(B, T, dtype=torch.float64)
+    advantages = torch.tensor([-1.0, 1.5, 1.0, 0.5], dtype=torch.float64)[:, None].expand(B, T)
+    old = old.where(mask.bool(), -900.0)
+    return {
+        "old_log_prob": old,
+        "log_prob": new.requires_grad_(),
+        "advantages": per_token if advantages_per_token else advantages,
+        "response_mask": mask,
+    }
+
+
+def matrices(name: str, given: dict[str, Tensor], low: float, high: float) -> Tensor:
+    """[B, T]: the loss of each token, as the papers have it."""
+    mask = given["response_mask"].bool()
+    logp, A = given["log_prob"], given["advantages"]
+    d = (logp - given["old_log_prob"]).where(mask, 0)
+    tokens = mask.sum(-1, keepdim=True).clamp(min=1)
+    if name == "gpg":
+        return -A * logp
+    if name == "cispo":
+        return -d.exp().clamp(1 - low, 1 + high).detach() * A * logp
+    if name == "sapo":
+        tau = torch.where(A > 0, 1.0, 1.05).double()
+        return -torch.sigmoid(tau * (d.exp() - 1)) * 4 / tau * A
+    if name == "geo_mean":
+        cut = torch.sign(A) * torch.minimum(torch.sign(A) * d, torch.sign(A) * d.clamp(-low, high))
+        return (-A * torch.exp(cut.sum(-1, keepdim=True) / tokens)).expand(B, T)
+    if name == "gspo":
+        d = (logp - logp.detach()).where(mask, 0) + d.detach().sum(-1, keepdim=True) / tokens
+    r = d.exp()
+    losses = torch.maximum(-A * r, -A * r.clamp(1 - low, 1 + high))
+    if name == "vanilla":
+        losses = torch.where(A < 0, torch.minimum(losses, -3.0 * A), losses)
+    return losses
+
+
+def aggregated(losses: Tensor, mask: Tensor, mode: str, scale: float = T) -> Tensor:
+    """verl 0.8's means, over the three sequences that have a token."""
+    losses = losses.where(mask.bool(), 0)
+    if mode == "token-mean":
+        return losses.sum() / mask.sum()
+    sums = losses.sum(-1)
+    if mode == "seq-mean-token-mean":
+        sums = sums / mask.sum(-1).clamp(min=1)
+    return sums.sum() / 3 / (scale if mode.endswith("norm") else 1)
+
+
+MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", verl.policy_losses)
+def test_policy_losses(name, mode):
+    given = rollout(advantages_per_token=name in ("vanilla", "gspo", "gpg"))
+    loss, metrics = verl.policy_losses[name](
+        **given, loss_agg_mode=mode, config=config(clip_ratio_high=0.28)
+    )
+    expected = aggregated(matrices(name, given, 0.2, 0.28), given["response_mask"], mode)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+    pair = (torch.autograd.grad(x, given["log_prob"])[0] for x in (loss, expected))
+    torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-9)
+    mask = given["response_mask"].bool()
+    kl = (given["old_log_prob"] - given["log_prob"])[mask].mean().item()
+    assert metrics["actor/ppo_kl"] == pytest.approx(kl)
+    assert 0 <= metrics["actor/pg_clipfrac"] <= 1
+
+
+def test_rollout_weights_multiply_and_counts_are_of_the_step():
+    given = rollout()
+    weights = torch.rand(B, T, dtype=torch.float64)
+    mask = given["response_mask"]
+    losses = weights * matrices("vanilla", given, 0.2, 0.2)
+    info = {"dp_size": 2, "batch_num_tokens": 40, "global_batch_size": 12, "loss_scale_factor": 9}
+    expected = {
+        "token-mean": losses[mask.bool()].sum() / 40 * 2,
+        "seq-mean-token-sum": losses[mask.bool()].sum() / 12 * 2,
+        "seq-mean-token-sum-norm": losses[mask.bool()].sum() / 12 * 2 / 9,
+    }
+    for mode, value in expected.items():
+        loss, _ = verl.policy_losses["vanilla"](
+            **given,
+            loss_agg_mode=mode,
+            config=config(global_batch_info=info),
+            rollout_is_weights=weights,
+        )
+        torch.testing.assert_close(loss, value)
+
+
+def test_the_clipped_fraction_by_hand():
+    """Of three tokens one is above the bound with A > 0, one below with A < 0."""
+    old = torch.zeros(1, 3)
+    new = torch.tensor([[1.5, 0.5, 1.0]]).log()
+    loss, metrics = verl.policy_losses["vanilla"](
+        old, new, torch.tensor([[1.0, -1.0, 1.0]]), torch.ones(1, 3), config=config()
+    )
+    assert loss.item() == pytest.approx((-1.2 + 0.8 - 1) / 3)
+    assert metrics["actor/pg_clipfrac"] == pytest.approx(2 / 3)
+
+
+def test_a_mode_that_is_none():
+    with pytest.raises(ValueError, match="got 'mean'"):
+        verl.policy_losses["gpg"](**rollout(), loss_agg_mode="mean", config=config())
+
+
+# patch()
+
+
+@pytest.fixture
+def a_verl(monkeypatch) -> SimpleNamespace:
+    """Modules with verl's names in verl's places."""
+    names = ["verl", "verl.utils", "verl.utils.kernel", "verl.utils.kernel.linear_cross_entropy"]
+    names += ["verl.utils.experimental", "verl.utils.experimental.torch_functional"]
+    names += ["verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos", "verl.models"]
+    modules = {name: ModuleType(name) for name in names}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    found = SimpleNamespace(
+        kernel=modules["verl.utils.kernel.linear_cross_entropy"],
+        functional=modules["verl.utils.experimental.torch_functional"],
+        core=modules["verl.trainer.ppo.core_algos"],
+        models=modules["verl.models"],
+    )
+    modules["verl"].__version__ = "9.9.9"
+    found.kernel.linear_cross_entropy = object()
+    found.functional.FusedLinearForPPO = found.models.Head = type("FusedLinearForPPO", (), {})
+    found.core.POLICY_LOSS_REGISTRY = {"vanilla": len}
+    yield found
+    verl.unpatch()
+
+
+def test_patch_and_unpatch(a_verl):
+    before = (a_verl.kernel.linear_cross_entropy, a_verl.functional.FusedLinearForPPO)
+    verl.patch()
+    verl.patch()
+    assert a_verl.kernel.linear_cross_entropy is verl.linear_cross_entropy
+    assert a_verl.functional.FusedLinearForPPO is a_verl.models.Head is verl.FusedLinearForPPO
+    registry = a_verl.core.POLICY_LOSS_REGISTRY
+    assert registry["vanilla"] is len
+    assert registry["fused_vanilla"] is verl.policy_losses["vanilla"]
+    assert len(registry) == 1 + len(verl.policy_losses)
+    verl.unpatch()
+    verl.unpatch()
+    assert a_verl.kernel.linear_cross_entropy is before[0]
+    assert a_verl.functional.FusedLinearForPPO is a_verl.models.Head is before[1]
+    assert registry == {"vanilla": len}
+
+
+def test_a_verl_that_moved_is_an_error_and_stays_as_it_is(a_verl):
+    before = a_verl.kernel.linear_cross_entropy
+    del a_verl.core.POLICY_LOSS_REGISTRY
+    with pytest.raises(RuntimeError, match=r"verl 9.9.9 has no POLICY_LOSS_REGISTRY in verl\."):
+        verl.patch()
+    assert a_verl.kernel.linear_cross_entropy is before
+
+
+def test_without_verl_patch_is_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "verl", None)
+    with pytest.raises(RuntimeError, match="is verl installed"):
+        verl.patch()
+
+
+def test_importing_the_module_imports_no_verl():
+    code = "import sys, fused_rl.integrations.verl; print('verl' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# OpenRLHF and prime-rl.
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_from_logits(temperature):
+    logits = torch.randn(B, T, V, dtype=torch.float64, requires_grad=True)
+    before = logits.detach().clone()
+    labels = torch.randint(0, V, (B, T))
+    logp = torch.log_softmax(logits / temperature, -1).gather(-1, labels[..., None])[..., 0]
+    ours = verl.log_probs_from_logits(logits, labels, temperature)
+    assert_same((ours,), (logp,), (logits,))
+    assert torch.equal(logits.detach(), before)
+
+
+def test_fused_output_linear():
+    """A temperature per token; the weight is the module's, and trained."""
+    hidden, weight, labels = leaves()
+    head = verl.FusedOutputLinear(H, V, 4).double()
+    head.weight = torch.nn.Parameter(weight.detach())
+    assert head.bias is None
+    temperature = 0.5 + torch.rand(B, T, dtype=torch.float64)
+    out = head(hidden, labels, temperature)
+    assert list(out) == ["logprobs", "entropy"]
+    expected = plain(hidden, head.weight, labels, temperature[..., None])
+    assert_same(out.values(), expected, (hidden, head.weight))
+    for given in [(None, temperature), (labels, None)]:
+        with pytest.raises(ValueError, match="labels and a temperature per token"):
+            head(hidden, *given)
+
+
+def test_the_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", verl.__doc__, re.DOTALL)
+    hidden, weight, labels = leaves()
+    names = {"hidden": hidden, "weight": weight, "labels": labels, "config": config()}
+    names |= {"ref_logprobs": torch.randn(B, T), "old_logprobs": torch.randn(B, T) - 3}
+    names |= {"advantages": torch.randn(B, T), "response_mask": torch.ones(B, T)}
+    exec(example, names)
+    assert names["kl"].shape == (B, T)
+    names["pg_loss"].backward()
+    assert weight.grad.isfinite().all() and "actor/ppo_kl" in names["metrics"]
