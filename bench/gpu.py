@@ -14,16 +14,16 @@ import argparse
 import json
 import statistics
 import subprocess
-import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
-import losses
 import torch
-from common import environment
-from linear_logprobs import Case, eager, logprob_error, products
 
 import fused_rl
+from fused_rl.bench import environment, judged_rows, stats_errors
+from fused_rl.bench_clock import Clock, peak_extra_bytes
+from fused_rl.bench_peers import PEERS, Case, batch_of, no_grad, products, steps
 
 SHAPES = {
     "Qwen3-8B": (8192, 4096, 151936),
@@ -31,26 +31,6 @@ SHAPES = {
     "Llama-3.2-1B": (16384, 2048, 128256),
 }
 SMALL = {"small": (64, 32, 200)}
-
-
-class Clock:
-    """Milliseconds of a call: events on a GPU, the wall clock elsewhere."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        if not self.cuda:
-            start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start) * 1e3
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end)
 
 
 def main() -> None:
@@ -62,21 +42,21 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rounds = 1 if args.small else args.rounds
     clock = Clock(device)
-    content = {"environment": {**environment(), **gpu()}, "commit": commit(), "records": []}
+    content = {
+        "environment": {**environment(device.type), **gpu()},
+        "commit": commit(),
+        "records": [],
+    }
     content["correctness"] = correctness(device)
     content["ceilings"] = ceilings(device, clock, 2**16 if args.small else 2**30)
     for name, (N, H, V) in (SMALL if args.small else SHAPES).items():
-        case = on_device(Case.make(N, H, V, torch.bfloat16), device)
+        case = Case.make(N, H, V, torch.bfloat16, device)
         content["records"] += measure(name, case, clock, rounds)
         del case
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(content, indent=1) + "\n")
     show(content)
     print(f"written to {args.out}")
-
-
-def on_device(case: Case, device: torch.device) -> Case:
-    return Case(*(t.to(device) for t in (case.hidden, case.weight, case.labels)))
 
 
 def gpu() -> dict[str, object]:
@@ -144,26 +124,22 @@ def ceilings(device: torch.device, clock: Clock, elements: int) -> dict[str, flo
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     product = min(clock(lambda: a @ b) for _ in range(5))
     return {
-        "copy_GB_per_s": 8 * elements / copy / 1e6,
-        "product_TFLOP_per_s": 2 * size**3 / product / 1e9,
+        "copy_GB_per_s": 8 * elements / copy / 1e9,
+        "product_TFLOP_per_s": 2 * size**3 / product / 1e12,
     }
 
 
 def cases(case: Case) -> dict[str, tuple[int, dict[str, Callable]]]:
     """title -> (NHV multiples of its products, provider -> call)."""
-    args = (case.hidden, case.weight, case.labels)
-    compiled = torch.compile(eager, dynamic=False)
-    no_grad: dict[str, Callable] = {
-        "fused_rl": lambda: fused_rl.linear_logprobs(*args),
-        "eager torch": torch.no_grad()(lambda: eager(*args)),
-    }
-    if case.hidden.is_cuda:
-        no_grad["torch.compile"] = torch.no_grad()(lambda: compiled(*args))
+    liger = all(find_spec(name) for name in PEERS["liger"].needs)
+    peers = ("eager", "liger") if liger else ("eager",)
+    batch, half = batch_of(case), batch_of(case, counted=0.5)
+    compiled = ("compile",) if case.hidden.is_cuda else ()
     return {
-        "log-probs and entropy, no gradient": (2, no_grad),
-        "GRPO step, head trained": (6, losses.steps(case)),
-        "GRPO step, head frozen": (4, losses.steps(case, frozen=True)),
-        "GRPO step, half the tokens masked": (6, losses.steps(case, counted=0.5)),
+        "log-probs and entropy, no gradient": (2, no_grad(case, (*peers, *compiled))),
+        "GRPO step, head trained": (6, steps(case, batch, peers, frozen=False)),
+        "GRPO step, head frozen": (4, steps(case, batch, peers, frozen=True)),
+        "GRPO step, half the tokens masked": (6, steps(case, half, peers, frozen=False)),
     }
 
 
@@ -183,7 +159,7 @@ def measure(shape: str, case: Case, clock: Clock, rounds: int) -> list[dict]:
         times = {name: [] for name in ("bare products", *runnable)}
         for _ in range(rounds):
             for name, run in {"bare products": base, **runnable}.items():
-                times[name].append(clock(run))
+                times[name].append(clock(run) * 1e3)
         for name, taken in times.items():
             ratios = [a / b for a, b in zip(taken, times["bare products"], strict=True)]
             records.append(
@@ -205,8 +181,8 @@ def measure(shape: str, case: Case, clock: Clock, rounds: int) -> list[dict]:
 def error_of(case: Case, title: str, result) -> float | None:
     """Of log-probs against float64; a training step must be finite, and its sums are compared."""
     if title.startswith("log-probs"):
-        cpu = Case(case.hidden[:16].cpu(), case.weight.cpu(), case.labels[:16].cpu())
-        return logprob_error(cpu, result[0][:16].cpu(), rows=16)
+        rows = judged_rows(len(case.labels), 16).to(case.hidden.device)
+        return stats_errors(case, (result[0][rows], None), rows)[0]
     if not all(t.isfinite().all() for t in result):
         raise RuntimeError("the loss or its gradients are not finite")
     return None
@@ -215,12 +191,7 @@ def error_of(case: Case, title: str, result) -> float | None:
 def peak(run: Callable | None, case: Case) -> int | None:
     if run is None or not case.hidden.is_cuda:
         return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return peak_extra_bytes(run, case.hidden.device)
 
 
 def show(content: dict) -> None:

@@ -1,20 +1,26 @@
-"""The command line: `fused-rl doctor` says what runs here, `fused-rl demo` trains a small model.
+"""The command line: `fused-rl doctor` says what runs here, `demo` trains a small model, `bench`
+measures beside the peers, `plan` says what a head will need.
 
 Nothing heavier than torch is imported before a command needs it.
 """
 
 import argparse
+import json
 import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 import fused_rl
+from fused_rl import bench_peers
 
 DEMO_NEEDS = ("transformers", "rich", "matplotlib")
+BENCH_NEEDS = ("rich", "matplotlib")
+DTYPES = ("bfloat16", "float16", "float32")
 USAGE_ERROR = 2
 
 
@@ -32,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     doctor_parser = commands.add_parser("doctor", help="say which kernels run here, and why")
     doctor_parser.set_defaults(command=doctor)
     add_demo(commands)
+    add_bench(commands)
+    add_plan(commands)
     return parser
 
 
@@ -65,6 +73,49 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
         "(default: a new model of two layers)",
     )
     demo_parser.set_defaults(command=demo)
+
+
+def add_bench(commands: argparse._SubParsersAction) -> None:
+    """The options of the benchmark; their names are those of bench.BenchConfig."""
+    bench_parser = commands.add_parser(
+        "bench",
+        help="measure time, memory and error beside the peers",
+        description="Run our ways and the peers in turns with the bare matrix products. Writes "
+        "bench.json, bench.csv and pictures. `fused-rl bench compare A.json B.json` compares two.",
+    )
+    add = bench_parser.add_argument
+    add("--preset", choices=bench_peers.PRESETS, help="the head of a model: sets H and V")
+    add("--tokens", type=positive, default=1024, help="N, a multiple of 8 (default: 1024)")
+    add("--hidden", type=positive, help="H (default: 1024)")
+    add("--vocabulary", type=positive, help="V (default: 32768)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of hidden and weight")
+    add("--device", choices=tuple(bench_peers.USUAL_PEERS), default="cpu")
+    peers = ", ".join(bench_peers.PEERS)
+    add("--peers", help=f"of {peers}; or none (default: those found, on a cpu without compile)")
+    add("--rounds", type=positive, default=7, help="timed rounds (default: 7)")
+    add("--sweep", action="store_true", help="smaller N and V as well, for the pictures")
+    add("--out", metavar="DIR", default="out/bench", help="where the results go")
+    bench_parser.set_defaults(command=bench)
+    actions = bench_parser.add_subparsers(metavar="compare")
+    compare_parser = actions.add_parser("compare", help="what changed between two results")
+    compare_parser.add_argument("before", type=Path, metavar="A.json")
+    compare_parser.add_argument("after", type=Path, metavar="B.json")
+    compare_parser.set_defaults(command=compare)
+
+
+def add_plan(commands: argparse._SubParsersAction) -> None:
+    """The options of the memory planner; their names are those of plan.plan."""
+    plan_parser = commands.add_parser(
+        "plan", help="say what a head will need in memory and FLOP, in every way"
+    )
+    add = plan_parser.add_argument
+    add("--model-config", type=Path, required=True, metavar="FILE", help="a model's config.json")
+    add("--tokens", type=positive, required=True, help="N of one call")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of hidden states and head")
+    add("--frozen", action="store_true", help="the head is not trained")
+    add("--chunk-bytes", type=positive, help="bound on the buffer for logits")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    plan_parser.set_defaults(command=plan)
 
 
 def positive(text: str) -> int:
@@ -105,8 +156,8 @@ def installed_version(name: str) -> str:
 
 def demo(arguments: argparse.Namespace) -> int:
     """Runs the demo, if what it needs is there."""
-    if missing := [name for name in DEMO_NEEDS if find_spec(name) is None]:
-        return usage_error(f'needs {", ".join(missing)}: pip install "fused-rl[demo]"')
+    if missing := missing_of(DEMO_NEEDS):
+        return usage_error("demo", f'needs {missing}: pip install "fused-rl[demo]"')
     from fused_rl.demo import DemoConfig, run
     from fused_rl.demo_task import UnusableModel
 
@@ -114,12 +165,72 @@ def demo(arguments: argparse.Namespace) -> int:
     try:
         return run(DemoConfig(**options))
     except UnusableModel as error:
-        return usage_error(str(error))
+        return usage_error("demo", str(error))
 
 
-def usage_error(message: str) -> int:
-    """Says on stderr why the demo does not run."""
-    print(f"fused-rl demo: {message}", file=sys.stderr)
+def bench(arguments: argparse.Namespace) -> int:
+    """Runs the benchmark, if what it needs is there."""
+    if missing := missing_of(BENCH_NEEDS):
+        return usage_error("bench", f'needs {missing}: pip install "fused-rl[bench]"')
+    from fused_rl.bench import BenchConfig, run
+
+    options = {name: value for name, value in vars(arguments).items() if value is not None}
+    del options["command"]
+    if preset := options.pop("preset", None):
+        H, V = bench_peers.PRESETS[preset]
+        options = {"hidden": H, "vocabulary": V, **options}
+    peers = options.get("peers", ",".join(bench_peers.USUAL_PEERS[arguments.device]))
+    options["peers"] = () if peers == "none" else tuple(peers.split(","))
+    try:
+        config = BenchConfig(**options)
+    except ValueError as error:
+        return usage_error("bench", str(error))
+    return run(config)
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Compares two results of the benchmark."""
+    if missing := missing_of(("rich",)):
+        return usage_error("bench compare", f'needs {missing}: pip install "fused-rl[bench]"')
+    from fused_rl.bench_report import compare_files
+
+    try:
+        return compare_files(arguments.before, arguments.after)
+    except (OSError, ValueError) as error:
+        return usage_error("bench compare", str(error))
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Plans a head's memory."""
+    if missing := missing_of(("rich",)):
+        return usage_error("plan", f'needs {missing}: pip install "fused-rl[bench]"')
+    from rich.console import Console
+
+    from fused_rl import plan as planner
+
+    options = {
+        "dtype": getattr(torch, arguments.dtype),
+        "frozen": arguments.frozen,
+        "chunk_bytes": arguments.chunk_bytes,
+        "device": arguments.device,
+    }
+    try:
+        config = json.loads(arguments.model_config.read_text())
+        planned = planner.plan(config, arguments.tokens, **options)
+    except (OSError, ValueError) as error:
+        return usage_error("plan", str(error))
+    planner.show(Console(width=118), planned)
+    return 0
+
+
+def missing_of(names: Sequence[str]) -> str:
+    """Those that are not installed."""
+    return ", ".join(name for name in names if find_spec(name) is None)
+
+
+def usage_error(command: str, message: str) -> int:
+    """Says on stderr why a command does not run."""
+    print(f"fused-rl {command}: {message}", file=sys.stderr)
     return USAGE_ERROR
 
 

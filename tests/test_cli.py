@@ -91,3 +91,27 @@ def test_import_stays_light():
     )
     heavy = {"transformers", "tokenizers", "rich", "matplotlib", "triton", "fused_rl.demo"}
     assert heavy & set(json.loads(result.stdout)) == set()
+
+
+def test_plan_prints_every_way(capsys, tmp_path):
+    pytest.importorskip("rich")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"text_config": {"hidden_size": 4096, "vocab_size": 151936}}))
+    options = ["plan", "--model-config", str(config), "--tokens", "65536"]
+    assert cli.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "111.3 GiB" in printed and "linear_policy_loss" in printed
+    assert "chunk_bytes 256 MiB: 171 chunks of 384 tokens" in printed
+    assert cli.main([*options, "--chunk-bytes", str(2**24), "--dtype", "float32"]) == 0
+    assert "takes two passes" in capsys.readouterr().out
+
+
+def test_plan_of_what_is_no_config(capsys, tmp_path):
+    pytest.importorskip("rich")
+    config = tmp_path / "config.json"
+    for text, complaint in (("{}", "must have vocab_size"), ("no", "Expecting value")):
+        config.write_text(text)
+        assert cli.main(["plan", "--model-config", str(config), "--tokens", "8"]) == 2
+        assert complaint in capsys.readouterr().err
+    assert cli.main(["plan", "--model-config", str(tmp_path / "none"), "--tokens", "8"]) == 2
+    assert "none" in capsys.readouterr().err

@@ -43,6 +43,7 @@ FLOORS = {
     "losses": 9,
     "backends": 4,
     "__init__": 10,
+    "bench_clock": 10,
     "bench_peers": 10,
     "bench_report": 10,
     "bench": 11,

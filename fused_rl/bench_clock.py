@@ -1,0 +1,85 @@
+"""Time and memory of a call, in turns with others, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+class Clock:
+    """Seconds of a call: events on a GPU, the wall clock elsewhere."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.cuda = torch.device(device).type == "cuda"
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def interleaved(
+    cases: dict[str, Callable[[], object]],
+    rounds: int,
+    clock: Clock,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each case in each round; a round runs every case once, after one warm-up."""
+    for run in cases.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, run in cases.items():
+            seconds[name].append(clock(run))
+        tick()
+    return seconds
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """The 20 %, 50 % and 80 % points."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], statistics.median(values), fifths[3]
+
+
+def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> int | None:
+    """How far memory rises above where it stood while `run` runs; None where nobody can say."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(field)
