@@ -52,8 +52,8 @@ def linear_policy_loss(
     or 4 NHV if the head is not trained; tokens outside loss_mask cost nothing, those whose gradient
     is 0 (clipped, zero advantage) only their logits. Otherwise it takes two passes through
     linear_logprobs, 8 NHV, with the same values and gradients: for a loss that is not separable,
-    inside torch.compile, and where the vocabulary is so large that chunks of chunk_bytes would be
-    too small to pay.
+    inside torch.compile, and where a trained head would need several chunks whose dweight costs
+    more to add up than the logits to form again (on CPUs: more than one chunk).
 
     Args:
         hidden: [*batch.shape, H]: the states that predict the batch's labels.

@@ -9,6 +9,7 @@ float32, or float64 where an input is float64. A token whose label is `ignore_in
 costs nothing and passes no gradient.
 """
 
+import math
 import warnings
 from importlib.resources import files
 from importlib.util import find_spec
@@ -31,9 +32,10 @@ HAS_TRITON = find_spec("triton") is not None
 # Scratch for logits when the caller names none. Constants, not a fraction of what happens to be
 # free: the chunking, and with it the last bit of the result, must not change from run to run.
 CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
-# With fewer tokens in a chunk, reading and writing the fp32 dweight for every chunk costs more than
-# computing the logits a second time: 4 x arithmetic rate / memory bandwidth.
-ONE_PASS_TOKENS = {"cpu": 256, "cuda": 735}
+# With several chunks one pass adds up dweight in fp32: it pays from so many tokens in a chunk that
+# the arithmetic hides the traffic, 4 x arithmetic rate / memory bandwidth. On CPUs it never does:
+# at 2048 x 896 x 151936 it takes the time of two passes, and 480 MiB more.
+ONE_PASS_TOKENS = {"cuda": 735}
 
 
 def scratch_bytes(device: torch.device, chunk_bytes: int | None) -> int:
@@ -41,9 +43,9 @@ def scratch_bytes(device: torch.device, chunk_bytes: int | None) -> int:
     return chunk_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
 
 
-def one_pass_tokens(device: torch.device) -> int:
-    """From how many tokens in a chunk on one pass is cheaper than two."""
-    return ONE_PASS_TOKENS.get(device.type, ONE_PASS_TOKENS["cpu"])
+def one_pass_tokens(device: torch.device) -> float:
+    """From how many tokens in a chunk on one pass is cheaper than two, if there are several."""
+    return ONE_PASS_TOKENS.get(device.type, math.inf)
 
 
 def chunk_tokens(hidden: Tensor, weight: Tensor, chunk_bytes: int | None) -> int:

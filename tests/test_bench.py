@@ -50,7 +50,8 @@ def test_rounds_run_every_case_in_turn():
 def test_the_clock_and_the_peak():
     assert 0.02 <= bench_clock.Clock("cpu")(lambda: time.sleep(0.02)) < 5
     peak = bench_clock.peak_extra_bytes(lambda: torch.ones(2**25), "cpu")
-    assert peak is None or 2**27 <= peak < 2**27 + 2**24
+    # Pages that were resident before can be given up meanwhile: a little less is possible.
+    assert peak is None or 2**27 - 2**20 <= peak < 2**27 + 2**24
 
 
 def test_judged_rows_are_spread():

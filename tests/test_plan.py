@@ -83,7 +83,8 @@ def test_sizes_by_hand():
     assert ways["linear_policy_loss"].flop == 6 * N * H * V
 
 
-def test_several_chunks_add_to_dweight_in_float32():
+def test_several_chunks_add_to_dweight_in_float32(monkeypatch):
+    monkeypatch.setitem(ops.ONE_PASS_TOKENS, "cpu", 256)
     planned = plan(HEAD, TOKENS, chunk_bytes=64 * 2**20)
     assert planned.chunks == [256, 256]
     one_pass = by_name(planned)["linear_policy_loss"]
