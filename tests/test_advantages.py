@@ -144,7 +144,7 @@ def test_gae_by_hand():
     torch.testing.assert_close(got.returns, torch.tensor([[0.34375, 0.0, 0.875, 1.0]]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.integers(1, 5),
     st.integers(1, 40),
