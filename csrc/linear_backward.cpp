@@ -20,8 +20,6 @@ namespace fused_rl {
 static constexpr int64_t super_block_rows = 2048;
 static constexpr int64_t chunk_tokens = 4096;  // bounds the gradient of a super-block's logits
 static constexpr int64_t panel = 64;           // columns of dweight in one product
-// dhidden sums over the whole vocabulary in fp32: short sums, added up, lose less than one long sum.
-static constexpr int64_t sum_step = 512;
 
 template <class T>
 struct Pass {
@@ -250,8 +248,8 @@ struct Pass {
         const int64_t n0 = t * tile_tokens, width = p.tile_width(t), column = n0 - chunk0;
         const T* operand = right + (paired ? column * rows_pad : column);
         const int64_t ld_operand = paired ? width : ld;
-        for (int64_t k0 = 0; k0 < K; k0 += sum_step) {
-          tile_matmul<T>(std::min(block, p.H - h0), width, std::min(sum_step, K - k0),
+        for (int64_t k0 = 0; k0 < K; k0 += sum_step<T>) {
+          tile_matmul<T>(std::min(block, p.H - h0), width, std::min(sum_step<T>, K - k0),
                          left + h0 * rows_pad + k0, rows_pad, operand + k0 * ld_operand, ld_operand,
                          to + n0 * p.H + h0 * width, width, true);
         }

@@ -13,7 +13,6 @@ namespace fused_rl {
 
 static constexpr int64_t max_slabs = 64;
 
-
 template <class T>
 TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept, const Picks* picks,
                            Acc<T>* picked) {

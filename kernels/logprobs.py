@@ -25,9 +25,6 @@ MERGE_ROWS = 128
 # Programs per multiprocessor that keep the memory busy.
 PROGRAMS_PER_SM = 8
 
-# Of a row or part of one, in the workspace [splits, 4, N].
-MAX, SUM, MOMENT, LABEL = 0, 1, 2, 3
-
 
 @triton.jit
 def transformed(raw, bias, scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
