@@ -134,7 +134,16 @@ class _OnePass(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             _, *gradients = ctx.form(*ctx.saved_tensors)
-        if dloss != 1:
-            gradients = [None if g is None else g.mul_(dloss) for g in gradients]
+        scale_([g for g in gradients if g is not None], dloss)
         pairs = zip(gradients, ctx.dtypes, strict=True)
         return (*(None if g is None else g.to(dtype) for g, dtype in pairs), *(None,) * 5)
+
+
+def scale_(gradients: list[Tensor], dloss: Tensor) -> None:
+    """Multiplies each by dloss [], in place; by 1, which changes no bit, only off the CPU."""
+    # There, to ask would be to wait for the device; not to ask is 0.6 ms of 42 at 1.2 GB of dweight
+    # on an H200, and a caller's next kernels are queued meanwhile.
+    if dloss.device.type == "cpu" and dloss == 1:
+        return
+    for gradient in gradients:
+        gradient.mul_(dloss)

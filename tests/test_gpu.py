@@ -125,3 +125,71 @@ def test_a_tensor_on_another_device_than_the_current_one():
     hidden, weight, labels = build(torch.bfloat16, "cuda:1")
     stats = linear_logprobs(hidden, weight, labels)
     assert stats.logprobs.device.index == 1
+
+
+def policy_batch(labels):
+    shape = (10, 13)
+    mask = (labels != -100).reshape(shape)
+    advantages = torch.linspace(-1, 1, 10, device=labels.device)
+    old = torch.full(shape, -7.0, device=labels.device)
+    return TokenBatch.padded(labels.reshape(shape), mask, advantages, old_logprobs=old)
+
+
+def test_a_step_can_be_captured_in_a_graph():
+    """Forward, loss and backward; replayed on other numbers it is the eager step, bit for bit."""
+    hidden, weight, labels = build(torch.bfloat16, "cuda")
+    batch = policy_batch(labels.clamp(min=0))
+
+    def step():
+        stats = linear_logprobs(hidden, weight, batch.labels)
+        loss = fused_rl.grpo()(stats, batch).loss
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        hidden.mul_(0.5)
+    graph.replay()
+    for found, expected in zip(captured, step(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_the_backward_of_the_one_pass_waits_for_nothing(scale):
+    hidden, weight, labels = build(torch.bfloat16, "cuda")
+    batch = policy_batch(labels)
+    shaped = hidden.reshape(*batch.shape, -1)
+
+    def gradients(scale):
+        loss = linear_policy_loss(shaped, weight, batch, fused_rl.grpo()).loss * scale
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return torch.autograd.grad(loss, (hidden, weight))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    for found, expected in zip(gradients(scale), gradients(1.0), strict=True):
+        assert torch.equal(found, expected * scale)
+
+
+@pytest.mark.parametrize("N", [64, 700])
+def test_every_way_of_the_forward_agrees(N):
+    """Logits in registers or tiles of them: the same statistics, whichever `fwd` would choose."""
+    from fused_rl.kernels import linear_logprobs as kernel
+    from fused_rl.kernels import logprobs
+
+    hidden, weight, labels = build(torch.bfloat16, "cuda", N)
+    hidden, weight = hidden.detach(), weight.detach()
+    exact = linear_logprobs(hidden.double().cpu(), weight.double().cpu(), labels.cpu())
+    args = (hidden, weight, None, labels, torch.ones(N, device="cuda"), 1.0, 0.0)
+    for way in (kernel.fused_statistics, kernel.tiled_statistics):
+        partial = way(*args, kernel.Device.of(hidden.device))
+        stats = logprobs.merge(partial, labels, len(weight), -100)[:2]
+        for a, b in zip(stats, exact, strict=True):
+            torch.testing.assert_close(a.double().cpu(), b, atol=2e-5, rtol=2e-6)
