@@ -7,7 +7,7 @@ READY_BENCH := $(VENV)/.ready-bench
 READY_ALL := $(VENV)/.ready-all
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/CMakeLists.txt)
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-all bench bench-pytest lint clean
 
 demo: $(READY)
 	$(BIN)/fused-rl demo $(ARGS)
@@ -20,6 +20,9 @@ test-all: $(READY_ALL)
 
 bench: $(READY_BENCH)
 	$(BIN)/python bench/run.py $(ARGS)
+
+bench-pytest: $(READY_BENCH)
+	$(BIN)/pytest bench $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -42,7 +45,7 @@ $(READY_BENCH): $(READY)
 
 # What the parity tests run beside us.
 $(READY_ALL): $(READY_BENCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[trl]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[trl,hub]"
 	touch $@
 
 clean:

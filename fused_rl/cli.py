@@ -1,5 +1,6 @@
 """The command line: `fused-rl doctor` says what runs here, `demo` trains a small model, `bench`
-measures beside the peers, `plan` says what a head will need.
+measures beside the peers, `plan` says what a head will need, `export-hub` writes what `kernels`
+loads.
 
 Nothing heavier than torch is imported before a command needs it.
 """
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_demo(commands)
     add_bench(commands)
     add_plan(commands)
+    add_export_hub(commands)
     return parser
 
 
@@ -116,6 +118,18 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     add("--chunk-bytes", type=positive, help="bound on the buffer for logits")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     plan_parser.set_defaults(command=plan)
+
+
+def add_export_hub(commands: argparse._SubParsersAction) -> None:
+    """The options of the export."""
+    export_parser = commands.add_parser(
+        "export-hub",
+        help="write a folder that Hugging Face's kernels loads",
+        description="Write the kernels of this installation as a kernel repository: "
+        "kernels.get_local_kernel(Path(DIR)) loads it, without fused_rl. Nothing is uploaded.",
+    )
+    export_parser.add_argument("directory", type=Path, metavar="DIR", help="new, or empty")
+    export_parser.set_defaults(command=export_hub)
 
 
 def positive(text: str) -> int:
@@ -220,6 +234,19 @@ def plan(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         return usage_error("plan", str(error))
     planner.show(Console(width=118), planned)
+    return 0
+
+
+def export_hub(arguments: argparse.Namespace) -> int:
+    """Writes the kernel repository and names its variants."""
+    from fused_rl import hub
+
+    try:
+        written = hub.export(arguments.directory)
+    except (OSError, ValueError) as error:
+        return usage_error("export-hub", str(error))
+    for folder in written:
+        print(folder)
     return 0
 
 

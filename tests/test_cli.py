@@ -115,3 +115,20 @@ def test_plan_of_what_is_no_config(capsys, tmp_path):
         assert complaint in capsys.readouterr().err
     assert cli.main(["plan", "--model-config", str(tmp_path / "none"), "--tokens", "8"]) == 2
     assert "none" in capsys.readouterr().err
+
+
+def test_export_hub_names_what_it_wrote(capsys, monkeypatch, tmp_path):
+    from fused_rl import hub
+
+    monkeypatch.setattr(hub, "export", lambda directory: [directory / "build" / "torch-cpu"])
+    assert cli.main(["export-hub", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'build' / 'torch-cpu'}\n"
+
+
+def test_export_hub_says_why_not(capsys, tmp_path):
+    (tmp_path / "mine").touch()
+    assert cli.main(["export-hub", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"fused-rl export-hub: DIR must be new or empty, and {tmp_path} is not\n"
+    assert cli.main(["export-hub", str(tmp_path / "mine" / "below")]) == 2
+    assert "Not a directory" in capsys.readouterr().err
