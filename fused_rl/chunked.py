@@ -99,10 +99,9 @@ def linear_logprobs_backward(
     live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
     for rows in live.nonzero()[:, 0].split(chunk_rows(weight.shape[0], dtype, chunk_bytes)):
         dhidden[rows] = _chunk_gradients(
-            dlogprobs[rows],
-            dentropy[rows],
+            (dlogprobs[rows], dentropy[rows]),
+            (lse[rows], entropy[rows]),
             (hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap),
-            entropy[rows],
             dweight,
             dbias,
         )
@@ -114,32 +113,55 @@ def linear_logprobs_backward(
 
 
 def _softmax_gradient(
-    z: Tensor, labels: Tensor, entropy: Tensor, dlogprobs: Tensor, dentropy: Tensor
+    dlogprobs: Tensor,
+    dentropy: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    z: Tensor,  # [N, V], or some columns of it
+    labels: Tensor,  # those outside the columns add nothing
 ) -> Tensor:
     """dz [N, V] = dlogprobs (1[label] - p) - dentropy p (log p + entropy)."""
-    logp = torch.log_softmax(z, dim=-1)
+    rounded = lse.to(z.dtype)
+    logp = (z - rounded[:, None]) - (lse - rounded).to(z.dtype)[:, None]
     p = logp.exp()
     # A token with p = 0 has no gradient, also where its log p is -inf.
     surprise = logp.masked_fill(logp == -torch.inf, 0.0) + entropy[:, None]
     dz = -p * (dlogprobs[:, None] + dentropy[:, None] * surprise)
-    return dz.scatter_add(-1, labels[:, None], dlogprobs[:, None])
+    here = (labels >= 0) & (labels < z.shape[1])
+    return dz.scatter_add(-1, labels.where(here, 0)[:, None], dlogprobs.where(here, 0.0)[:, None])
+
+
+def raw_gradient(
+    dlogprobs: Tensor,
+    dentropy: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,  # [V, H], or some rows of it
+    bias: Tensor | None,
+    labels: Tensor,  # counted from the first of these rows
+    temperature: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """The gradient of hidden . weight^T, [N, V], the logits computed again."""
+    z = reference.logits(hidden, weight, bias, temperature, scale, softcap)
+    draw = _softmax_gradient(dlogprobs, dentropy, lse, entropy, z, labels)
+    if softcap:
+        draw = draw * (1 - (z * temperature[:, None] / softcap) ** 2)
+    return draw * (scale / temperature[:, None])
 
 
 def _chunk_gradients(
-    dlogprobs: Tensor,
-    dentropy: Tensor,
+    upstream: tuple[Tensor, Tensor],
+    known: tuple[Tensor, Tensor],  # lse, entropy
     args: tuple,
-    entropy: Tensor,
     dweight: Tensor,
     dbias: Tensor,
 ) -> Tensor:
-    """dhidden of a chunk, its logits computed again; adds to dweight and dbias."""
-    hidden, weight, _, labels, temperature, scale, softcap = args
-    z = reference.logits(*args[:3], temperature, scale, softcap)
-    draw = _softmax_gradient(z, labels, entropy, dlogprobs, dentropy)
-    if softcap:
-        draw = draw * (1 - (z * temperature[:, None] / softcap) ** 2)
-    draw = draw * (scale / temperature[:, None])
+    """dhidden of a chunk; adds to dweight and dbias."""
+    hidden, weight = args[:2]
+    draw = raw_gradient(*upstream, *known, *args)
     if dweight.numel():
         dweight += draw.T @ hidden.to(draw.dtype)
     if dbias.numel():
@@ -183,7 +205,7 @@ def linear_logprobs_chunk_backward(
         dweight.zero_()
         dbias.zero_()
     args = (hidden, weight, bias, labels, temperature, scale, softcap)
-    return _chunk_gradients(dlogprobs, dentropy, args, entropy, dweight, dbias)
+    return _chunk_gradients((dlogprobs, dentropy), (lse, entropy), args, dweight, dbias)
 
 
 def logits_logprobs(
@@ -212,8 +234,8 @@ def logits_logprobs_backward(
     live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
     rows = live.nonzero()[:, 0]
     t = temperature[rows, None]
-    upstream = (entropy[rows], dlogprobs[rows], dentropy[rows])
-    dz = _softmax_gradient(logits[rows].to(t.dtype) / t, labels[rows], *upstream)
+    known = (dlogprobs[rows], dentropy[rows], lse[rows], entropy[rows])
+    dz = _softmax_gradient(*known, logits[rows].to(t.dtype) / t, labels[rows])
     dlogits[rows] = (dz / t).to(logits.dtype)
     return dlogits
 
