@@ -20,7 +20,7 @@ namespace fused_rl {
 
 static int64_t filter_groups(int64_t V) { return (V + filter_rows - 1) / filter_rows; }
 
-static Tensors4 linear_filtered_logprobs(const at::Tensor& hidden, const at::Tensor& weight,
+static Tensors5 linear_filtered_logprobs(const at::Tensor& hidden, const at::Tensor& weight,
                                          const Bias& bias, const at::Tensor& labels,
                                          const at::Tensor& temperature, double scale,
                                          double softcap, int64_t ignore_index,
@@ -29,7 +29,7 @@ static Tensors4 linear_filtered_logprobs(const at::Tensor& hidden, const at::Ten
   const at::Tensor y = labels.contiguous();
   const auto active = counted_rows(y, ignore_index);
   const int64_t N = y.numel(), groups = filter_groups(weight.size(0));
-  return with_compute_type(hidden, weight, [&](auto zero) -> Tensors4 {
+  return with_compute_type(hidden, weight, [&](auto zero) -> Tensors5 {
     using T = decltype(zero);
     using A = Acc<T>;
     auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, active);
@@ -44,7 +44,7 @@ static Tensors4 linear_filtered_logprobs(const at::Tensor& hidden, const at::Ten
       peaks = at::full({groups, N}, lowest, options).index_copy_(1, index_tensor(active), peaks);
     }
     return {scatter(s.logprobs, active, N), scatter(s.entropy, active, N),
-            scatter(s.lse, active, N), peaks};
+            scatter(s.lse, active, N), scatter(s.top, active, N), peaks};
   });
 }
 

@@ -1,11 +1,12 @@
-// Log-probability, entropy and lse of each token from hidden states and the head.
+// Log-probability, entropy, lse and top of each token from hidden states and the head.
 //
 //     z[v, n] = softcap(scale (weight[v] . hidden[n] + bias[v])) / temperature[n]
+//     top[n]  = max_v z[v, n] - lse[n]
 //
 // A block of weight is multiplied where it lies with one tile of tokens after another; each tile of
 // logits stays in the L2 cache, joins the running softmax of its tokens and is forgotten. The
 // vocabulary is cut into slabs, as many for one thread as for sixty-four, and the slabs are merged
-// in order: the same bits on any number of threads. Traffic: reads NH + VH, writes 3N.
+// in order: the same bits on any number of threads. Traffic: reads NH + VH, writes 4N.
 #include "labels.h"
 #include "problem.h"
 
@@ -62,7 +63,8 @@ TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept, const Picks* picks
     }
   });
 
-  TokenStatistics<T> out{std::vector<A>(p.N), std::vector<A>(p.N), std::vector<double>(p.N)};
+  TokenStatistics<T> out{std::vector<A>(p.N), std::vector<A>(p.N), std::vector<A>(p.N),
+                         std::vector<double>(p.N)};
   for (int64_t n = 0; n < p.N; ++n) {
     A max = -std::numeric_limits<A>::infinity();
     for (int64_t s = 0; s < slabs; ++s) max = std::max(max, state[s * 3 * p.padded + n]);
@@ -80,6 +82,7 @@ TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept, const Picks* picks
     out.logprobs[n] = s.logprob;
     out.entropy[n] = s.entropy;
     out.lse[n] = s.lse;
+    out.top[n] = s.top;
   }
   return out;
 }

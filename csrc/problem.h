@@ -158,7 +158,7 @@ struct Picks {
 // One entry per token of the problem.
 template <class T>
 struct TokenStatistics {
-  std::vector<Acc<T>> logprobs, entropy;
+  std::vector<Acc<T>> logprobs, entropy, top;
   std::vector<double> lse;
 };
 

@@ -38,12 +38,13 @@ def check_tokens(labels: Tensor, temperature: Tensor, vocabulary: int, ignore_in
         )
 
 
-def statistics_like(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for logprobs, entropy and lse. lse is in float64 whatever the inputs: its rounding would
-    be a relative error of every probability of the row.
+def statistics_like(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for logprobs, entropy, lse and top. lse is in float64 whatever the inputs: its rounding
+    would be a relative error of every probability of the row.
     """
     dtype = acc_dtype(hidden, weight)
-    return tuple(hidden.new_empty(hidden.shape[:1], dtype=t) for t in (dtype, dtype, torch.float64))
+    dtypes = (dtype, dtype, torch.float64, dtype)
+    return tuple(hidden.new_empty(hidden.shape[:1], dtype=t) for t in dtypes)
 
 
 def padded(n: int) -> int:
@@ -61,7 +62,7 @@ def linear_logprobs(
     softcap: float,
     ignore_index: int,
     chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_tokens(labels, temperature, weight.shape[0], ignore_index)
     out = [t.zero_() for t in statistics_like(hidden, weight)]
     active = (labels != ignore_index).nonzero()[:, 0]
@@ -177,11 +178,11 @@ def linear_logprobs_chunk(
     temperature: Tensor,
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     z = reference.logits(hidden, weight, bias, temperature, scale, softcap)
     kept = z.new_zeros(weight.shape[0] * padded(hidden.shape[0]))
-    logprobs, entropy, lse = reference.statistics(z, labels)
-    return logprobs, entropy, lse.double(), kept
+    logprobs, entropy, lse, top = reference.statistics(z, labels)
+    return logprobs, entropy, lse.double(), top, kept
 
 
 def linear_logprobs_chunk_backward(
@@ -212,7 +213,7 @@ def logits_logprobs(
     logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_tokens(labels, temperature, logits.shape[1], ignore_index)
-    out = [t.zero_() for t in statistics_like(logits, logits)]
+    out = [t.zero_() for t in statistics_like(logits, logits)[:3]]
     rows = (labels != ignore_index).nonzero()[:, 0]
     chunk = reference.logits_logprobs(logits[rows], labels[rows], temperature[rows])
     for total, part in zip(out, chunk, strict=True):

@@ -33,8 +33,8 @@ def linear_filtered_logprobs(
     ignore_index: int,
     chunk_bytes: int,
     filter: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprobs, entropy, lse, peaks: the same three numbers as without a filter. 2 NHV."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, lse, top, as without a filter, and peaks. 2 NHV."""
     V = weight.shape[0]
     check_tokens(labels, temperature, V, ignore_index)
     *stats, peaks = _empty(hidden, weight)
@@ -121,9 +121,9 @@ def _(dlogprobs, dentropy, hidden, weight, bias, *rest):
 
 def _save(ctx, inputs, output) -> None:
     hidden, weight, bias, labels, temperature, *ctx.options = inputs
-    _, *kept = output
-    ctx.save_for_backward(hidden, weight, bias, labels, temperature, *kept)
-    ctx.mark_non_differentiable(*kept[1:])
+    _, entropy, lse, top, peaks = output
+    ctx.save_for_backward(hidden, weight, bias, labels, temperature, entropy, lse, peaks)
+    ctx.mark_non_differentiable(lse, top, peaks)
     ctx.set_materialize_grads(False)
 
 

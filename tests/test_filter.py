@@ -108,7 +108,7 @@ def test_the_native_kernel_does_what_the_plain_one_does(dtype):
     for mine, right in zip(native, plain, strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-4)
     upstream = [g.to(wide) for g in oracle.random_upstream(N)]
-    _, entropy, lse, peaks = plain
+    _, entropy, lse, _, peaks = plain
     for needs in ((True, True, True), (False, True, False), (True, False, False)):
         call = (*upstream, *args, lse, entropy, peaks, *needs)
         both = zip(
@@ -218,7 +218,7 @@ def test_opcheck(dtype):
     args = (case.labels, case.temperature.float(), case.scale, case.softcap, IGNORED, 2**20, FILTER)
     torch.library.opcheck(filter_ops.linear_filtered_logprobs, (*leaves, *args))
     plain = [t.detach() for t in leaves]
-    logprobs, entropy, lse, peaks = filter_ops.linear_filtered_logprobs(*plain, *args)
+    logprobs, entropy, lse, _, peaks = filter_ops.linear_filtered_logprobs(*plain, *args)
     call = (torch.ones_like(logprobs), entropy, *plain, *args, lse, entropy, peaks)
     for needs in ((True, True, True), (False, True, False)):
         torch.library.opcheck(filter_ops.linear_filtered_logprobs_backward, (*call, *needs))
