@@ -18,8 +18,6 @@
 
 namespace fused_rl {
 
-using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
 // A pair of the sparse way costs about as much as this many elements of the dense one.
 static constexpr int64_t sparse_cost = 64;
 

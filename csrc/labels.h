@@ -32,19 +32,21 @@ inline void check_temperature(double temperature, int64_t n) {
 // lse is kept in double whatever T: its rounding would be a relative error of every p of the row.
 template <class T>
 struct Statistics {
-  T logprob, entropy;
+  T logprob, entropy, top;
   double lse;
 };
 
 // sum = sum_v exp(z - max), moment = sum_v exp(z - max) (z - max). A row of nothing but -inf has no
-// distribution: NaN, as in torch.
+// distribution: NaN, as in torch. top, the log-probability of the most likely word, is rounded as that
+// of the label is: the two are equal where the label has the largest logit.
 template <class T>
 Statistics<T> finish(double max, double sum, double moment, double label_logit) {
   const double log_sum = std::log(sum);
-  const double entropy = max == -std::numeric_limits<double>::infinity()
-                             ? std::numeric_limits<double>::quiet_NaN()
-                             : log_sum - moment / sum;
-  return {T((label_logit - max) - log_sum), T(entropy), max + log_sum};
+  const bool empty = max == -std::numeric_limits<double>::infinity();
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const double entropy = empty ? nan : log_sum - moment / sum;
+  const double top = empty ? nan : 0.0 - log_sum;
+  return {T((label_logit - max) - log_sum), T(entropy), T(top), max + log_sum};
 }
 
 }  // namespace fused_rl

@@ -66,20 +66,20 @@ static std::vector<int64_t> all_rows(int64_t N) {
   return rows;
 }
 
-static Tensors3 linear_logprobs(const at::Tensor& hidden, const at::Tensor& weight,
+static Tensors4 linear_logprobs(const at::Tensor& hidden, const at::Tensor& weight,
                                 const Bias& bias, const at::Tensor& labels,
                                 const at::Tensor& temperature, double scale, double softcap,
                                 int64_t ignore_index, int64_t /*chunk_bytes*/) {
   check_labels(labels, weight.size(0), ignore_index);
   const at::Tensor y = labels.contiguous();
   const auto active = counted_rows(y, ignore_index);
-  return with_compute_type(hidden, weight, [&](auto zero) -> Tensors3 {
+  return with_compute_type(hidden, weight, [&](auto zero) -> Tensors4 {
     using T = decltype(zero);
     const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, active);
     const TokenStatistics<T> s = p.N ? forward<T>(p, nullptr) : TokenStatistics<T>{};
     const int64_t N = y.numel();
     return {scatter(s.logprobs, active, N), scatter(s.entropy, active, N),
-            scatter(s.lse, active, N)};
+            scatter(s.lse, active, N), scatter(s.top, active, N)};
   });
 }
 
@@ -117,12 +117,12 @@ static Tensors3 linear_logprobs_backward(
   });
 }
 
-static Tensors4 linear_logprobs_chunk(const at::Tensor& hidden, const at::Tensor& weight,
+static Tensors5 linear_logprobs_chunk(const at::Tensor& hidden, const at::Tensor& weight,
                                       const Bias& bias, const at::Tensor& labels,
                                       const at::Tensor& temperature, double scale, double softcap) {
   check_labels(labels, weight.size(0), std::nullopt);
   const auto rows = all_rows(hidden.size(0));
-  return with_compute_type(hidden, weight, [&](auto zero) -> Tensors4 {
+  return with_compute_type(hidden, weight, [&](auto zero) -> Tensors5 {
     using T = decltype(zero);
     using A = Acc<T>;
     const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
@@ -131,7 +131,7 @@ static Tensors4 linear_logprobs_chunk(const at::Tensor& hidden, const at::Tensor
     prefer_huge_pages(z);
     const auto s = forward<T>(p, z.mutable_data_ptr<A>());
     return {scatter(s.logprobs, rows, p.N), scatter(s.entropy, rows, p.N),
-            scatter(s.lse, rows, p.N), z};
+            scatter(s.lse, rows, p.N), scatter(s.top, rows, p.N), z};
   });
 }
 

@@ -57,15 +57,18 @@ FUSED_RL_INLINE void rescale(State<T>& s, Vec<T> reference) {
 }
 
 template <class T>
-static void accumulate(const T* z, int64_t lines, int64_t columns, int64_t ld, Running<T> run) {
+static void accumulate(const T* z, int64_t lines, int64_t columns, int64_t ld, Running<T> run,
+                       T* largest) {
   constexpr int W = Simd<T>::width;
   for (int64_t n = 0; n < columns; n += W) {
     State<T> before{load(run.max + n), load(run.sum + n), load(run.moment + n)};
-    Vec<T> max = before.max;
+    Vec<T> max = largest ? load(largest + n) : before.max;
     for (int64_t v = 0; v < lines; ++v) {
       const Vec<T> x = load(z + v * ld + n);
       max = x > max ? x : max;
     }
+    if (largest) store(largest + n, max);
+    max = max > before.max ? max : before.max;
     const Vec<T> reference = reference_point<T>(max);
     State<T> block{max, Vec<T>{}, Vec<T>{}};
     for (int64_t v = 0; v < lines; ++v) add_logit<T>(block, load(z + v * ld + n), reference);

@@ -44,7 +44,8 @@ struct Loops {
   // raw -> z in place. bias: one per line, or null.
   void (*transform)(T* z, int64_t lines, int64_t columns, int64_t ld, const T* bias,
                     const T* inv_temperature, Transform<T>);
-  void (*accumulate)(const T* z, int64_t lines, int64_t columns, int64_t ld, Running<T>);
+  // largest: null, or per column the largest logit of all tiles that were given it.
+  void (*accumulate)(const T* z, int64_t lines, int64_t columns, int64_t ld, Running<T>, T* largest);
   // z -> draw, without the label's own term; may write where it reads.
   void (*gradient)(const T* z, int64_t lines, int64_t columns, int64_t ld, Upstream<T>,
                    Transform<T>, T* draw, int64_t ld_draw);

@@ -158,15 +158,19 @@ struct Picks {
 // One entry per token of the problem.
 template <class T>
 struct TokenStatistics {
-  std::vector<Acc<T>> logprobs, entropy;
+  std::vector<Acc<T>> logprobs, entropy, top;
   std::vector<double> lse;
 };
 
+// What a filtered backward pass skips: so many vocabulary rows for one token. p.block divides it.
+inline constexpr int64_t filter_rows = 512;
+
 // kept: null, or a buffer for V * padded logits, tile by tile: [tiles, V, width].
 // picks: null, or the pairs whose logits are wanted in `picked`, each under its number.
+// peaks: null, or -inf [V / filter_rows, padded], to become the largest logits.
 template <class T>
 TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept, const Picks* picks = nullptr,
-                           Acc<T>* picked = nullptr);
+                           Acc<T>* picked = nullptr, Acc<T>* peaks = nullptr);
 
 // Gradients of one pass. Undefined tensors are not wanted.
 struct Gradients {

@@ -15,6 +15,7 @@ namespace fused_rl {
 
 using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Bias = std::optional<at::Tensor>;
 
 // Calls f with a value of the type that the products are computed in: bf16 where hidden and weight

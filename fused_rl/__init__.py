@@ -20,7 +20,13 @@ from fused_rl.diagnosis import Finding, Thresholds, diagnose
 from fused_rl.head import LMHead
 from fused_rl.kept import KeptStats, linear_kept_logprobs
 from fused_rl.kl import KL, kl_penalty
-from fused_rl.logprobs import TokenStats, linear_logprobs, logprobs_from_logits
+from fused_rl.logprobs import (
+    TokenStats,
+    TopStats,
+    linear_logprobs,
+    linear_top_logprobs,
+    logprobs_from_logits,
+)
 from fused_rl.losses import linear_policy_loss
 from fused_rl.means import (
     FixedLengthMean,
@@ -145,6 +151,7 @@ __all__ = [
     "TokenRatio",
     "TokenStats",
     "TokenSum",
+    "TopStats",
     "Unclipped",
     "acceptance_mask",
     "aspo",
@@ -177,6 +184,7 @@ __all__ = [
     "linear_kept_logprobs",
     "linear_logprobs",
     "linear_policy_loss",
+    "linear_top_logprobs",
     "logprobs_from_logits",
     "luspo",
     "masked_weights",

@@ -66,3 +66,14 @@ def chunk_bytes_is_positive(chunk_bytes: int | None) -> None:
         chunk_bytes is None or chunk_bytes > 0,
         lambda: f"chunk_bytes must be positive, got {chunk_bytes}",
     )
+
+
+def grad_filter_is_possible(grad_filter: float | None, device: torch.device) -> None:
+    """ValueError unless grad_filter is None, or within (0, 1) on a device that has it."""
+    if grad_filter is None:
+        return
+    require(0 < grad_filter < 1, lambda: f"grad_filter must be within (0, 1), got {grad_filter}")
+    require(
+        device.type != "cuda",
+        lambda: f"grad_filter has kernels for CPUs only, got {grad_filter} on {device}",
+    )

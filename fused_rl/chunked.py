@@ -38,12 +38,13 @@ def check_tokens(labels: Tensor, temperature: Tensor, vocabulary: int, ignore_in
         )
 
 
-def statistics_like(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for logprobs, entropy and lse. lse is in float64 whatever the inputs: its rounding would
-    be a relative error of every probability of the row.
+def statistics_like(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for logprobs, entropy, lse and top. lse is in float64 whatever the inputs: its rounding
+    would be a relative error of every probability of the row.
     """
     dtype = acc_dtype(hidden, weight)
-    return tuple(hidden.new_empty(hidden.shape[:1], dtype=t) for t in (dtype, dtype, torch.float64))
+    dtypes = (dtype, dtype, torch.float64, dtype)
+    return tuple(hidden.new_empty(hidden.shape[:1], dtype=t) for t in dtypes)
 
 
 def padded(n: int) -> int:
@@ -61,7 +62,7 @@ def linear_logprobs(
     softcap: float,
     ignore_index: int,
     chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_tokens(labels, temperature, weight.shape[0], ignore_index)
     out = [t.zero_() for t in statistics_like(hidden, weight)]
     active = (labels != ignore_index).nonzero()[:, 0]
@@ -99,10 +100,9 @@ def linear_logprobs_backward(
     live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
     for rows in live.nonzero()[:, 0].split(chunk_rows(weight.shape[0], dtype, chunk_bytes)):
         dhidden[rows] = _chunk_gradients(
-            dlogprobs[rows],
-            dentropy[rows],
+            (dlogprobs[rows], dentropy[rows]),
+            (lse[rows], entropy[rows]),
             (hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap),
-            entropy[rows],
             dweight,
             dbias,
         )
@@ -114,32 +114,55 @@ def linear_logprobs_backward(
 
 
 def _softmax_gradient(
-    z: Tensor, labels: Tensor, entropy: Tensor, dlogprobs: Tensor, dentropy: Tensor
+    dlogprobs: Tensor,
+    dentropy: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    z: Tensor,  # [N, V], or some columns of it
+    labels: Tensor,  # those outside the columns add nothing
 ) -> Tensor:
     """dz [N, V] = dlogprobs (1[label] - p) - dentropy p (log p + entropy)."""
-    logp = torch.log_softmax(z, dim=-1)
+    rounded = lse.to(z.dtype)
+    logp = (z - rounded[:, None]) - (lse - rounded).to(z.dtype)[:, None]
     p = logp.exp()
     # A token with p = 0 has no gradient, also where its log p is -inf.
     surprise = logp.masked_fill(logp == -torch.inf, 0.0) + entropy[:, None]
     dz = -p * (dlogprobs[:, None] + dentropy[:, None] * surprise)
-    return dz.scatter_add(-1, labels[:, None], dlogprobs[:, None])
+    here = (labels >= 0) & (labels < z.shape[1])
+    return dz.scatter_add(-1, labels.where(here, 0)[:, None], dlogprobs.where(here, 0.0)[:, None])
+
+
+def raw_gradient(
+    dlogprobs: Tensor,
+    dentropy: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,  # [V, H], or some rows of it
+    bias: Tensor | None,
+    labels: Tensor,  # counted from the first of these rows
+    temperature: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """The gradient of hidden . weight^T, [N, V], the logits computed again."""
+    z = reference.logits(hidden, weight, bias, temperature, scale, softcap)
+    draw = _softmax_gradient(dlogprobs, dentropy, lse, entropy, z, labels)
+    if softcap:
+        draw = draw * (1 - (z * temperature[:, None] / softcap) ** 2)
+    return draw * (scale / temperature[:, None])
 
 
 def _chunk_gradients(
-    dlogprobs: Tensor,
-    dentropy: Tensor,
+    upstream: tuple[Tensor, Tensor],
+    known: tuple[Tensor, Tensor],  # lse, entropy
     args: tuple,
-    entropy: Tensor,
     dweight: Tensor,
     dbias: Tensor,
 ) -> Tensor:
-    """dhidden of a chunk, its logits computed again; adds to dweight and dbias."""
-    hidden, weight, _, labels, temperature, scale, softcap = args
-    z = reference.logits(*args[:3], temperature, scale, softcap)
-    draw = _softmax_gradient(z, labels, entropy, dlogprobs, dentropy)
-    if softcap:
-        draw = draw * (1 - (z * temperature[:, None] / softcap) ** 2)
-    draw = draw * (scale / temperature[:, None])
+    """dhidden of a chunk; adds to dweight and dbias."""
+    hidden, weight = args[:2]
+    draw = raw_gradient(*upstream, *known, *args)
     if dweight.numel():
         dweight += draw.T @ hidden.to(draw.dtype)
     if dbias.numel():
@@ -155,11 +178,11 @@ def linear_logprobs_chunk(
     temperature: Tensor,
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     z = reference.logits(hidden, weight, bias, temperature, scale, softcap)
     kept = z.new_zeros(weight.shape[0] * padded(hidden.shape[0]))
-    logprobs, entropy, lse = reference.statistics(z, labels)
-    return logprobs, entropy, lse.double(), kept
+    logprobs, entropy, lse, top = reference.statistics(z, labels)
+    return logprobs, entropy, lse.double(), top, kept
 
 
 def linear_logprobs_chunk_backward(
@@ -183,14 +206,14 @@ def linear_logprobs_chunk_backward(
         dweight.zero_()
         dbias.zero_()
     args = (hidden, weight, bias, labels, temperature, scale, softcap)
-    return _chunk_gradients(dlogprobs, dentropy, args, entropy, dweight, dbias)
+    return _chunk_gradients((dlogprobs, dentropy), (lse, entropy), args, dweight, dbias)
 
 
 def logits_logprobs(
     logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_tokens(labels, temperature, logits.shape[1], ignore_index)
-    out = [t.zero_() for t in statistics_like(logits, logits)]
+    out = [t.zero_() for t in statistics_like(logits, logits)[:3]]
     rows = (labels != ignore_index).nonzero()[:, 0]
     chunk = reference.logits_logprobs(logits[rows], labels[rows], temperature[rows])
     for total, part in zip(out, chunk, strict=True):
@@ -212,8 +235,8 @@ def logits_logprobs_backward(
     live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
     rows = live.nonzero()[:, 0]
     t = temperature[rows, None]
-    upstream = (entropy[rows], dlogprobs[rows], dentropy[rows])
-    dz = _softmax_gradient(logits[rows].to(t.dtype) / t, labels[rows], *upstream)
+    known = (dlogprobs[rows], dentropy[rows], lse[rows], entropy[rows])
+    dz = _softmax_gradient(*known, logits[rows].to(t.dtype) / t, labels[rows])
     dlogits[rows] = (dz / t).to(logits.dtype)
     return dlogits
 

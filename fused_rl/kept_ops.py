@@ -49,7 +49,7 @@ def linear_kept_logprobs(
 
 @linear_kept_logprobs.register_fake
 def _(hidden, weight, bias, labels, kept, *rest):
-    logprobs, entropy, lse = statistics_like(hidden, weight)
+    logprobs, entropy, lse, _ = statistics_like(hidden, weight)
     return logprobs, entropy, lse, torch.empty_like(logprobs), logprobs.new_empty(kept.shape)
 
 
@@ -237,7 +237,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """linear_kept_logprobs where it has no kernel."""
     head = (weight, bias, labels, temperature, scale, softcap, ignore_index, chunk_bytes)
-    stats = ops.linear_logprobs(hidden, *head)
+    stats = ops.linear_logprobs(hidden, *head)[:3]
     if not kept.is_cuda:
         _check_offsets(cu_kept, len(kept))
     pairs = _pairs(kept, cu_kept, weight.shape[0])

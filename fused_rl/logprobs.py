@@ -2,6 +2,7 @@
 
     logprobs[n] = z[n, labels[n]] - log sum_v exp z[n, v]
     entropy[n]  = -sum_v p[n, v] log p[n, v]
+    top[n]      = max_v z[n, v] - log sum_v exp z[n, v]
     z           = softcap(scale * (hidden . weight^T + bias)) / temperature
 
 The cost in multiples of N * H * V multiply-adds, a product counting 2: 2 without gradients; 8 with
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rl import checks, ops
+from fused_rl import checks, filter_ops, ops
 from fused_rl.head import LMHead
 
 IGNORE_INDEX = -100
@@ -28,6 +29,14 @@ class TokenStats(NamedTuple):
     entropy: Tensor
 
 
+class TopStats(NamedTuple):
+    """Three numbers per token, in the shape of labels; float32, or float64 for float64 inputs."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    top_logprobs: Tensor
+
+
 def linear_logprobs(
     hidden: Tensor,
     head: LMHead | Tensor,
@@ -36,6 +45,7 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     ignore_index: int = IGNORE_INDEX,
     chunk_bytes: int | None = None,
+    grad_filter: float | None = None,
 ) -> TokenStats:
     """Log-probabilities of labels and entropies, without the [N, V] logits.
 
@@ -53,21 +63,74 @@ def linear_logprobs(
         ignore_index: tokens with this label give 0 and 0, and no gradient.
         chunk_bytes: bound on the buffer for logits, where a way needs one; default 256 MiB, on CUDA
             1 GiB.
+        grad_filter: an approximation: for each token, the backward pass leaves out those groups of
+            512 words that hold neither its label nor a word of at least this probability. It pays
+            for peaked distributions; README, "Filtered gradients", has the error beside the time.
+            Values do not change. Kernels for CPUs only. None: the exact gradient.
 
     Returns:
         TokenStats(logprobs, entropy), each in the shape of labels, in nats.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a label outside [0, V); a temperature
-            that is not positive.
+            that is not positive; a grad_filter outside (0, 1), or on CUDA.
+    """
+    stats = linear_top_logprobs(
+        *(hidden, head, labels),
+        temperature=temperature,
+        ignore_index=ignore_index,
+        chunk_bytes=chunk_bytes,
+        grad_filter=grad_filter,
+    )
+    return TokenStats(*stats[:2])
+
+
+def linear_top_logprobs(
+    hidden: Tensor,
+    head: LMHead | Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+    chunk_bytes: int | None = None,
+    grad_filter: float | None = None,
+) -> TopStats:
+    """linear_logprobs, and the log-probability of the most likely word, at no further cost.
+
+    `stats.logprobs == stats.top_logprobs` says whether the label is that word, the one of greedy
+    decoding. Words that tie all are: those whose logits are equal, and those so near the largest
+    that their log-probabilities round to the same number. No label has more than top_logprobs.
+
+    Args:
+        hidden: [..., H], float16, bfloat16, float32 or float64: the states that predict labels.
+        head: LMHead, or a weight [V, H].
+        labels: [...], int64 or int32, in [0, V) or ignore_index.
+        temperature: a number, or a tensor that broadcasts to labels; positive. No gradient.
+        ignore_index: tokens with this label give 0, 0 and 0, and no gradient; the comparison is
+            true there and means nothing.
+        chunk_bytes, grad_filter: as for linear_logprobs.
+
+    Returns:
+        TopStats(logprobs, entropy, top_logprobs), each in the shape of labels, in nats. The first
+        two are those of linear_logprobs, bit by bit; top_logprobs has no gradient. A token with a
+        NaN among its logits has NaN in all three, and is never the most likely one.
+
+    Raises:
+        ValueError: as for linear_logprobs.
     """
     head = LMHead.of(head)
     args = flat_arguments(hidden, head, labels, temperature)
     checks.chunk_bytes_is_positive(chunk_bytes)
-    frozen = torch.is_grad_enabled() and hidden.requires_grad and not head.requires_grad
-    op = ops.linear_logprobs_frozen if frozen else ops.linear_logprobs
-    logprobs, entropy, *_ = op(*args, ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes))
-    return TokenStats(logprobs.reshape(labels.shape), entropy.reshape(labels.shape))
+    checks.grad_filter_is_possible(grad_filter, hidden.device)
+    options = [ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes)]
+    op = ops.linear_logprobs
+    if grad_filter is not None and torch.is_grad_enabled():
+        op = filter_ops.linear_filtered_logprobs
+        options.append(grad_filter)
+    elif torch.is_grad_enabled() and hidden.requires_grad and not head.requires_grad:
+        op = ops.linear_logprobs_frozen
+    logprobs, entropy, _, top, *_ = op(*args, *options)
+    return TopStats(*(x.reshape(labels.shape) for x in (logprobs, entropy, top)))
 
 
 def logprobs_from_logits(
@@ -206,7 +269,7 @@ def chunked_gradients(
     dbias = allocate(weight.shape[0] if need_bias else 0, dtype=of_sum)
     for i, chunk in enumerate(rows.split(sizes) if sizes else ()):
         part = (hidden[chunk], weight, bias, labels[chunk], temperature[chunk], scale, softcap)
-        logprobs, entropy, lse, z = ops.linear_logprobs_chunk(*part)
+        logprobs, entropy, lse, _, z = ops.linear_logprobs_chunk(*part)
         stats.logprobs[chunk], stats.entropy[chunk] = logprobs, entropy
         dlogprobs, dentropy = upstream(TokenStats(logprobs, entropy), chunk)
         dhidden[chunk] = ops.linear_logprobs_chunk_backward(

@@ -45,6 +45,7 @@ def linear_policy_loss(
     *,
     temperature: float | Tensor = 1.0,
     chunk_bytes: int | None = None,
+    grad_filter: float | None = None,
 ) -> LossOutput:
     """A policy loss straight from hidden states, with the gradients of hidden, weight and bias.
 
@@ -65,6 +66,7 @@ def linear_policy_loss(
         temperature: a number, or a tensor that broadcasts to batch.shape: what the tokens were
             sampled at.
         chunk_bytes: bound on the buffer for logits; default 256 MiB, on CUDA 1 GiB.
+        grad_filter: as for linear_logprobs; it takes the two passes.
 
     Returns:
         LossOutput(loss, metrics). A batch without counted tokens has loss 0 and gradients of zeros.
@@ -77,10 +79,10 @@ def linear_policy_loss(
     checks.chunk_bytes_is_positive(chunk_bytes)
     trained = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     separable = getattr(loss, "token_separable", False) and not torch.compiler.is_compiling()
-    if not (trained and separable and _one_pass_pays(hidden, head, batch, chunk_bytes)):
-        stats = linear_logprobs(
-            hidden, head, labels, temperature=temperature, chunk_bytes=chunk_bytes
-        )
+    one_pass = trained and separable and grad_filter is None
+    if not (one_pass and _one_pass_pays(hidden, head, batch, chunk_bytes)):
+        options = {"chunk_bytes": chunk_bytes, "grad_filter": grad_filter}
+        stats = linear_logprobs(hidden, head, labels, temperature=temperature, **options)
         return loss(TokenStats(*(t.reshape(-1) for t in stats)), batch)
     args = flat_arguments(hidden, head, labels, temperature)
     metrics: dict[str, Tensor] = {}

@@ -5,8 +5,8 @@ for CPUs (csrc/) are registered from C++ when the library is loaded, at the end 
 for CUDA (kernels/) in ops_cuda.py. Nothing else in the package knows that devices exist.
 
 Shapes: hidden [N, H], weight [V, H], bias [V], labels [N] int64, temperature [N]; results [N] in
-float32, or float64 where an input is float64. A token whose label is `ignore_index` gives 0, 0, 0,
-costs nothing and passes no gradient.
+float32, or float64 where an input is float64. A token whose label is `ignore_index` gives zeros,
+costs nothing and passes no gradient. Gradients are those of logprobs and entropy.
 """
 
 import math
@@ -74,11 +74,11 @@ def linear_logprobs(
     softcap: float,
     ignore_index: int,
     chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, entropy, lse; nothing of size V is kept. 2 NHV, and 6 more in the backward pass.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, lse, top; nothing of size V is kept. 2 NHV, 6 more in the backward pass.
 
-    Partial vocabularies merge from these three: label logit = logprobs + lse, mean logit =
-    lse - entropy.
+    Partial vocabularies merge from these four: label logit = logprobs + lse, mean logit =
+    lse - entropy, largest logit = top + lse.
     """
     return chunked.linear_logprobs(
         hidden, weight, bias, labels, temperature, scale, softcap, ignore_index, chunk_bytes
@@ -161,22 +161,23 @@ def _(
 
 def _save_inputs(ctx, inputs, output) -> None:
     hidden, weight, bias, labels, temperature, *ctx.options = inputs
-    _, entropy, lse, *unit = output
+    _, entropy, lse, top, *unit = output
     ctx.save_for_backward(hidden, weight, bias, labels, temperature, entropy, lse, *unit)
-    ctx.mark_non_differentiable(lse, *unit)
+    ctx.mark_non_differentiable(lse, top, *unit)
     ctx.set_materialize_grads(False)
 
 
-def _upstream(dlogprobs: Tensor | None, dentropy: Tensor | None, like: Tensor) -> tuple:
+def materialized(dlogprobs: Tensor | None, dentropy: Tensor | None, like: Tensor) -> tuple:
+    """Upstream gradients as tensors: where a loss does not depend on one of the two, zeros."""
     given = (dlogprobs, dentropy)
     return tuple(torch.zeros_like(like) if g is None else g.to(like.dtype) for g in given)
 
 
-def _linear_logprobs_grad(ctx, dlogprobs, dentropy, _):
+def _linear_logprobs_grad(ctx, dlogprobs, dentropy, *_):
     hidden, weight, bias, labels, temperature, entropy, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     grads = linear_logprobs_backward(
-        *_upstream(dlogprobs, dentropy, entropy),
+        *materialized(dlogprobs, dentropy, entropy),
         *(hidden, weight, bias, labels, temperature, *ctx.options),
         *(lse, entropy, *needs),
     )
@@ -198,8 +199,8 @@ def linear_logprobs_frozen(
     softcap: float,
     ignore_index: int,
     chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprobs, entropy, lse, unit, for a head that is not trained. 4 NHV for any loss.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, lse, top, unit, for a head that is not trained. 4 NHV for any loss.
 
     unit[n] = d logprobs[n] / d hidden[n], [N, H] in the dtype of hidden. Without softcap it is
     scale / temperature[n] * (weight[labels[n]] - E_p[weight]). The backward pass only scales it.
@@ -266,7 +267,7 @@ def _(dlogprobs, dentropy, hidden, *rest):
 def _linear_logprobs_frozen_grad(ctx, dlogprobs, dentropy, *_):
     hidden, weight, bias, labels, temperature, entropy, lse, unit = ctx.saved_tensors
     dhidden = linear_logprobs_frozen_backward(
-        *_upstream(dlogprobs, dentropy, entropy),
+        *materialized(dlogprobs, dentropy, entropy),
         *(hidden, weight, bias, labels, temperature, *ctx.options),
         *(lse, entropy, unit),
     )
@@ -285,8 +286,8 @@ def linear_logprobs_chunk(
     temperature: Tensor,
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprobs, entropy, lse and the logits z, for the backward pass that follows at once.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, lse, top and the logits z, for the backward pass that follows at once.
 
     z [V * N rounded up to 16] is for linear_logprobs_chunk_backward alone: its layout is the
     kernel's own. Labels are all inside the vocabulary.
@@ -356,7 +357,7 @@ def logits_logprobs(
 
 @logits_logprobs.register_fake
 def _(logits, labels, temperature, ignore_index):
-    return statistics_like(logits, logits)
+    return statistics_like(logits, logits)[:3]
 
 
 @custom_op("fused_rl::logits_logprobs_backward", mutates_args=())
@@ -391,7 +392,7 @@ def _save_logits(ctx, inputs, output) -> None:
 
 def _logits_logprobs_grad(ctx, dlogprobs, dentropy, _):
     logits, labels, temperature, lse, entropy = ctx.saved_tensors
-    upstream = _upstream(dlogprobs, dentropy, entropy)
+    upstream = materialized(dlogprobs, dentropy, entropy)
     args = (*upstream, logits, labels, temperature, ctx.ignore_index, lse, entropy)
     return logits_logprobs_backward(*args), None, None, None
 

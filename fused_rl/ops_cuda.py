@@ -170,7 +170,7 @@ def logits_logprobs(logits, labels, temperature, ignore_index, device):
 
     rows = logits if logits.stride(1) == 1 else logits.contiguous()
     args = (rows, None, labels, temperature, 1.0, 0.0, ignore_index)
-    return kernel.fwd(*args, device.multiprocessors)
+    return kernel.fwd(*args, device.multiprocessors)[:3]
 
 
 def logits_logprobs_backward(

@@ -5,6 +5,10 @@
     lse[n]      = log sum_v exp z[n, v]
     logprobs[n] = z[n, labels[n]] - lse[n]
     entropy[n]  = lse[n] - sum_v p[n, v] z[n, v]        p = exp(z - lse)
+    top[n]      = max_v z[n, v] - lse[n]
+
+top is for comparing with logprobs, and the ops give it no gradient. Rounding keeps the order, so
+that logprobs <= top, and the two are equal where the label has the largest logit.
 
 Labels here are all inside the vocabulary: the ops leave ignored tokens out before they come here.
 """
@@ -51,12 +55,13 @@ def from_products(
     return z / temperature.to(raw.dtype)
 
 
-def statistics(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z [N, V], labels [N] -> logprobs, entropy, lse, each [N]."""
+def statistics(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z [N, V], labels [N] -> logprobs, entropy, lse, top, each [N]."""
     logp = torch.log_softmax(z, dim=-1)
     # A token with p = 0 adds nothing, also where its log p is -inf.
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
-    return logp.gather(-1, labels[:, None])[:, 0], entropy, torch.logsumexp(z, dim=-1)
+    logprobs = logp.gather(-1, labels[:, None])[:, 0]
+    return logprobs, entropy, torch.logsumexp(z, dim=-1), logp.amax(-1)
 
 
 def linear_logprobs(
@@ -67,8 +72,8 @@ def linear_logprobs(
     temperature: Tensor,  # [N]
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, entropy, lse, each [N]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, lse, top, each [N]."""
     return statistics(logits(hidden, weight, bias, temperature, scale, softcap), labels)
 
 
@@ -92,7 +97,7 @@ def logits_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs, entropy, lse, each [N], from logits that are already there."""
     z = logits.to(acc_dtype(logits)) / temperature[:, None]
-    return statistics(z, labels)
+    return statistics(z, labels)[:3]
 
 
 def kl(d: Tensor, kind: int) -> Tensor:

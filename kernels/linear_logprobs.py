@@ -262,11 +262,11 @@ def fwd(
     softcap: float,
     ignore_index: int,
     device: Device,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, entropy [N] fp32, lse [N] fp64; nothing of size V is kept."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy [N] fp32, lse [N] fp64, top [N] fp32; nothing of size V is kept."""
     if len(labels) == 0:
         empty = temperature.new_empty(0)
-        return empty, empty.clone(), empty.double()
+        return empty, empty.clone(), empty.double(), empty.clone()
     few = len(labels) <= FUSED_ROWS and weight.stride(1) == 1
     statistics = fused_statistics if few else tiled_statistics
     args = (bias, labels, temperature, scale, softcap)

@@ -4,6 +4,7 @@
     lse[n]      = log sum_v exp z[n, v]
     logprobs[n] = z[n, labels[n]] - lse[n]
     entropy[n]  = lse[n] - sum_v p[n, v] z[n, v]
+    top[n]      = max_v z[n, v] - lse[n]
     draw        = (dlogprobs (1[label] - p) - dentropy p (log p + entropy))
                   * softcap'(.) * scale / temperature
 
@@ -118,6 +119,7 @@ def _merge_kernel(
     logprobs_ptr,  # (N,) fp32, written
     entropy_ptr,  # (N,) fp32, written
     lse_ptr,  # (N,) fp64, written
+    top_ptr,  # (N,) fp32, written
     N,
     V,
     splits,
@@ -152,6 +154,8 @@ def _merge_kernel(
     log_s = tl.log(s_i)
     entropy = tl.where(empty, nan, (log_s - t_i / s_i).to(tl.float32))
     logprob = ((label_logit - m_i).to(tl.float64) - log_s).to(tl.float32)
+    # The same rounding: equal to logprob where the label has the largest logit.
+    top = tl.where(empty, nan, (0.0 - log_s).to(tl.float32))
     label = tl.load(labels_ptr + rows, mask=mask, other=0)
     # A label outside the vocabulary is a mistake of the caller: NaN for that token, never a number.
     logprob = tl.where((label >= 0) & (label < V), logprob, nan)
@@ -159,6 +163,7 @@ def _merge_kernel(
     tl.store(logprobs_ptr + rows, tl.where(ignored, 0.0, logprob), mask=mask)
     tl.store(entropy_ptr + rows, tl.where(ignored, 0.0, entropy), mask=mask)
     tl.store(lse_ptr + rows, tl.where(ignored, 0.0, m_i.to(tl.float64) + log_s), mask=mask)
+    tl.store(top_ptr + rows, tl.where(ignored, 0.0, top), mask=mask)
 
 
 @triton.jit
@@ -257,10 +262,10 @@ def merge(
     labels: Tensor,  # [N] int64
     V: int,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, entropy [N] fp32 and lse [N] fp64 of rows whose parts are in `partial`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, lse (fp64), top [N] of the rows whose parts are in `partial`."""
     splits, _, N = partial.shape
-    logprobs, entropy = (partial.new_empty(N) for _ in range(2))
+    logprobs, entropy, top = (partial.new_empty(N) for _ in range(3))
     lse = partial.new_empty(N, dtype=torch.float64)
     if N:
         _merge_kernel[(triton.cdiv(N, MERGE_ROWS),)](
@@ -269,6 +274,7 @@ def merge(
             logprobs,
             entropy,
             lse,
+            top,
             N,
             V,
             splits,
@@ -277,7 +283,7 @@ def merge(
             num_warps=4,
             enable_fp_fusion=True,
         )
-    return logprobs, entropy, lse
+    return logprobs, entropy, lse, top
 
 
 def fwd(
@@ -289,8 +295,8 @@ def fwd(
     softcap: float,
     ignore_index: int,
     multiprocessors: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, entropy [N] fp32, lse [N] fp64."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy [N] fp32, lse [N] fp64, top [N] fp32."""
     N, V = logits.shape
     splits = splits_for(N, V, multiprocessors)
     partial = torch.empty(splits, 4, N, dtype=torch.float32, device=logits.device)

@@ -72,7 +72,7 @@ class Case:
         objective = (stats[0] * self.dlogprobs[live]).sum() + (stats[1] * self.dentropy[live]).sum()
         wanted = [*leaves, *([] if bias is None else [bias])]
         grads = torch.autograd.grad(objective, wanted)
-        full = [torch.zeros(len(self.labels), dtype=torch.float64) for _ in range(3)]
+        full = [torch.zeros(len(self.labels), dtype=torch.float64) for _ in stats]
         for to, part in zip(full, stats, strict=True):
             to[live] = part.detach()
         return full, grads
@@ -111,13 +111,41 @@ def test_ragged_sizes(N, H, V, fused_rows, monkeypatch):
         torch.testing.assert_close(ours.double(), true, atol=2e-5, rtol=2e-6)
 
 
+@pytest.mark.parametrize("transform", [False, True])
+@pytest.mark.parametrize("way", ["fused", "tiled", "chunk"])
+def test_logprobs_equal_top_at_the_most_likely_word_alone(transform, way, monkeypatch):
+    """Every second label is that word; words 5 and 101 tie for ten tokens, and both are the one."""
+    monkeypatch.setattr(linear_logprobs, "FUSED_ROWS", 0 if way == "tiled" else 10**9)
+    case = Case(40, 16, 130, transform=transform, ignored=False)
+    # Products of these are exact, in whatever order they are summed.
+    case.hidden, case.weight = (torch.randint(-2, 3, (n, 16)) / 4 for n in (40, 130))
+    case.weight[101] = case.weight[5]
+    if transform:
+        case.bias[[5, 101]] = 2.0
+    case.hidden[30:] = 2 * case.weight[5]
+    tokens = (case.bias, case.temperature.double(), case.scale, case.softcap)
+    z = reference.logits(case.hidden.double(), case.weight.double(), *tokens)
+    case.labels[::2] = z.argmax(-1)[::2]
+    case.labels[30:35], case.labels[35:] = 5, 101
+    if way == "chunk":
+        logprobs_, _, _, top, _ = ops_cuda.linear_logprobs_chunk(*case.args, DEVICE)
+    else:
+        logprobs_, _, _, top = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    largest = z.amax(-1)
+    is_top = z.gather(-1, case.labels[:, None])[:, 0] > largest - 1e-9
+    assert is_top[30:].all() and 15 <= is_top[:30].sum() < 20
+    assert torch.equal(logprobs_ == top, is_top)
+    assert (logprobs_ <= top).all()
+    torch.testing.assert_close(top.double(), largest - z.logsumexp(-1), atol=2e-5, rtol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transform", [False, True])
 @pytest.mark.parametrize("chunk_bytes", [1, 2**20])
 def test_gradients_in_two_passes(dtype, transform, chunk_bytes):
     case = Case(dtype=dtype, transform=transform)
     _, exact = case.exact()
-    _, entropy, lse = ops_cuda.linear_logprobs(*case.args, -100, chunk_bytes, DEVICE)
+    _, entropy, lse, _ = ops_cuda.linear_logprobs(*case.args, -100, chunk_bytes, DEVICE)
     grads = ops_cuda.linear_logprobs_backward(
         *(case.dlogprobs, case.dentropy, *case.args, -100, chunk_bytes, lse, entropy),
         *(True, True, transform, DEVICE),
@@ -131,7 +159,7 @@ def test_gradients_in_two_passes(dtype, transform, chunk_bytes):
 def test_gradients_of_a_chunk_in_one_pass(dtype, accumulate):
     case = Case(dtype=dtype, ignored=False)
     _, exact = case.exact()
-    _, entropy, lse, z = ops_cuda.linear_logprobs_chunk(*case.args, DEVICE)
+    _, entropy, lse, _, z = ops_cuda.linear_logprobs_chunk(*case.args, DEVICE)
     of_sum = torch.float32 if accumulate else dtype
     dweight = torch.full(case.weight.shape, 2.0 if accumulate else float("nan"), dtype=of_sum)
     dbias = torch.full(case.bias.shape, 2.0 if accumulate else float("nan"))
@@ -148,7 +176,7 @@ def test_tiny_upstream_gradients_survive_float16():
     case = Case(dtype=torch.float16, transform=False)
     case.dlogprobs, case.dentropy = case.dlogprobs * 1e-7, case.dentropy * 1e-7
     _, exact = case.exact()
-    _, entropy, lse = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    _, entropy, lse, _ = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
     case.hidden = case.hidden.float()  # only the results would underflow in float16
     grads = ops_cuda.linear_logprobs_backward(
         *(case.dlogprobs, case.dentropy, *case.args, -100, 2**20, lse, entropy),
@@ -216,7 +244,7 @@ def test_a_nan_at_an_ignored_row_reaches_nothing():
     case = Case()
     case.hidden[1] = float("nan")
     assert case.labels[1] == -100
-    _, entropy, lse = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    _, entropy, lse, _ = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
     grads = ops_cuda.linear_logprobs_backward(
         *(case.dlogprobs, case.dentropy, *case.args, -100, 2**20, lse, entropy),
         *(True, True, True, DEVICE),
@@ -227,12 +255,12 @@ def test_a_nan_at_an_ignored_row_reaches_nothing():
 def test_a_label_outside_the_vocabulary_is_nan_for_that_token():
     case = Case(ignored=False)
     case.labels[3], case.labels[8] = 130, -1
-    logprobs_, entropy, _ = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    logprobs_, entropy, _, top = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
     wrong = torch.zeros(37, dtype=torch.bool)
     wrong[[3, 8]] = True
     assert logprobs_[wrong].isnan().all()
     assert logprobs_[~wrong].isfinite().all()
-    assert entropy.isfinite().all()
+    assert entropy.isfinite().all() and top.isfinite().all()
 
 
 def test_offsets_beyond_two_to_the_31():

@@ -133,7 +133,7 @@ def exact(case: Case, dlogprobs: Tensor, dentropy: Tensor) -> Result:
 
     def stats(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         rows = (case.labels != IGNORED).nonzero()[:, 0]
-        logprobs, entropy, _ = reference.linear_logprobs(
+        logprobs, entropy, *_ = reference.linear_logprobs(
             hidden[rows],
             weight,
             bias,

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 import fused_rl
-from fused_rl import TokenBatch, linear_logprobs, linear_policy_loss, logprobs_from_logits, ops
+from fused_rl import (
+    TokenBatch,
+    linear_logprobs,
+    linear_policy_loss,
+    linear_top_logprobs,
+    logprobs_from_logits,
+    ops,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,6 +56,26 @@ def test_linear_logprobs_agrees_with_the_cpu_in_float64(dtype, N, trained):
         true = torch.autograd.grad(exact[stat].sum(), [b for _, b in leaves], retain_graph=True)
         for a, b in zip(got, true, strict=True):
             assert relative(a, b) < BUDGET[dtype] or b.norm() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [130, 700])
+@pytest.mark.parametrize("trained", [True, False])
+def test_logprobs_equal_top_logprobs_at_the_most_likely_word_alone(dtype, N, trained):
+    hidden, weight, labels = build(dtype, "cuda", N, trained=trained)
+    z = hidden.detach().double().cpu() @ weight.detach().double().cpu().T
+    (best, second), word = z.topk(2, -1).values.unbind(-1), z.argmax(-1)
+    labels = labels.cpu()
+    labels[::2] = word[::2]
+    stats = linear_top_logprobs(hidden, weight, labels.cuda())
+    counted = labels != -100
+    exact = (best - z.logsumexp(-1)).where(counted, 0.0)
+    top = stats.top_logprobs.cpu()
+    torch.testing.assert_close(top.double(), exact, atol=2e-5, rtol=2e-6)
+    judged = counted & (best - second > 1e-3)
+    is_top = stats.logprobs.cpu() == top
+    assert torch.equal(is_top[judged], (labels == word)[judged])
+    assert 0 < is_top[judged].sum() < judged.sum()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,6 +23,7 @@ FLOORS = {
     "head": 3,
     "sequences": 3,
     "kept_ops": 3,
+    "filter_ops": 3,
     "kl": 3,
     "logprobs": 4,
     "layers": 5,

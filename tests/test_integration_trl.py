@@ -257,22 +257,38 @@ def test_what_we_do_not_compute_is_theirs(monkeypatch):
     sharded = torch.nn.Parameter(weight)
     sharded.ds_id = 0
     with integration.patched():
-        assert call("is_top1") == call("log_sum_sq_probs", "entropy") == "theirs"
-        assert call("mean_logits", softcap=2.0) == call(weight=sharded) == "theirs"
+        assert call("log_sum_sq_probs", "entropy") == call(weight=sharded) == "theirs"
+        assert call("is_top1", "mean_logits", softcap=2.0) == "theirs"
         assert call().shape == call("entropy").shape == call("mean_logits").shape == (5,)
+        assert call("is_top1").shape == call("is_top1", softcap=2.0).shape == (5,)
         default = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 3)
     assert default[0] == "theirs"
     assert call()[0] == "t"
     assert utils._ChunkedLogProbFunction is original
 
 
-def test_mean_logits_without_the_logits():
+def test_is_top1_is_whether_the_label_is_the_argmax(monkeypatch):
+    _, utils, _ = a_trl(monkeypatch, *SIGNATURES["1.16"])
+    hidden, weight = torch.randn(40, 4), torch.randn(3, 4)
+    targets = torch.randint(0, 3, (40,))
+    args = (weight, None, targets, 0.7, 3, 2.0, 0.5)
+    with integration.patched():
+        apply = utils._ChunkedLogProbFunction.apply
+        is_top1 = apply(hidden, *args, ("log_probs", "is_top1"))[4]
+        assert apply(hidden, *args, ("log_probs",))[4] is None
+    expected = (hidden @ weight.T).argmax(-1) == targets
+    assert is_top1.dtype == torch.bool and torch.equal(is_top1, expected)
+    assert 5 < expected.sum() < 35
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_mean_logits_without_the_logits(autocast):
     hidden = torch.randn(5, 4)
     for bias in (None, torch.randn(9)):
         head = LMHead(torch.randn(9, 4), bias, 0.5)
-        torch.testing.assert_close(
-            integration._mean_logits(hidden, head), head.logits(hidden).mean(-1)
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            mean = integration._mean_logits(hidden, head)
+        torch.testing.assert_close(mean, head.logits(hidden).mean(-1))
 
 
 def test_every_name_is_put_back(monkeypatch):
@@ -551,13 +567,23 @@ def test_a_trainer_that_passes_the_head_by_is_an_error(trl, arguments):
         trainer.compute_loss(trainer.model, batch_of(trainer))
 
 
+# What a trainer logs, and how often in a step its head is ours.
+OTHERS = {
+    "RLOO": (("loss", "entropy"), 2),
+    "KTO": (("loss", "logps/chosen", "kl"), 4),
+    "DPO": (("loss", "entropy", "mean_token_accuracy", "logits/chosen", "rewards/margins"), 2),
+    "SFT": (("loss", "entropy", "mean_token_accuracy"), 1),
+}
+
+
 @slow
-@pytest.mark.parametrize(("name", "calls"), [("RLOO", 8), ("KTO", 16), ("DPO", 4), ("SFT", 0)])
-def test_other_trainers_take_the_same_way(trl, model_path, tmp_path, monkeypatch, name, calls):
-    """4 steps; how often the head was ours. The policy of DPO, and SFT, ask for is_top1."""
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_trainers_take_the_same_way(trl, model_path, tmp_path, monkeypatch, name):
+    """24 steps on our head alone, and what is logged is what TRL's logs; policies learn."""
     from datasets import Dataset
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    steps = 24
     prompts = [f"w{i} w{i + 5}" for i in range(8)]
     good, bad = ([f" w{(i + k) % 20} w3 w{k}" for i in range(8)] for k in (1, 7))
     columns = {
@@ -569,14 +595,14 @@ def test_other_trainers_take_the_same_way(trl, model_path, tmp_path, monkeypatch
     sampled = {"num_generations": 4, "max_completion_length": T, "beta": 0.0}
     extra = {"reward_funcs": reward} if name == "RLOO" else {}
 
-    def losses() -> list[float]:
+    def entries() -> list[dict]:
         args = getattr(trl, f"{name}Config")(
             output_dir=str(tmp_path),
             use_cpu=True,
             bf16=False,
             report_to=[],
             logging_steps=1,
-            max_steps=4,
+            max_steps=steps,
             per_device_train_batch_size=8,
             learning_rate=1e-2,
             save_strategy="no",
@@ -590,18 +616,25 @@ def test_other_trainers_take_the_same_way(trl, model_path, tmp_path, monkeypatch
             processing_class=tokenizer(),
             **extra,
         )
-        return [entry["grad_norm"] for entry in history(trainer)]
+        return history(trainer)
 
     count = []
-    ours = integration.linear_logprobs
+    ours = integration.linear_top_logprobs
     monkeypatch.setattr(
-        integration, "linear_logprobs", lambda *a, **k: count.append(1) or ours(*a, **k)
+        integration, "linear_top_logprobs", lambda *a, **k: count.append(1) or ours(*a, **k)
     )
-    plain = losses()
+    plain = entries()
     assert not count
     with integration.patched():
-        assert losses() == pytest.approx(plain, rel=1e-3, abs=1e-6)
-    assert len(count) == calls
+        patched = entries()
+    logged, calls = OTHERS[name]
+    assert len(plain) == steps and len(count) == calls * steps
+    for key in ("grad_norm", *logged):
+        a, b = ([entry[key] for entry in of] for of in (plain, patched))
+        exactly = key == "mean_token_accuracy"
+        assert b == pytest.approx(a, rel=1e-9 if exactly else 1e-3, abs=1e-5), key
+    if "mean_token_accuracy" in logged:
+        assert plain[-1]["mean_token_accuracy"] > plain[0]["mean_token_accuracy"] + 0.2
 
 
 @slow

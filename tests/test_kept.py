@@ -89,7 +89,7 @@ def from_logits(logits, case: Case, kept: Tensor, cu_kept: Tensor):
         z = (z if z.dtype == torch.float64 else z.float()) / case.temperature[rows, None].to(
             torch.float64 if z.dtype == torch.float64 else torch.float32
         )
-        logprobs, entropy, _ = reference.statistics(z, case.labels[rows])
+        logprobs, entropy, *_ = reference.statistics(z, case.labels[rows])
         three = (logprobs, entropy, reference.kept_logprobs(z, case.labels[rows], *packed(sets)))
         return KeptStats(*(z.new_zeros(len(case.labels)).index_put((rows,), x) for x in three))
 

@@ -13,9 +13,12 @@ from oracle import EVERYTHING, FLOATS, IGNORED
 from fused_rl import (
     LMHead,
     TokenStats,
+    chunked,
     grpo,
     linear_logprobs,
     linear_policy_loss,
+    linear_top_logprobs,
+    ops,
     reference,
 )
 from fused_rl.logprobs import chunked_gradients, flat_arguments
@@ -370,7 +373,7 @@ def test_temperature_per_token_divides_the_logits_of_that_token(shape):
         case.hidden.reshape(3, 7, 24), case.weight, labels, temperature=temperature
     )
     z = case.hidden @ case.weight.T / temperature.expand(3, 7).reshape(21, 1).double()
-    logprobs, entropy, _ = reference.statistics(z, case.labels)
+    logprobs, entropy, *_ = reference.statistics(z, case.labels)
     assert oracle.relative_error(got.logprobs.flatten(), logprobs) < 1e-13
     assert oracle.relative_error(got.entropy.flatten(), entropy) < 1e-13
 
@@ -386,6 +389,112 @@ def test_by_hand():
     logprobs.sum().backward()
     slope = math.log(5) - (2 / 8 * math.log(2) + 5 / 8 * math.log(5))
     assert float(hidden.grad) == pytest.approx(slope, rel=1e-14)
+
+
+# The most likely word
+
+TOPS = {
+    "trained": lambda args: ops.linear_logprobs(*args, IGNORED, 2**20)[3],
+    "frozen": lambda args: ops.linear_logprobs_frozen(*args, IGNORED, 2**16)[3],
+    "chunk": lambda args: ops.linear_logprobs_chunk(*args)[3],
+    "plain": lambda args: chunked.linear_logprobs(*args, IGNORED, 2**16)[3],
+    "plain chunk": lambda args: chunked.linear_logprobs_chunk(*args)[3],
+}
+
+
+def _exact_logprobs(case):
+    """[N, V] in float64."""
+    t = case.temperature.double()
+    bias = None if case.bias is None else case.bias.double()
+    options = (bias, t, case.scale, case.softcap or 0.0)
+    z = reference.logits(case.hidden.double(), case.weight.double(), *options)
+    return torch.log_softmax(z, -1)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_logprobs_equal_top_logprobs_at_the_most_likely_word_alone(dtype, features, frozen):
+    """Every word in turn as the label of tokens whose two best words are apart."""
+    N, V = 12, 150
+    case = oracle.random_case(4 * N, 24, V, dtype, **FEATURES[features])
+    best, second = _exact_logprobs(case).topk(2, -1).values.unbind(-1)
+    apart = (best - second > 1e-3).nonzero()[:N, 0]
+    assert len(apart) == N
+    every = replace(case.rows(apart.repeat_interleave(V)), labels=torch.arange(V).repeat(N))
+    hidden = every.hidden.requires_grad_(frozen)
+    stats = linear_top_logprobs(hidden, every.head, every.labels, temperature=every.temperature)
+    is_top = (stats.logprobs == stats.top_logprobs).reshape(N, V)
+    assert torch.equal(is_top.nonzero()[:, 1], _exact_logprobs(case)[apart].argmax(-1))
+    assert (stats.logprobs <= stats.top_logprobs).all()
+
+
+@pytest.mark.parametrize("way", TOPS)
+@pytest.mark.parametrize("features", ["plain", "everything"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_top_logprobs_are_no_worse_than_those_of_torch(dtype, features, way):
+    case = oracle.random_case(65, 48, 1100, dtype, **FEATURES[features])
+    args = flat_arguments(case.hidden, case.head, case.labels, case.temperature)
+    top, eager = TOPS[way](args), _eager_top(case)
+    assert top.dtype == eager.dtype
+    oracle.assert_no_worse(top, eager, _exact_logprobs(case).amax(-1))
+
+
+def _eager_top(case):
+    wide = torch.float64 if case.hidden.dtype == torch.float64 else torch.float32
+    z = torch.nn.functional.linear(case.hidden, case.weight, case.bias).to(wide) * case.scale
+    z = case.softcap * torch.tanh(z / case.softcap) if case.softcap else z
+    return torch.log_softmax(z / case.temperature[:, None].to(wide), -1).amax(-1)
+
+
+@pytest.mark.parametrize("way", TOPS)
+def test_words_that_tie_are_all_the_most_likely_one(way):
+    """Words 3 and 257, in two blocks of the vocabulary, above 300 words of logit 0."""
+    weight = torch.zeros(300, 1)
+    weight[[3, 257]] = 1.0
+    tokens = (torch.tensor([3, 257, 3, 0, 299]), torch.ones(5))
+    args = (torch.tensor([[2.0], [2.0], [-2.0], [-2.0], [2.0]]), weight, None, *tokens, 1.0, 0.0)
+    logits, norms = (2, 2, 0, 0, 2), (298 + 2 * math.exp(h) for h in (2, 2, -2, -2, 2))
+    right = [z - math.log(norm) for z, norm in zip(logits, norms, strict=True)]
+    assert TOPS[way](args).tolist() == pytest.approx(right, rel=1e-6)
+    stats = linear_top_logprobs(args[0], weight, tokens[0])
+    assert (stats.logprobs == stats.top_logprobs).tolist() == [True, True, False, True, False]
+
+
+def test_logits_of_zero_tie_in_every_word():
+    labels = torch.arange(40)
+    logprobs, entropy, top = linear_top_logprobs(torch.zeros(40, 3), torch.randn(40, 3), labels)
+    assert (logprobs == top).all()
+    assert top.tolist() == pytest.approx([-math.log(40)] * 40, rel=1e-6)
+    assert entropy.tolist() == pytest.approx([math.log(40)] * 40, rel=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_top_logprobs_change_neither_the_other_statistics_nor_the_gradient(dtype, frozen):
+    """And have none; ignored tokens give 0, and those with a NaN give NaN."""
+    case = oracle.random_case(40, 8, 130, dtype, ignored=7, **EVERYTHING)
+    case.hidden[9] = torch.nan
+    head = replace(case.head, weight=case.weight.requires_grad_(not frozen))
+    results = []
+    for function in (linear_logprobs, linear_top_logprobs):
+        hidden = case.hidden.clone().requires_grad_()
+        stats = function(hidden, head, case.labels, temperature=case.temperature)
+        leaves = [hidden] if frozen else [hidden, case.weight]
+        grads = torch.autograd.grad(stats.logprobs.sum() + (stats.entropy**2).sum(), leaves)
+        results.append((stats.logprobs.detach(), stats.entropy.detach(), *grads))
+    for a, b in zip(*results, strict=True):
+        oracle.assert_same_bits(a, b)
+    top = stats.top_logprobs
+    assert not top.requires_grad and not top[:7].any()
+    assert top.isnan().nonzero().tolist() == [[9]]
+    assert not (stats.logprobs == top)[9]
+
+
+def test_a_row_of_nothing_but_minus_infinity_has_no_most_likely_word():
+    head = LMHead(torch.ones(5, 1), torch.full((5,), -torch.inf))
+    logprobs, _, top = linear_top_logprobs(torch.ones(2, 1), head, torch.tensor([0, 4]))
+    assert logprobs.isnan().all() and top.isnan().all()
 
 
 # Properties

@@ -19,6 +19,7 @@ from fused_rl import (
     kl_penalty,
     linear_logprobs,
     linear_policy_loss,
+    linear_top_logprobs,
     logprobs_from_logits,
     ops,
 )
@@ -50,7 +51,7 @@ def _of_linear_logprobs(dtype):
 
 def _of_linear_logprobs_backward(dtype):
     args = (*_linear_args(dtype), IGNORED, 2**20)
-    _, entropy, lse = ops.linear_logprobs(*args)
+    _, entropy, lse, _ = ops.linear_logprobs(*args)
     for needs in itertools.product([False, True], repeat=3):
         yield (torch.randn_like(entropy), torch.randn_like(entropy), *args, lse, entropy, *needs)
 
@@ -62,7 +63,7 @@ def _of_linear_logprobs_frozen(dtype):
 
 def _of_linear_logprobs_frozen_backward(dtype):
     args = (*_linear_args(dtype), IGNORED, 2**20)
-    _, entropy, lse, unit = ops.linear_logprobs_frozen(*args)
+    _, entropy, lse, _, unit = ops.linear_logprobs_frozen(*args)
     g = torch.randn_like(entropy)
     for dentropy in (torch.randn_like(entropy), torch.zeros_like(entropy)):
         yield (g, dentropy, *args, lse, entropy, unit)
@@ -80,7 +81,7 @@ def _of_linear_logprobs_chunk(dtype):
 
 def _of_linear_logprobs_chunk_backward(dtype):
     args = _chunk_args(dtype)
-    _, entropy, lse, z = ops.linear_logprobs_chunk(*args)
+    _, entropy, lse, _, z = ops.linear_logprobs_chunk(*args)
     up = (torch.randn_like(entropy), torch.randn_like(entropy))
     for accumulate in (False, True):
         sums = (torch.zeros(11, 6, dtype=lse.dtype), torch.zeros(11, dtype=lse.dtype))
@@ -211,6 +212,18 @@ def test_compiled_linear_logprobs_equals_eager_and_compiles_once_for_any_n(train
 
 def test_compiled_by_inductor_linear_logprobs_equals_eager(dynamo):
     _assert_compiled_equals_eager(_linear_loss, _linear_leaves(True), "inductor")
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_compiled_linear_top_logprobs_equals_eager_and_compiles_once_for_any_n(trained, dynamo):
+    def loss(hidden, weight, bias, labels, g):
+        head = LMHead(weight, bias, 0.7, 3.0)
+        logprobs, entropy, top = linear_top_logprobs(hidden, head, labels, temperature=0.9)
+        is_top = logprobs == top
+        # Less than 0 for every other word, so that both branches have their share.
+        return (logprobs * g.where(is_top, logprobs - top)).sum() - 0.1 * entropy.sum()
+
+    _assert_compiled_equals_eager(loss, _linear_leaves(trained), "aot_eager")
 
 
 def test_compiled_logprobs_from_logits_equals_eager_and_compiles_once_for_any_n(dynamo):

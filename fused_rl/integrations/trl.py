@@ -15,10 +15,14 @@ is the object itself. Which trainers call it is TRL's choice:
     TRL 1.14           DPO, KTO and GRPO with use_liger_kernel=True; asynchronous GRPO
     TRL 1.12, 1.13     asynchronous GRPO
 
-A call stays with TRL's own function where it asks for what we do not compute: `is_top1` (SFT, and
-the policy of DPO), `log_sum_sq_probs`, or `mean_logits` of a model with a softcap; and where the
-head's weight is sharded by ZeRO-3, which TRL gathers again in its backward pass. The reference
-models of DPO and KTO, and everything of GRPO, RLOO and KTO, is ours.
+A call stays with TRL's own function where it asks for what we do not compute: `log_sum_sq_probs`
+(the policy of DPO with use_weighting), or `mean_logits` of a model with a softcap (the policy of
+DPO, of a Gemma 2); and where the head's weight is sharded by ZeRO-3, which TRL gathers again in its
+backward pass. All others are ours, in every one of these trainers.
+
+`is_top1`, from which SFT and DPO take their token accuracy, compares float32 logits, where TRL's
+function compares those it rounded to the dtype of the model; and words that tie are all the most
+likely one, of which TRL's function counts the first.
 
 `FusedGRPOTrainer` is TRL's GRPOTrainer with any of our losses, formed with its gradients in one
 pass, inside the model's forward:
@@ -55,7 +59,7 @@ from torch import Tensor
 
 from fused_rl.batch import TokenBatch
 from fused_rl.head import LMHead
-from fused_rl.logprobs import linear_logprobs
+from fused_rl.logprobs import linear_top_logprobs
 from fused_rl.losses import Loss, LossOutput, linear_policy_loss
 from fused_rl.means import TokenMean
 
@@ -93,25 +97,31 @@ class _FusedHead:
         head = LMHead(given["weight"], given.get("bias"), scale, softcap)
         if in_head := _in_head.get():
             logprobs = in_head(hidden, head, temperature)
-            entropy = torch.zeros_like(logprobs)
+            entropy = top = torch.zeros_like(logprobs)
         else:
-            logprobs, entropy = linear_logprobs(hidden, head, targets, temperature=temperature)
+            logprobs, entropy, top = linear_top_logprobs(
+                hidden, head, targets, temperature=temperature
+            )
         if "outputs" not in self.names:
             return logprobs, entropy
+        entropy = entropy if "entropy" in outputs else None
         mean = _mean_logits(hidden, head) / temperature if "mean_logits" in outputs else None
-        return logprobs, entropy if "entropy" in outputs else None, None, mean, None
+        is_top1 = logprobs == top if "is_top1" in outputs else None
+        return logprobs, entropy, None, mean, is_top1
 
 
 def _ours(weight: Tensor, outputs: tuple[str, ...], softcap: float | None) -> bool:
     """Whether we have what a call asks for; see the module's docstring."""
-    computed = {"log_probs", "entropy"} | ({"mean_logits"} if softcap is None else set())
+    computed = {"log_probs", "entropy", "is_top1"}
+    computed |= {"mean_logits"} if softcap is None else set()
     return set(outputs) <= computed and not hasattr(weight, "ds_id")
 
 
 @torch.no_grad()
 def _mean_logits(hidden: Tensor, head: LMHead) -> Tensor:
     """[N]: the mean over the vocabulary, from the mean of the weight's rows, without [N, V]."""
-    mean = hidden.float() @ head.weight.mean(0, dtype=torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        mean = hidden.float() @ head.weight.mean(0, dtype=torch.float32)
     return head.scale * (mean if head.bias is None else mean + head.bias.float().mean())
 
 
