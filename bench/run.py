@@ -1,40 +1,127 @@
-"""`make bench`: what `fused-rl bench` does, with its options; and the README's table.
+"""`make bench`: the table and the curves of this machine, kept in bench/results and in the README.
 
-python bench/run.py [--preset Qwen3-0.6B] [--tokens 1024] [--sweep] [--out DIR] ...
-python bench/run.py --readme bench/results/NAME.json      the README's table from a result
+python bench/run.py                        measures, within 15 minutes on two cores; writes
+                                           bench/results/MACHINE-DTYPE.json, .csv, pictures; README
+python bench/run.py --readme RESULT.json   measures nothing: pictures and README from a result
+
+The README is written between its marks, bench:begin and bench:end for the table, curves:begin and
+curves:end for the pictures. Options of `fused-rl bench` are taken as well; --out is for results.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
 from fused_rl import cli
-from fused_rl.bench_report import MIB, PRODUCTS, cases_of, error_of, of_first_shape
+from fused_rl.bench_figures import write_figures
+from fused_rl.bench_records import MIB, PRODUCTS, Content, cases_of, error_of, of_first_shape
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+RESULTS = "bench/results"
+# Words of a processor's name that do not tell it from others.
+NOISE = ("amd", "intel", "nvidia", "cpu", "processor")
 
 
-def main() -> int:
-    if sys.argv[1:2] != ["--readme"]:
-        return cli.main(["bench", *sys.argv[1:]])
-    source = Path(sys.argv[2])
-    readme = Path("README.md")
-    before, rest = readme.read_text().split(BEGIN)
-    block = "\n".join(table(json.loads(source.read_text()), source))
-    readme.write_text(f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}")
+def main(argv: list[str] | None = None) -> int:
+    """1 if one of our ways is wrong: the README then stays as it is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--name", help="of the machine, in file names (default: from its cpu)")
+    parser.add_argument("--page", type=Path, default=Path("README.md"), help="what to write into")
+    parser.add_argument("--readme", type=Path, metavar="RESULT.json", help="measure nothing")
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.readme:
+        content = json.loads(arguments.readme.read_text())
+        publish(content, arguments.readme, arguments.page)
+        return 0
+    return measure(rest, arguments.name, arguments.page)
+
+
+def measure(options: list[str], name: str | None, page: Path) -> int:
+    """Runs the sweep, writes the results and, if ours are right, the page."""
+    from rich.console import Console
+
+    from fused_rl.bench_report import show, write_data
+    from fused_rl.bench_run import BenchConfig, measured, status
+
+    parsed = cli.build_parser().parse_args(["bench", "--sweep", "--out", RESULTS, *options])
+    try:
+        config = BenchConfig(**cli.bench_options(parsed))
+    except ValueError as error:
+        return cli.usage_error("bench", str(error))
+    console = Console(width=118)
+    content = measured(config, console)
+    show(console, content)
+    stem = Path(config.out) / f"{name or machine(content['environment'])}-{config.dtype}"
+    for path in write_data(stem, content):
+        print(f"written to {path}")
+    if status(content):
+        print(f"one of our ways is wrong or failed: {page} stays as it is")
+        return 1
+    publish(content, stem.with_name(f"{stem.name}.json"), page)
     return 0
 
 
-def table(content: dict, source: Path) -> list[str]:
-    """The lines between the README's markers."""
+def machine(environment: dict) -> str:
+    """AMD EPYC 9B45 64-Core Processor, with two cores here -> epyc-9b45-2c."""
+    known = environment.get("gpu") or f"{environment['cpu']} {environment['cores']}c"
+    plain = re.sub(r"\((r|tm)\)|\d+-core|@ ?\S+", " ", known.lower())
+    return "-".join(w for w in re.findall(r"[a-z0-9]+", plain) if w not in NOISE)
+
+
+def publish(content: Content, source: Path, page: Path) -> None:
+    """The pictures beside the result, and both blocks of the page."""
+    prefix = f"{source.stem}-"
+    pictures = write_figures(source.parent, content["records"], prefix, "svg")
+    for path in pictures:
+        print(f"written to {path}")
+    base = page.resolve().parent
+    link = os.path.relpath(source.resolve(), base)
+    replace_block(page, "bench", table(content, link))
+    if pictures:
+        links = [os.path.relpath(p.resolve(), base) for p in pictures]
+        replace_block(page, "curves", curves(links))
+
+
+def replace_block(page: Path, name: str, lines: list[str]) -> None:
+    """Writes the lines between the page's marks, or says that there are none."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    text = page.read_text() if page.exists() else ""
+    if begin not in text or end not in text:
+        print(f"{page} has no {begin} and {end}: nothing of that kind written to it")
+        return
+    before, rest = text.split(begin)
+    block = "\n".join(lines)
+    page.write_text(f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}")
+    print(f"{name} written to {page}")
+
+
+def curves(links: list[str]) -> list[str]:
+    """The lines that show the pictures."""
+    lines = []
+    for link in links:
+        what = "padding" if link.endswith("-padding.svg") else "N, H and V"
+        lines += [f"![Time and memory of ours and of the peers against {what}]({link})", ""]
+    return [
+        *lines,
+        "Both axes are logarithmic; the dotted line is growth in proportion. Where the number of "
+        "tokens under the loss stays the same, padding should cost nothing.",
+    ]
+
+
+def table(content: Content, link: str) -> list[str]:
+    """The lines of the table."""
     shape, where = content["shape"], content["environment"]
     records = [{**shape, **record} for record in content["records"]]
     lines = [
         f"N = {shape['tokens']} tokens, H = {shape['hidden']}, V = {shape['vocabulary']}, "
         f"{shape['dtype']}, on {where['cores']} cores of an {where['cpu']} "
-        f"({where['backend']['note']}), torch {where['torch']}: [{source.name}]({source}), "
+        f"({where['backend']['note']}), torch {where['torch']}: [{Path(link).name}]({link}), "
         "or `make bench` on your machine.",
         "",
         "| | time, ms | x bare products | extra memory, MiB | error |",

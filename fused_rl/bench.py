@@ -1,4 +1,4 @@
-"""Time, memory and error of the head, ours beside the peers: `fused-rl bench`.
+"""Time, memory and error of a task, ours beside the peers.
 
 Every figure can be trusted on a noisy machine: providers run in turns, in one process, with the
 bare matrix products of the same shape and dtype, and a time is judged by its ratio to theirs in the
@@ -12,22 +12,21 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import fused_rl
-from fused_rl import TokenBatch, TokenStats, bench_report, reference
+from fused_rl import TokenBatch, TokenStats, reference
 from fused_rl.bench_clock import Clock, interleaved, peak_extra_bytes, spread
 from fused_rl.bench_peers import (
     BETA,
     PEERS,
     ROWS,
-    SEQUENCES,
     Case,
     Missing,
     batch_of,
@@ -36,18 +35,19 @@ from fused_rl.bench_peers import (
     products,
     steps,
 )
+from fused_rl.bench_records import PRODUCTS, Record
 
 GATE = 10  # times the error of eager torch
 JUDGED_ROWS = 64
 # The exact gradients are in float64 up to this N * H * V; beyond, in float32 for half precisions.
 EXACT_WORK = 2**33
 
-Record = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Kind:
-    """What is measured. nhv: its bare products. counted: the share of tokens under the loss."""
+    """What is measured of a head. nhv: its bare products. counted: the share of tokens under the
+    loss.
+    """
 
     title: str
     name: str
@@ -66,29 +66,6 @@ KINDS = (
 )
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    """What to run: sizes, dtype and device by name, names in PEERS, timed rounds, directory."""
-
-    tokens: int = 1024
-    hidden: int = 1024
-    vocabulary: int = 32768
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-    peers: tuple[str, ...] = ("eager",)
-    rounds: int = 7
-    sweep: bool = False
-    out: str = "out/bench"
-
-    def __post_init__(self) -> None:
-        if self.tokens % SEQUENCES:
-            raise ValueError(f"tokens must be a multiple of {SEQUENCES}, got {self.tokens}")
-        if unknown := [name for name in self.peers if name not in PEERS]:
-            raise ValueError(f"peers must be among {', '.join(PEERS)}, got {', '.join(unknown)}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but torch sees no device of the kind")
-
-
 def environment(device: str = "cpu") -> dict[str, object]:
     """What the figures depend on."""
     cpu = platform.processor() or platform.machine()
@@ -105,6 +82,7 @@ def environment(device: str = "cpu") -> dict[str, object]:
         "fused_rl": fused_rl.__version__,
         "liger": installed("liger-kernel"),
         "trl": installed("trl"),
+        "triton": installed("triton"),
         "backend": of_device._asdict(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
@@ -167,77 +145,110 @@ def gradient_error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> floa
     return max(errors) if all(e == e for e in errors) else float("nan")
 
 
+@dataclass(frozen=True)
 class Judge:
-    """The error of a provider's results, and whether eager torch does so well."""
+    """errors: those of a result, the first being the one to show. limits: what each may be."""
 
-    def __init__(self, case: Case, kind: Kind, batch: TokenBatch | None) -> None:
-        self.case, self.batch = case, batch
-        self.key = "logprob_error" if batch is None else "gradient_error"
-        if batch is None:
-            self.rows = judged_rows(len(case.labels)).to(case.labels.device)
-            some = (case.hidden[self.rows], case.weight, case.labels[self.rows])
-            self.limits = [GATE * e for e in stats_errors(case, eager(*some), self.rows)]
-            return
-        dtype = case.hidden.dtype
-        small = len(case.labels) * case.weight.numel() <= EXACT_WORK
-        exact = torch.float64 if small or dtype == torch.float32 else torch.float32
-        wanted = slice(0, 1) if kind.frozen else slice(0, 2)
-        self.exact = step_gradients(case, batch, exact)[wanted]
-        self.limits = [GATE * gradient_error(step_gradients(case, batch, dtype), self.exact)]
+    errors: Callable[[tuple], list[float]]
+    limits: list[float]
 
-    def __call__(self, result: tuple[Tensor | None, ...]) -> tuple[float, bool]:
-        """The error, and whether it is within the limits."""
-        if self.batch is not None:
-            errors = [gradient_error(result[1:], self.exact)]
-        else:
-            picked = tuple(None if t is None else t[self.rows] for t in result[:2])
-            errors = stats_errors(self.case, picked, self.rows)
-        # NaN is over every limit.
-        within = all(e <= limit for e, limit in zip(errors, self.limits, strict=False))
-        return errors[0], within
+    def __call__(self, result: tuple) -> tuple[float, bool]:
+        """The error, and whether all are within their limits. NaN is over every limit."""
+        errors = self.errors(result)
+        return errors[0], all(e <= limit for e, limit in zip(errors, self.limits, strict=False))
+
+
+def stats_judge(case: Case) -> Judge:
+    """Of log-probs and entropies, against eager torch's own error."""
+    rows = judged_rows(len(case.labels)).to(case.labels.device)
+    some = (case.hidden[rows], case.weight, case.labels[rows])
+
+    def errors(result: tuple) -> list[float]:
+        return stats_errors(case, tuple(None if t is None else t[rows] for t in result[:2]), rows)
+
+    return Judge(errors, [GATE * e for e in stats_errors(case, eager(*some), rows)])
+
+
+def step_judge(case: Case, batch: TokenBatch, frozen: bool) -> Judge:
+    """Of dhidden and, unless frozen, dweight, against eager torch's own error."""
+    dtype = case.hidden.dtype
+    small = len(case.labels) * case.weight.numel() <= EXACT_WORK
+    widest = torch.float64 if small or dtype == torch.float32 else torch.float32
+    exact = step_gradients(case, batch, widest)[: 1 if frozen else 2]
+    of_eager = gradient_error(step_gradients(case, batch, dtype), exact)
+    return Judge(lambda result: [gradient_error(result[1:], exact)], [GATE * of_eager])
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to do, at one shape.
+
+    fields: what every record of it says. ways: names of peers -> title -> call, ours among them.
+    bare: the work that nobody is spared, and that times are compared with. error: its name.
+    """
+
+    fields: Record
+    device: torch.device
+    ways: Callable[[tuple[str, ...]], dict[str, Callable[[], tuple]]]
+    bare: Callable[[], object]
+    judge: Judge
+    error: str
+
+
+def head_task(case: Case, kind: Kind) -> Task:
+    """A kind of work of the head."""
+    (N, H), V = case.hidden.shape, case.weight.shape[0]
+    common = {"case": kind.title, "name": kind.name, "nhv": kind.nhv}
+    common |= {"tokens": N, "hidden": H, "vocabulary": V, "dtype": dtype_name(case.hidden)}
+    bare = products(case, kind.nhv)
+    if kind == NO_GRAD:
+        ways = partial(no_grad, case)
+        return Task(common, case.hidden.device, ways, bare, stats_judge(case), "logprob_error")
+    batch = batch_of(case, kind.counted)
+    common["counted_tokens"] = int(batch.num_tokens)
+    judge = step_judge(case, batch, kind.frozen)
+    ways = partial(steps, case, batch, frozen=kind.frozen)
+    return Task(common, case.hidden.device, ways, bare, judge, "gradient_error")
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def measure(
-    case: Case, kind: Kind, peers: tuple[str, ...], rounds: int, tick: Callable[[], None]
+    task: Task, peers: tuple[str, ...], rounds: int, tick: Callable[[], None]
 ) -> Iterator[Record]:
-    """One record for the bare products and for each provider; tick() after each step of the way."""
-    device = case.hidden.device
-    batch = None if kind == NO_GRAD else batch_of(case, kind.counted)
-    providers = no_grad(case, peers) if batch is None else steps(case, batch, peers, kind.frozen)
-    judge = Judge(case, kind, batch)
+    """One record for the bare work and for each provider; tick() after each step of the way."""
+    providers = task.ways(peers)
     verdicts = {}
     for title, run in providers.items():
-        verdicts[title] = _judged(judge, run)
+        verdicts[title] = judged(task, run)
         tick()
     right = {title: providers[title] for title, v in verdicts.items() if v["verdict"] == "right"}
-    base = bench_report.PRODUCTS
-    runs = {base: products(case, kind.nhv), **right}
-    seconds = interleaved(runs, rounds, Clock(device), tick)
-    common = {"case": kind.title, "nhv": kind.nhv, **_shape(case)}
-    yield {**common, "provider": base, "verdict": "right", **_times(seconds[base], seconds[base])}
+    seconds = interleaved({PRODUCTS: task.bare, **right}, rounds, Clock(task.device), tick)
+    base = seconds[PRODUCTS]
+    yield {**task.fields, "provider": PRODUCTS, "verdict": "right", **times(base, base)}
     for title, verdict in verdicts.items():
-        record = {**common, "provider": title, **verdict}
+        record = {**task.fields, "provider": title, **verdict}
         if title in right:
-            record |= _times(seconds[title], seconds[base])
-            record["peak_extra_bytes"] = peak_extra_bytes(right[title], device)
+            record |= times(seconds[title], base)
+            record["peak_extra_bytes"] = peak_extra_bytes(right[title], task.device)
         yield record
 
 
-def _judged(judge: Judge, run: Callable[[], tuple]) -> Record:
+def judged(task: Task, run: Callable[[], tuple]) -> Record:
+    """verdict: "right", "wrong" or "failed", with the error or the reason."""
     try:
-        error, within = judge(run())
-    except (RuntimeError, MemoryError) as failure:
-        return {"verdict": "failed", "note": str(failure).split("\n")[0][:200]}
-    return {"verdict": "right" if within else "wrong", judge.key: error}
+        error, within = task.judge(run())
+    # Whatever a peer raises, the others are still to be measured.
+    except Exception as failure:
+        note = str(failure).split("\n")[0][:200] or type(failure).__name__
+        return {"verdict": "failed", "note": note}
+    return {"verdict": "right" if within else "wrong", task.error: error}
 
 
-def _shape(case: Case) -> Record:
-    (N, H), V = case.hidden.shape, case.weight.shape[0]
-    dtype = str(case.hidden.dtype).removeprefix("torch.")
-    return {"tokens": N, "hidden": H, "vocabulary": V, "dtype": dtype}
-
-
-def _times(seconds: list[float], base: list[float]) -> Record:
+def times(seconds: list[float], base: list[float]) -> Record:
+    """Median and spread of the times and of their ratios to those of the bare work."""
     ratios = [a / b for a, b in zip(seconds, base, strict=True)]
     found = {"seconds_best": min(seconds)}
     for name, values in (("seconds", seconds), ("ratio", ratios)):
@@ -247,64 +258,14 @@ def _times(seconds: list[float], base: list[float]) -> Record:
     return found
 
 
-def usable(names: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
+def usable(names: tuple[str, ...], device: str = "cpu") -> tuple[tuple[str, ...], list[str]]:
     """The peers that are to be had here, and why the others are not."""
     found, reasons = [], []
     for name in names:
         peer = PEERS[name]
         try:
-            peer.load() if peer.stats else peer.check()
+            peer.load(device) if peer.stats else peer.check(device)
             found.append(name)
         except Missing as missing:
             reasons.append(str(missing))
     return tuple(found), reasons
-
-
-def shapes(config: BenchConfig) -> list[tuple[int, int]]:
-    """N and V of what is measured beside the shape asked for: halves of N, then of V."""
-    if not config.sweep:
-        return []
-    sizes = [(max(8, config.tokens // k // 8 * 8), config.vocabulary) for k in (8, 4, 2)]
-    return sizes + [(config.tokens, max(8, config.vocabulary // k)) for k in (8, 4, 2)]
-
-
-def run(config: BenchConfig) -> int:
-    """Measures, shows and writes; 1 if one of our ways is wrong or fails, else 0."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(width=118)
-    peers, reasons = usable(config.peers)
-    for reason in reasons:
-        console.print(f"left out: {reason}")
-    config = replace(config, peers=peers)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        records = list(collect(config, progress))
-    content = {
-        "environment": environment(config.device),
-        "shape": asdict(config),
-        "records": records,
-    }
-    bench_report.show(console, content)
-    for path in bench_report.write(Path(config.out), content):
-        console.print(f"written to {path}")
-    ours = [r for r in records if r["provider"].startswith(bench_report.OURS)]
-    return int(any(r["verdict"] != "right" for r in ours))
-
-
-def collect(config: BenchConfig, progress: Any) -> Iterator[Record]:
-    """The records of all shapes and kinds."""
-    task = progress.add_task("", total=None)
-    dtype = getattr(torch, config.dtype)
-    first = (config.tokens, config.vocabulary)
-    for N, V in dict.fromkeys([first, *shapes(config)]):
-        case = Case.make(N, config.hidden, V, dtype, config.device)
-        for kind in KINDS if first == (N, V) else (NO_GRAD, STEP):
-            total = len(config.peers) + 2 + config.rounds
-            progress.reset(task, total=total, description=f"N={N} V={V}: {kind.title}")
-            yield from measure(
-                case, kind, config.peers, config.rounds, lambda: progress.advance(task)
-            )
-        del case
-    progress.remove_task(task)

@@ -1,7 +1,7 @@
 """What the benchmark runs: inputs, the bare products, our ways, and the peers beside them.
 
 Most providers are a function (hidden, weight, labels) -> (logprobs, entropy or None); under a loss
-it is a training step too. Liger's is a whole step, and has no other use.
+it is a training step too. Liger's losses are whole steps, and have no other use.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fused_rl.advantages import group_zscore_advantages
 from fused_rl.batch import TokenBatch
+from fused_rl.bench_packages import cut_cross_entropy, quack, trl_chunked
 from fused_rl.logprobs import TokenStats, linear_logprobs
 from fused_rl.losses import linear_policy_loss
 from fused_rl.named import grpo
@@ -33,7 +34,7 @@ PRESETS = {
 SEQUENCES = 8
 BETA = 0.04
 ROWS = 256  # of logits, where a whole [N, V] is not wanted
-TRL_WORDS = 32768  # of the vocabulary at a time, as TRL's trainers ask for
+CLIP = 0.2  # of grpo(), for peers whose own default is another
 
 Stats = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 Step = Callable[[], tuple[Tensor, ...]]
@@ -79,11 +80,16 @@ def products(case: Case, nhv: int) -> Callable[[], None]:
     return run
 
 
+def eager_of_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """log_softmax in float32, and gather."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logp = F.log_softmax(logits.to(wide), dim=-1)
+    return logp.gather(-1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """What most trainers do: logits in the dtype of the model, softmax in float32."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    logp = F.log_softmax(F.linear(hidden, weight).to(wide), dim=-1)
-    return logp.gather(-1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    return eager_of_logits(F.linear(hidden, weight), labels)
 
 
 def fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> TokenStats:
@@ -96,20 +102,11 @@ def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor):
     return -F.linear_cross_entropy(hidden, weight, labels, reduction="none"), None
 
 
-def compiled() -> Stats:
-    """eager, through torch.compile; compiled at its first call."""
-    return torch.compile(eager, dynamic=False)
-
-
-def trl_chunked() -> Stats:
-    """The autograd function under TRL's trainers, from 1.16 on."""
-    from trl.kernels import ChunkedLogProbFunction
-
-    def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        options = (None, labels, 1.0, TRL_WORDS, None, 1.0, ("entropy",))
-        return ChunkedLogProbFunction.apply(hidden, weight, *options)[:2]
-
-    return run
+def compiled(function: Callable = eager) -> Callable:
+    """The function through torch.compile; compiled at its first call."""
+    # A shape is a graph, and after eight graphs of one function dynamo would run it uncompiled.
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
 
 
 class Missing(Exception):
@@ -119,24 +116,29 @@ class Missing(Exception):
 @dataclass(frozen=True)
 class Peer:
     """title: its name in tables. needs: what must be installed. stats: loads its function, where
-    it has one. trains: whether that can be put under a loss.
+    it has one. step: makes its step of (case, batch, frozen), where it is a whole one. trains:
+    whether its function can be put under a loss. devices: where it runs.
     """
 
     title: str
     needs: tuple[str, ...] = ()
     stats: Callable[[], Stats] | None = None
+    step: Callable[[Case, TokenBatch, bool], Step] | None = None
     trains: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
-    def load(self) -> Stats:
+    def load(self, device: str = "cpu") -> Stats:
         """stats(), or Missing."""
-        self.check()
+        self.check(device)
         try:
             return self.stats()
         except (ImportError, AttributeError) as error:
             raise Missing(f"{self.title}: {error}") from error
 
-    def check(self) -> None:
-        """Missing, if a package that it needs is not installed."""
+    def check(self, device: str = "cpu") -> None:
+        """Missing, if it does not run on the device, or a package that it needs is not there."""
+        if device not in self.devices:
+            raise Missing(f"{self.title}: runs on {', '.join(self.devices)} only")
         if absent := [name for name in self.needs if find_spec(name) is None]:
             raise Missing(f"{self.title}: {', '.join(absent)} is not installed")
 
@@ -147,22 +149,12 @@ def _of_torch() -> Stats:
     return torch_linear_cross_entropy
 
 
-PEERS = {
-    "eager": Peer("eager torch", stats=lambda: eager),
-    "compile": Peer("torch.compile", stats=compiled),
-    "torch": Peer("F.linear_cross_entropy (no entropy)", stats=_of_torch, trains=False),
-    "liger": Peer("LigerFusedLinearGRPOLoss", needs=("liger_kernel", "triton")),
-    "trl": Peer("TRL chunked", needs=("trl",), stats=trl_chunked),
-}
-# torch.compile takes minutes on a cpu.
-USUAL_PEERS = {"cpu": ("eager", "torch", "liger", "trl"), "cuda": tuple(PEERS)}
-
-
 def no_grad(case: Case, peers: tuple[str, ...]) -> dict[str, Callable]:
     """title -> a call that returns log-probs and entropies."""
     args = (case.hidden, case.weight, case.labels)
     chosen = {"fused_rl": fused}
-    chosen |= {PEERS[p].title: PEERS[p].load() for p in peers if PEERS[p].stats}
+    device = case.hidden.device.type
+    chosen |= {PEERS[p].title: PEERS[p].load(device) for p in peers if PEERS[p].stats}
     return {title: torch.no_grad()(lambda f=f: f(*args)) for title, f in chosen.items()}
 
 
@@ -205,7 +197,9 @@ def steps(case: Case, batch: TokenBatch, peers: tuple[str, ...], frozen: bool) -
 
     def through(stats: Stats) -> tuple[Tensor, ...]:
         hidden, weight = case.leaves(frozen)
-        here = TokenStats(*stats(hidden, weight, batch.labels))
+        logprobs, entropy = stats(hidden, weight, batch.labels)
+        # The loss has no entropy bonus: where a peer forms no entropies, zeros do.
+        here = TokenStats(logprobs, torch.zeros_like(logprobs) if entropy is None else entropy)
         return gradients(loss(here, batch).loss, (hidden, weight))
 
     # Ours are told which tokens count; the peers' functions know no mask, and get them all.
@@ -213,13 +207,14 @@ def steps(case: Case, batch: TokenBatch, peers: tuple[str, ...], frozen: bool) -
         "fused_rl linear_policy_loss": one_pass,
         "fused_rl linear_logprobs": lambda: through(fused),
     }
+    device = case.hidden.device.type
     for peer in (PEERS[name] for name in peers):
-        if peer.stats and peer.trains:
-            stats = peer.load()
+        if peer.step:
+            peer.check(device)
+            chosen[peer.title] = peer.step(case, batch, frozen)
+        elif peer.trains:
+            stats = peer.load(device)
             chosen[peer.title] = lambda f=stats: through(lambda h, w, _: f(h, w, case.labels))
-    if "liger" in peers:
-        PEERS["liger"].check()
-        chosen[PEERS["liger"].title] = liger(case, batch, frozen)
     return chosen
 
 
@@ -247,3 +242,51 @@ def liger(case: Case, batch: TokenBatch, frozen: bool) -> Step:
         return gradients(value, (hidden, weight))
 
     return run
+
+
+def liger_from_logits(case: Case, batch: TokenBatch, frozen: bool) -> Step:
+    """The same step by Liger's Triton loss of the logits, which wants one position over labels."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    def of(tensor: Tensor) -> Tensor:
+        return tensor.reshape(batch.shape)
+
+    settings = {"temperature": 1.0, "beta": BETA, "eps_low": CLIP, "eps_high": CLIP}
+    known = (of(batch.old_logprobs), of(batch.ref_logprobs), of(case.labels))
+    rest = (of(batch.advantages)[:, 0].contiguous(), of(batch.loss_mask).int())
+
+    def run() -> tuple[Tensor, ...]:
+        hidden, weight = case.leaves(frozen)
+        logits = F.linear(F.pad(hidden.reshape(*batch.shape, -1), (0, 0, 0, 1)), weight)
+        value, _ = triton_grpo_loss(
+            logits, *known, *rest, loss_type="grpo", reduce=True, **settings
+        )
+        return gradients(value, (hidden, weight))
+
+    return run
+
+
+PEERS = {
+    "eager": Peer("eager torch", stats=lambda: eager),
+    "compile": Peer("torch.compile", stats=compiled),
+    "torch": Peer("F.linear_cross_entropy (no entropy)", stats=_of_torch, trains=False),
+    "liger": Peer("LigerFusedLinearGRPOLoss", needs=("liger_kernel", "triton"), step=liger),
+    "triton": Peer(
+        "triton_grpo_loss",
+        needs=("liger_kernel", "triton"),
+        step=liger_from_logits,
+        devices=("cuda",),
+    ),
+    "trl": Peer("TRL chunked", needs=("trl",), stats=trl_chunked),
+    "cce": Peer(
+        "cut-cross-entropy (no entropy)",
+        needs=("cut_cross_entropy", "triton"),
+        stats=cut_cross_entropy,
+        devices=("cuda",),
+    ),
+    "quack": Peer("QuACK (no entropy)", needs=("quack",), stats=quack, devices=("cuda",)),
+}
+USUAL_PEERS = {
+    device: tuple(name for name, peer in PEERS.items() if device in peer.devices)
+    for device in ("cpu", "cuda")
+}

@@ -1,20 +1,26 @@
-"""What the benchmark leaves behind: tables, JSON, CSV, pictures, and comparisons of two results."""
+"""What the benchmark leaves behind: tables, JSON and CSV, and comparisons of two results."""
 
 from __future__ import annotations
 
 import csv
 import json
-from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fused_rl.bench_figures import write_bars, write_figures
+from fused_rl.bench_records import (
+    MIB,
+    OURS,
+    PRODUCTS,
+    Content,
+    Record,
+    error_of,
+    of_first_shape,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-PRODUCTS = "bare products"
-# The titles of our ways begin with it.
-OURS = "fused_rl"
-MIB = 2**20
 
 # Below this, a change of a ratio is noise whatever the spreads say.
 LEAST_CHANGE = 0.05
@@ -40,14 +46,6 @@ LIGER_COLUMNS = (
 # The first words of a case's title -> kernel_name, kernel_operation_mode.
 KERNELS = {"log-probs": ("linear_logprobs", "forward"), "GRPO": ("grpo_step", "full")}
 
-Record = dict[str, Any]
-Content = dict[str, Any]
-
-
-def error_of(record: Record) -> float | None:
-    """Of log-probs, or of gradients: whichever the record has."""
-    return record.get("logprob_error", record.get("gradient_error"))
-
 
 def show(console: Console, content: Content) -> None:
     """A table per case, at the shape asked for; a sweep's other shapes are in the CSV."""
@@ -66,14 +64,6 @@ def show(console: Console, content: Content) -> None:
         for record in rows:
             table.add_row(*row_of(record), style=None if record["verdict"] == "right" else "red")
         console.print(table)
-
-
-def of_first_shape(records: list[Record]) -> list[Record]:
-    return [r for r in records if shape_of(r) == shape_of(records[0])]
-
-
-def shape_of(record: Record) -> tuple[int, int, int, str]:
-    return tuple(record[key] for key in ("tokens", "hidden", "vocabulary", "dtype"))
 
 
 def row_of(record: Record) -> tuple[str, ...]:
@@ -95,33 +85,47 @@ def row_of(record: Record) -> tuple[str, ...]:
 
 def write(folder: Path, content: Content) -> list[Path]:
     """bench.json, bench.csv and the pictures; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "bench.json", folder / "bench.csv"]
+    paths = [*write_data(folder / "bench", content), folder / "bench.png"]
+    write_bars(paths[-1], content["records"])
+    return paths + write_figures(folder, content["records"])
+
+
+def write_data(stem: Path, content: Content) -> list[Path]:
+    """JSON and CSV at `stem` with their suffixes; returns their paths."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("json", "csv")]
     paths[0].write_text(json.dumps(content, indent=1) + "\n")
     with paths[1].open("w", newline="") as file:
         writer = csv.DictWriter(file, LIGER_COLUMNS)
         writer.writeheader()
         writer.writerows(csv_rows(content))
-    return paths + write_figures(folder, content["records"])
+    return paths
+
+
+# axis -> x_name, x_label.
+X_OF = {
+    "tokens": ("N", "tokens"),
+    "hidden": ("H", "hidden size"),
+    "vocabulary": ("V", "vocabulary size"),
+}
 
 
 def csv_rows(content: Content) -> list[Record]:
-    """Liger's rows: one per record and metric, over V where the vocabulary varies, else over N."""
+    """Liger's rows: one per record and metric, over what varies on the record's axis, else N."""
     where, records = content["environment"], content["records"]
     common = {
         "gpu_name": where.get("gpu", where["cpu"]),
         "timestamp": where["time"],
         "liger_version": where["liger"],
     }
-    usual = records[0]["vocabulary"]
     rows = []
     for record in (r for r in records if r["verdict"] == "right" and r["provider"] != PRODUCTS):
         kernel, mode = KERNELS[record["case"].split()[0]]
-        N, H, V, dtype = shape_of(record)
-        x, other = ("V", "vocabulary size", V), {"N": N}
-        if usual == V:
-            x, other = ("N", "tokens", N), {"V": V}
-        fixed = {"H": H, "dtype": dtype, "case": record["case"], **other}
+        axis = record.get("axis", "tokens")
+        axis = axis if axis in X_OF else "tokens"
+        x = (*X_OF[axis], record[axis])
+        fixed = {letter: record[key] for key, (letter, _) in X_OF.items() if key != axis}
+        fixed |= {"dtype": record["dtype"], "case": record["case"]}
         for metric, unit, values in metrics(record):
             row = (kernel, record["provider"], mode, metric, unit, *x, *values, json.dumps(fixed))
             rows.append({**dict(zip(LIGER_COLUMNS, row, strict=False)), **common})
@@ -136,115 +140,6 @@ def metrics(record: Record) -> list[tuple[str, str, tuple[float, float, float]]]
         found.append(("memory", "MB", (peak / MIB,) * 3))
     kind = "log-prob" if "logprob_error" in record else "relative gradient"
     return [*found, (f"{kind} error", "1", (error_of(record),) * 3)]
-
-
-BLUES = ("#2a6fbb", "#1b3f6e", "#7fb2e5")
-OTHERS = ("#c8553d", "#d9a441", "#7a5ba8", "#3a8f5c", "#b0679b")
-GREY = "#8c8c8c"
-AXES = (
-    ("time", "ms", lambda r: r["seconds_median"] * 1e3),
-    ("time / bare products", "", lambda r: r["ratio_to_products"]),
-    ("extra memory at the peak", "MiB", lambda r: _per_mib(r.get("peak_extra_bytes"))),
-    ("error", "", error_of),
-)
-
-
-def _per_mib(count: int | None) -> float | None:
-    return None if count is None else max(count, 1) / MIB
-
-
-def write_figures(folder: Path, records: list[Record]) -> list[Path]:
-    """A picture of lines per case that was measured at several shapes; one of bars for all."""
-    swept = [c for c in cases_of(records) if len({shape_of(r) for r in of_case(records, c)}) > 1]
-    paths, colours = [], colours_of(records)
-    for case in swept:
-        kernel, _ = KERNELS[case.split()[0]]
-        paths.append(folder / f"{kernel}.png")
-        write_sweep(paths[-1], case, of_case(records, case), colours)
-    write_bars(folder / "bench.png", of_first_shape(records), colours)
-    return [*paths, folder / "bench.png"]
-
-
-def cases_of(records: list[Record]) -> list[str]:
-    return list(dict.fromkeys(r["case"] for r in records))
-
-
-def of_case(records: list[Record], case: str) -> list[Record]:
-    return [r for r in records if r["case"] == case and r["verdict"] == "right"]
-
-
-def colours_of(records: list[Record]) -> dict[str, str]:
-    """One per provider: blue for our ways, grey for the bare products."""
-    names = [n for n in dict.fromkeys(r["provider"] for r in records) if n != PRODUCTS]
-    ours = [n for n in names if n.startswith(OURS)]
-    peers = [n for n in names if not n.startswith(OURS)]
-    pairs = [*zip(ours, cycle(BLUES), strict=False), *zip(peers, cycle(OTHERS), strict=False)]
-    return {**dict(pairs), PRODUCTS: GREY}
-
-
-def new_figure(size: tuple[float, float]):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def write_sweep(path: Path, case: str, records: list[Record], colours: dict[str, str]) -> None:
-    """Time, memory and error over N (above) and V (below), both axes logarithmic."""
-    figure = new_figure((15, 7))
-    N, _, V, _ = shape_of(records[0])
-    panels = figure.subplots(2, len(AXES))
-    lines = (("tokens", "N", "vocabulary", "V", V), ("vocabulary", "V", "tokens", "N", N))
-    for row, (x, label, fixed, letter, value) in zip(panels, lines, strict=True):
-        chosen = sorted((r for r in records if r[fixed] == value), key=lambda r: r[x])
-        for axes, (title, unit, y) in zip(row, AXES, strict=True):
-            for name, colour in colours.items():
-                points = [(r[x], y(r)) for r in chosen if r["provider"] == name]
-                points = [p for p in points if p[1] is not None]
-                if points:
-                    axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, ms=4)
-            style(axes, f"{title}, {letter}={value}", label, unit)
-            axes.set(xscale="log", yscale="log")
-            axes.set_xticks(sorted({r[x] for r in chosen}), labels=sorted({r[x] for r in chosen}))
-            axes.minorticks_off()
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.suptitle(case, fontweight="bold")
-    figure.savefig(path, dpi=130)
-
-
-def write_bars(path: Path, records: list[Record], colours: dict[str, str]) -> None:
-    """The ratio to the bare products, and memory, of every provider in every case."""
-    cases = cases_of(records)
-    figure = new_figure((11, 1.2 + 1.9 * len(cases)))
-    panels = figure.subplots(len(cases), 2, squeeze=False)
-    columns = (
-        ("time / bare products", lambda r: r["ratio_to_products"]),
-        ("extra memory at the peak, MiB", lambda r: _per_mib(r.get("peak_extra_bytes"))),
-    )
-    for row, case in zip(panels, cases, strict=True):
-        chosen = [r for r in of_case(records, case) if r["provider"] != PRODUCTS][::-1]
-        names = [r["provider"] for r in chosen]
-        for axes, (label, y) in zip(row, columns, strict=True):
-            values = [y(r) or 0.0 for r in chosen]
-            bars = axes.barh(names, values, color=[colours[n] for n in names], height=0.65)
-            axes.bar_label(bars, [f"{v:.3g}" for v in values], padding=3, fontsize=8)
-            style(axes, case, label, "")
-            axes.margins(x=0.12)
-        row[0].axvline(1, color=GREY, linewidth=1)
-        row[1].set_yticks([])
-    figure.savefig(path, dpi=130)
-
-
-def style(axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def compare(before: Content, after: Content) -> list[Record]:

@@ -78,7 +78,7 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
-    """The options of the benchmark; their names are those of bench.BenchConfig."""
+    """The options of the benchmark; their names are those of bench_run.BenchConfig."""
     bench_parser = commands.add_parser(
         "bench",
         help="measure time, memory and error beside the peers",
@@ -93,9 +93,9 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     add("--dtype", choices=DTYPES, default="bfloat16", help="of hidden and weight")
     add("--device", choices=tuple(bench_peers.USUAL_PEERS), default="cpu")
     peers = ", ".join(bench_peers.PEERS)
-    add("--peers", help=f"of {peers}; or none (default: those found, on a cpu without compile)")
+    add("--peers", help=f"of {peers}; or none (default: those found)")
     add("--rounds", type=positive, default=7, help="timed rounds (default: 7)")
-    add("--sweep", action="store_true", help="smaller N and V as well, for the pictures")
+    add("--sweep", action="store_true", help="smaller N, V, H and more padding, for curves")
     add("--out", metavar="DIR", default="out/bench", help="where the results go")
     bench_parser.set_defaults(command=bench)
     actions = bench_parser.add_subparsers(metavar="compare")
@@ -186,8 +186,17 @@ def bench(arguments: argparse.Namespace) -> int:
     """Runs the benchmark, if what it needs is there."""
     if missing := missing_of(BENCH_NEEDS):
         return usage_error("bench", f'needs {missing}: pip install "fused-rl[bench]"')
-    from fused_rl.bench import BenchConfig, run
+    from fused_rl.bench_run import BenchConfig, run
 
+    try:
+        config = BenchConfig(**bench_options(arguments))
+    except ValueError as error:
+        return usage_error("bench", str(error))
+    return run(config)
+
+
+def bench_options(arguments: argparse.Namespace) -> dict:
+    """The options of the benchmark as those of bench_run.BenchConfig."""
     options = {name: value for name, value in vars(arguments).items() if value is not None}
     del options["command"]
     if preset := options.pop("preset", None):
@@ -195,11 +204,7 @@ def bench(arguments: argparse.Namespace) -> int:
         options = {"hidden": H, "vocabulary": V, **options}
     peers = options.get("peers", ",".join(bench_peers.USUAL_PEERS[arguments.device]))
     options["peers"] = () if peers == "none" else tuple(peers.split(","))
-    try:
-        config = BenchConfig(**options)
-    except ValueError as error:
-        return usage_error("bench", str(error))
-    return run(config)
+    return options
 
 
 def compare(arguments: argparse.Namespace) -> int:

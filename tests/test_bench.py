@@ -4,19 +4,39 @@ import csv
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 import time
+import xml.etree.ElementTree as ElementTree
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from fused_rl import TokenStats, bench, bench_clock, bench_peers, bench_report, cli, grpo
-from fused_rl.bench import NO_GRAD, STEP, BenchConfig, Judge, Kind
+from fused_rl import (
+    TokenStats,
+    bench,
+    bench_clock,
+    bench_figures,
+    bench_ops,
+    bench_peers,
+    bench_records,
+    bench_report,
+    bench_run,
+    cli,
+    grpo,
+)
+from fused_rl.bench import NO_GRAD, STEP, head_task
 from fused_rl.bench_peers import PEERS, Case, Peer, batch_of, eager
+from fused_rl.bench_run import BenchConfig
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-SMALL = ["--tokens", "16", "--hidden", "16", "--vocabulary", "104", "--rounds", "2"]
+ROOT = Path(__file__).parents[1]
+SMALL = ["--tokens", "32", "--hidden", "16", "--vocabulary", "104", "--rounds", "2"]
 
 
 @pytest.fixture
@@ -26,7 +46,11 @@ def case():
 
 def measured(case, kind, *peers):
     """provider -> record."""
-    records = bench.measure(case, kind, peers, rounds=2, tick=lambda: None)
+    return by_provider(head_task(case, kind), *peers)
+
+
+def by_provider(task, *peers):
+    records = bench.measure(task, peers, rounds=2, tick=lambda: None)
     return {record["provider"]: record for record in records}
 
 
@@ -95,7 +119,7 @@ def test_ours_and_the_peers_are_right(kind, dtype):
     assert len(ours) == (1 if kind == NO_GRAD else 2)
     if kind == NO_GRAD:
         assert records["fused_rl"]["logprob_error"] < 1e-4
-    products = records[bench_report.PRODUCTS]
+    products = records[bench_records.PRODUCTS]
     assert products["ratio_to_products"] == 1 and products["nhv"] == kind.nhv
 
 
@@ -111,27 +135,119 @@ def test_wrong_results_are_not_timed(kind, case, monkeypatch):
     def failing(hidden, weight, labels):
         raise RuntimeError("out of luck\nand more")
 
-    for function in (shifted, not_a_number, failing):
+    def not_for_this_shape(hidden, weight, labels):
+        raise AssertionError
+
+    for function in (shifted, not_a_number, failing, not_for_this_shape):
         add_peer(monkeypatch, function.__name__, function)
-    records = measured(case, kind, "eager", "shifted", "not_a_number", "failing")
+    names = ("eager", "shifted", "not_a_number", "failing", "not_for_this_shape")
+    records = measured(case, kind, *names)
     assert records["eager torch"]["verdict"] == "right"
     for name in ("shifted", "not_a_number"):
         assert records[name]["verdict"] == "wrong"
         assert "seconds_median" not in records[name]
     assert records["failing"]["verdict"] == "failed"
     assert records["failing"]["note"] == "out of luck"
+    assert records["not_for_this_shape"]["note"] == "AssertionError"
 
 
 def test_a_wrong_entropy_is_wrong(case):
-    judge = Judge(case, NO_GRAD, None)
+    judge = bench.stats_judge(case)
     logprobs, entropy = eager(case.hidden, case.weight, case.labels)
     assert judge((logprobs, entropy))[1]
     assert not judge((logprobs, entropy + 1))[1]
 
 
-def test_a_frozen_head_is_judged_by_dhidden(case):
-    judge = Judge(case, Kind("", "", 4, frozen=True), batch_of(case))
-    assert len(judge.exact) == 1
+def test_a_frozen_head_is_judged_by_dhidden_alone(case):
+    batch = batch_of(case)
+    dhidden, dweight = bench.step_gradients(case, batch, torch.float64)
+    wrong = (None, dhidden, dweight * 2)
+    assert bench.step_judge(case, batch, frozen=True)(wrong) == (0.0, True)
+    assert bench.step_judge(case, batch, frozen=False)(wrong) == (pytest.approx(1), False)
+
+
+def test_a_peer_without_entropies_can_be_put_under_a_loss(case, monkeypatch):
+    add_peer(monkeypatch, "no entropies", lambda *args: (eager(*args)[0], None))
+    records = measured(case, STEP, "eager", "no entropies")
+    assert records["no entropies"]["verdict"] == "right"
+    assert records["no entropies"]["gradient_error"] == records["eager torch"]["gradient_error"]
+
+
+def test_every_shape_is_compiled(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+    def doubled(x):
+        return x * 2
+
+    for n in (2, 3):
+        x = torch.arange(n)
+        assert bench_peers.compiled(doubled)(x).tolist() == [2 * i for i in range(n)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("trained", [False, True])
+def test_log_probs_of_logits(trained, dtype, monkeypatch):
+    def wrong(logits, labels):
+        logprobs, entropy = bench_peers.eager_of_logits(logits, labels)
+        return logprobs, entropy + 0.1
+
+    def wrong_slope(logits, labels):
+        logprobs, entropy = bench_peers.eager_of_logits(logits, labels)
+        return logprobs.detach() + (logprobs - logprobs.detach()) * 1.1, entropy
+
+    for name, way in (("wrong", wrong), ("wrong_slope", wrong_slope)):
+        monkeypatch.setitem(bench_ops.LOGITS_PEERS, name, Peer(name, stats=lambda way=way: way))
+    task = bench_ops.logits_task(24, 90, dtype, "cpu", trained)
+    records = by_provider(task, "eager", "wrong", "wrong_slope")
+    assert records["fused_rl"]["verdict"] == records["eager torch"]["verdict"] == "right"
+    assert records["fused_rl"]["logprob_error"] < 1e-5
+    assert records["wrong"]["verdict"] == "wrong"
+    # The value of this one is right.
+    assert records["wrong_slope"]["verdict"] == ("wrong" if trained else "right")
+
+
+def test_kl_of_tokens(monkeypatch):
+    def k1(logprobs, ref_logprobs):
+        return logprobs - ref_logprobs
+
+    monkeypatch.setitem(bench_ops.KL_PEERS, "k1", Peer("k1", stats=lambda: k1))
+    records = by_provider(bench_ops.kl_task(100, "cpu"), "eager", "k1")
+    assert records["fused_rl"]["verdict"] == records["eager torch"]["verdict"] == "right"
+    assert records["fused_rl"]["kl_error"] < records["eager torch"]["kl_error"] < 1e-6
+    assert records["k1"]["verdict"] == "wrong"
+
+
+# In Triton's interpreter, where float32 is what it computes rightly.
+IN_THE_INTERPRETER = """
+import dataclasses, torch
+from fused_rl import bench, bench_ops, bench_peers
+case = bench_peers.Case.make(16, 16, 104, torch.float32)
+for kind in bench.KINDS[1:]:
+    batch = bench_peers.batch_of(case, kind.counted)
+    step = bench_peers.liger_from_logits(case, batch, kind.frozen)
+    print(bench.judged(bench.head_task(case, kind), step)["verdict"])
+peers = bench_ops.LOGITS_PEERS
+peers["liger"] = dataclasses.replace(peers["liger"], devices=("cpu",))
+task = bench_ops.logits_task(16, 104, torch.float32, "cpu", trained=False)
+print(bench.judged(task, task.ways(("liger",))[peers["liger"].title])["verdict"])
+"""
+
+
+def test_ligers_triton_peers_are_right():
+    pytest.importorskip("liger_kernel")
+    pytest.importorskip("triton")
+    done = child("-c", IN_THE_INTERPRETER, TRITON_INTERPRET="1")
+    assert done.stdout.split() == ["right"] * 4, done.stderr
+
+
+def child(*arguments, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_peers_that_are_not_here(monkeypatch):
@@ -140,26 +256,68 @@ def test_peers_that_are_not_here(monkeypatch):
         ("eager",),
         ["LigerFusedLinearGRPOLoss: liger_kernel, triton is not installed"],
     )
+    assert bench.usable(("triton", "eager"), "cpu") == (
+        ("eager",),
+        ["triton_grpo_loss: runs on cuda only"],
+    )
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
     assert bench.usable(("torch",))[0] == ()
 
 
-def test_a_run_writes_everything(tmp_path, capsys):
-    folder = tmp_path / "there"
-    options = [*SMALL, "--peers", "eager", "--sweep", "--out", str(folder)]
+def test_points_of_a_sweep():
+    config = BenchConfig(tokens=128, hidden=64, vocabulary=4000, sweep=True)
+    found = [(p.axis, p.tokens, p.hidden, p.vocabulary) for p in bench_run.points(config)]
+    assert found == [
+        (None, 128, 64, 4000),
+        *(("tokens", n, 64, 4000) for n in (16, 32, 64)),
+        *(("vocabulary", 128, 64, v) for v in (500, 1000, 2000)),
+        *(("hidden", 128, h, 4000) for h in (8, 16, 32)),
+        *(("padded", n, 64, 4000) for n in (32, 64, 128)),
+    ]
+    shares = [p.kinds[0].counted for p in bench_run.points(config) if p.axis == "padded"]
+    assert shares == [1, 0.5, 0.25]
+    assert len(bench_run.points(BenchConfig())) == 1
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The folder that a run has written."""
+    folder = tmp_path_factory.mktemp("bench") / "there"
+    options = [*SMALL, "--peers", "eager,triton", "--sweep", "--out", str(folder)]
     assert cli.main(["bench", *options]) == 0
-    printed = capsys.readouterr().out
-    assert "fused_rl linear_policy_loss" in printed and "N=16 H=16 V=104 bfloat16" in printed
-    content = json.loads((folder / "bench.json").read_text())
+    return folder
+
+
+@pytest.fixture
+def content(swept):
+    return json.loads((swept / "bench.json").read_text())
+
+
+def test_a_run_writes_everything(swept, content, capsys):
     assert content["environment"]["torch"] == torch.__version__
-    shapes = {(r["tokens"], r["vocabulary"]) for r in content["records"]}
-    assert shapes == {(8, 104), (16, 104), (16, 13), (16, 26), (16, 52)}
-    for name in ("bench", "linear_logprobs", "grpo_step"):
-        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    check_csv(folder / "bench.csv", content)
-    result = str(folder / "bench.json")
+    assert content["shape"]["peers"] == ["eager"]
+    shapes = {(r["tokens"], r["hidden"], r["vocabulary"]) for r in content["records"]}
+    assert shapes == {
+        *((n, 16, 104) for n in (8, 16, 32)),
+        *((32, 8, 104), (32, 16, 13), (32, 16, 26), (32, 16, 52)),
+    }
+    for name in ("bench", "linear_logprobs", "grpo_step", "padding"):
+        assert (swept / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    check_csv(swept / "bench.csv", content)
+    padded = [r for r in content["records"] if r.get("axis") == "padded"]
+    assert {(r["tokens"], r["counted_tokens"]) for r in padded} == {(8, 8), (16, 8), (32, 8)}
+    result = str(swept / "bench.json")
     assert cli.main(["bench", "compare", result, result]) == 0
     assert "same" in capsys.readouterr().out
+
+
+def test_tables_show_the_shape_asked_for(content, capsys):
+    from rich.console import Console
+
+    bench_report.show(Console(width=118), content)
+    printed = capsys.readouterr().out
+    assert printed.count("N=32 H=16 V=104") == len(bench.KINDS)
+    assert "N=8" not in printed and "padding" not in printed
 
 
 def check_csv(path, content):
@@ -170,8 +328,9 @@ def check_csv(path, content):
     here = [r for r in rows if r["kernel_provider"] == "fused_rl" and r["metric_name"] == "speed"]
     assert [float(r["y_value_50"]) for r in here] == [1e3 * r["seconds_median"] for r in ours]
     assert {(r["x_name"], int(r["x_value"])) for r in here} == {
-        *(("N", n) for n in (8, 16)),
+        *(("N", n) for n in (8, 16, 32)),
         *(("V", v) for v in (13, 26, 52)),
+        ("H", 8),
     }
     assert {r["kernel_operation_mode"] for r in rows} == {"forward", "full"}
     assert {r["metric_name"] for r in rows} <= {
@@ -182,10 +341,162 @@ def check_csv(path, content):
     }
 
 
+def test_the_shape_asked_for_is_the_end_of_each_curve(content):
+    for axis, values in (("tokens", [8, 16, 32]), ("hidden", [8, 16]), ("padded", [8, 16, 32])):
+        case = STEP.title if axis != "padded" else bench_run.PADDED
+        points = bench_records.on_axis(content["records"], case, axis)
+        ours = [r for r in points if r["provider"] == "fused_rl linear_policy_loss"]
+        assert [r["hidden" if axis == "hidden" else "tokens"] for r in ours] == values
+
+
+def test_pictures_name_their_lines_and_are_the_same_every_time(content, tmp_path):
+    for record in content["records"]:
+        # As where nobody can say.
+        record["peak_extra_bytes"] = None if record["case"] == NO_GRAD.title else 5 * 2**20
+    paths = bench_figures.write_figures(tmp_path, content["records"], "m-", "svg")
+    assert [p.name for p in paths] == ["m-linear_logprobs.svg", "m-grpo_step.svg", "m-padding.svg"]
+    before = [p.read_bytes() for p in paths]
+    bench_figures.write_figures(tmp_path, content["records"], "m-", "svg")
+    assert [p.read_bytes() for p in paths] == before
+    texts = [
+        [t.text for t in ElementTree.parse(p).iter("{http://www.w3.org/2000/svg}text")]
+        for p in paths
+    ]
+    for names in texts:
+        ours = [t for t in names if t.startswith("fused_rl")]
+        assert ours and "eager torch" in names and "linear" in names
+    assert texts[0].count("fused_rl") == 2 and texts[0].count("bare products") == 1
+    assert texts[1].count("fused_rl linear_policy_loss") == 3
+    assert {"8", "16", "32", "13", "26", "52", "104"} <= set(texts[1])
+    assert any("8 tokens are under the loss throughout" in t for t in texts[2])
+
+
+def test_names_at_the_ends_of_lines_do_not_touch():
+    spaced = bench_figures.spaced
+    assert spaced({"a": 0.2, "b": 0.9}, 0.1) == {"a": 0.2, "b": 0.9}
+    assert spaced({"b": 0.25, "a": 0.2}, 0.1) == pytest.approx({"a": 0.2, "b": 0.3})
+    assert spaced({"a": 0.98, "b": 0.97, "c": 0.1}, 0.1) == pytest.approx(
+        {"c": 0.1, "b": 0.9, "a": 1.0}
+    )
+
+
+@pytest.fixture
+def make_bench():
+    """bench/run.py, which is no module of the package."""
+    spec = importlib.util.spec_from_file_location("run", ROOT / "bench" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MARKED = "before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nbetween\n"
+CURVES = "<!-- curves:begin -->\nold\n<!-- curves:end -->\nafter\n"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "cores", "name"),
+    [
+        ("AMD EPYC", 2, "epyc-2c"),
+        ("AMD EPYC 9B45 64-Core Processor", 2, "epyc-9b45-2c"),
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", 8, "xeon-platinum-8481c-8c"),
+    ],
+)
+def test_machines_have_names(cpu, cores, name, make_bench):
+    assert make_bench.machine({"cpu": cpu, "cores": cores}) == name
+    on_gpu = {"cpu": cpu, "cores": cores, "gpu": "NVIDIA H200"}
+    assert make_bench.machine(on_gpu) == "h200"
+
+
+def test_make_bench_writes_results_and_the_page(make_bench, content, tmp_path, monkeypatch, capsys):
+    configs = []
+    monkeypatch.setattr(bench_run, "measured", lambda c, _: configs.append(c) or content)
+    page = tmp_path / "page.md"
+    page.write_text(MARKED + CURVES)
+    options = ["--tokens", "32", "--out", str(tmp_path / "results"), "--page", str(page)]
+    assert make_bench.main([*options, "--name", "here"]) == 0
+    assert configs[0].tokens == 32 and configs[0].sweep
+    stem = "results/here-bfloat16"
+    for end in (".json", ".csv", "-linear_logprobs.svg", "-grpo_step.svg", "-padding.svg"):
+        assert (tmp_path / f"{stem}{end}").stat().st_size > 1000
+    text = page.read_text()
+    assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
+    assert f"]({stem}.json)" in text and f"]({stem}-padding.svg)" in text
+    assert text.count("| fused_rl linear_policy_loss |") == 3
+    # From the result alone, the same page.
+    page.write_text(MARKED + CURVES)
+    assert make_bench.main(["--readme", str(tmp_path / f"{stem}.json"), "--page", str(page)]) == 0
+    assert page.read_text() == text
+
+
+def test_make_bench_leaves_a_page_without_marks_alone(make_bench, content, tmp_path, capsys):
+    source = tmp_path / "r.json"
+    source.write_text(json.dumps(content))
+    page = tmp_path / "page.md"
+    page.write_text("nothing\n")
+    assert make_bench.main(["--readme", str(source), "--page", str(page)]) == 0
+    assert page.read_text() == "nothing\n"
+    assert "has no <!-- curves:begin -->" in capsys.readouterr().out
+    make_bench.replace_block(tmp_path / "none.md", "bench", [])
+    assert not (tmp_path / "none.md").exists()
+
+
+def test_make_bench_says_what_it_cannot_run(make_bench, capsys):
+    assert make_bench.main(["--tokens", "12"]) == 2
+    assert "tokens must be a multiple of 8, got 12" in capsys.readouterr().err
+
+
+def test_make_bench_does_not_publish_wrong_results(make_bench, content, tmp_path, monkeypatch):
+    next(r for r in content["records"] if r["provider"] == "fused_rl")["verdict"] = "wrong"
+    monkeypatch.setattr(bench_run, "measured", lambda *_: content)
+    page = tmp_path / "page.md"
+    page.write_text(MARKED)
+    assert make_bench.main(["--out", str(tmp_path), "--page", str(page)]) == 1
+    assert page.read_text() == MARKED
+
+
+# Given to a child process as a plugin: ours is k1, and the peer fails.
+SABOTAGE = """
+from fused_rl import bench_ops
+def failing(p, q):
+    raise RuntimeError("out of luck")
+bench_ops.fused_kl = lambda p, q: p - q
+bench_ops.KL_PEERS["eager"] = bench_ops.Peer("broken", stats=lambda: failing)
+"""
+
+
+def test_files_of_pytest_benchmark(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "sabotage.py").write_text(SABOTAGE)
+    names = ("kl", "logits_logprobs", "linear_logprobs")
+    result = tmp_path / "b.json"
+    options = ["--quick", "-q", "-p", "sabotage", f"--benchmark-json={result}"]
+    options += ["-k", "fused_rl or eager or liger", *(f"bench/bench_{name}.py" for name in names)]
+    done = child("-c", "import pytest; pytest.main()", *options, PYTHONPATH=str(tmp_path))
+    assert "2 failed, 6 passed, 2 skipped" in done.stdout, done.stdout
+    assert "fused_rl is wrong: {'kl_error': " in done.stdout
+    assert "eager is failed: {'note': 'out of luck'}" in done.stdout
+    assert "fused_selective_log_softmax (no entropy): runs on cuda only" in done.stdout
+    records = json.loads(result.read_text())["benchmarks"]
+    groups = {"no_gradient-16-104", "with_gradient-16-104", "no_gradient-16-16-104"}
+    assert {r["group"] for r in records} == groups and len(records) == 6
+    for record in records:
+        info = record["extra_info"]
+        assert info["ratio_to_products"] > 0 and info["error"] < 0.2
+        assert info["environment"]["torch"] == torch.__version__
+
+
+def test_the_folder_is_collected_whole():
+    pytest.importorskip("pytest_benchmark")
+    done = child("-c", "import pytest; pytest.main()", "bench", "--quick", "--collect-only", "-q")
+    for path in (ROOT / "bench").glob("bench_*.py"):
+        op = path.stem.removeprefix("bench_")
+        assert f"bench/{path.name}::test_{op}[" in done.stdout
+
+
 def test_a_run_in_which_ours_is_wrong_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_peers, "fused", lambda h, w, y: TokenStats(*eager(h * 2, w, y)))
     config = BenchConfig(tokens=16, hidden=16, vocabulary=100, rounds=1, out=str(tmp_path))
-    assert bench.run(config) == 1
+    assert bench_run.run(config) == 1
     records = json.loads((tmp_path / "bench.json").read_text())["records"]
     assert next(r for r in records if r["provider"] == "fused_rl")["verdict"] == "wrong"
 
@@ -263,7 +574,7 @@ def test_mistakes(options, complaint, capsys):
 
 def test_presets_and_options_reach_the_run(monkeypatch):
     configs = []
-    monkeypatch.setattr(bench, "run", lambda config: configs.append(config) or 0)
+    monkeypatch.setattr(bench_run, "run", lambda config: configs.append(config) or 0)
     assert cli.main(["bench", "--preset", "Qwen3-8B", "--peers", "none"]) == 0
     assert cli.main(["bench", "--preset", "Qwen3-8B", "--hidden", "64", "--sweep"]) == 0
     usual = bench_peers.USUAL_PEERS["cpu"]
