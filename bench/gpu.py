@@ -1,118 +1,278 @@
 """One script for one GPU: correctness, the two ceilings, our cases beside the peers, a JSON.
 
     python bench/gpu.py --out bench/results/h200.json
-    python bench/gpu.py --small              without a GPU: that the script itself works
+    python bench/gpu.py --small                  tiny; without a GPU the kernels are interpreted
+    compute-sanitizer --tool memcheck python bench/gpu.py --sanitize
 
-Correctness comes first: values and gradients in every dtype against float64; the script ends there
-if they are wrong. Then the ceilings (copy bandwidth, a large matrix product), then every case in
-turns with the bare products of its shape. Meant to end within 8 minutes on one device.
+Correctness comes first: values and gradients in every dtype against float64, and the script ends
+there if they are wrong. Then the ceilings (copy bandwidth, a large matrix product), then every case
+in turns with the bare products of its shape, then what decisions.py tries. What no longer fits into
+--budget seconds is left out, and named. Every kernel of the package must have run by then.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
-import statistics
+import shutil
 import subprocess
-from collections.abc import Callable
-from importlib.util import find_spec
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import decisions
+import interpreted
 import torch
+from errors import BUDGET, LOGPROB_ERROR, correctness
+from gpu_peers import EXTRA
+from gpu_report import show
+from interpreted import Launches
 
-import fused_rl
-from fused_rl.bench import environment, judged_rows, stats_errors
+from fused_rl.bench import KINDS, NO_GRAD, STEP, Kind, Task, environment, head_task, times, usable
+from fused_rl.bench import judged as judged_by
 from fused_rl.bench_clock import Clock, peak_extra_bytes
-from fused_rl.bench_peers import PEERS, Case, batch_of, no_grad, products, steps
+from fused_rl.bench_peers import USUAL_PEERS, Case
+from fused_rl.bench_records import OURS, PRODUCTS
 
+Record = dict[str, Any]
 SHAPES = {
     "Qwen3-8B": (8192, 4096, 151936),
     "Gemma-2-2B": (8192, 2304, 256000),
     "Llama-3.2-1B": (16384, 2048, 128256),
 }
-SMALL = {"small": (64, 32, 200)}
+SMALL = {"small": (16, 32, 200)}
+# torch.compile takes as long as all the rest, where it is compiled anew for each case.
+COMPILED = (NO_GRAD, STEP)
+# Seconds that are kept for what cannot stop in the middle.
+RESERVE = 15.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="tiny shapes, one round")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path("out/gpu.json"))
-    args = parser.parse_args()
+def main() -> int:
+    args = options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rounds = 1 if args.small else args.rounds
-    clock = Clock(device)
-    content = {
-        "environment": {**environment(device.type), **gpu()},
-        "commit": commit(),
-        "records": [],
-    }
+    if device.type == "cpu" and not (args.small or args.sanitize):
+        raise SystemExit("no CUDA device is here; --small runs without one, interpreted")
+    if device.type == "cpu":
+        interpreted.start()
+    launches = Launches(*kernel_modules())
+    session = Session(device, args)
+    content = session.content
     content["correctness"] = correctness(device)
-    content["ceilings"] = ceilings(device, clock, 2**16 if args.small else 2**30)
-    for name, (N, H, V) in (SMALL if args.small else SHAPES).items():
-        case = Case.make(N, H, V, torch.bfloat16, device)
-        content["records"] += measure(name, case, clock, rounds)
-        del case
+    content["small cases"] = small_cases(device)
+    if not args.sanitize:
+        session.run_all(args.out)
+    content["launches"] = dict(launches.count)
+    content["never launched"] = launches.idle()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(content, indent=1) + "\n")
     show(content)
     print(f"written to {args.out}")
+    return int(failed(content))
 
 
-def gpu() -> dict[str, object]:
-    if not torch.cuda.is_available():
-        return {"gpu": None}
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="tiny shapes, one round")
+    parser.add_argument("--sanitize", action="store_true", help="the small correctness cases alone")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--budget", type=float, default=420, help="seconds")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu.json"))
+    return parser.parse_args()
+
+
+def kernel_modules() -> list:
+    """Every file of kernels/."""
+    from fused_rl.kernels import logprobs
+
+    names = sorted(path.stem for path in Path(logprobs.__file__).parent.glob("*.py"))
+    return [importlib.import_module(f"fused_rl.kernels.{name}") for name in names]
+
+
+def failed(content: Record) -> bool:
+    """Whether one of our ways was wrong, a part of the script broke, or a kernel never ran."""
+    ours = [*content["small cases"], *content["records"]]
+    ours = [r for r in ours if r["provider"].startswith(OURS)]
+    errors = [r["logprob_error"] for r in content["forwards"] if "logprob_error" in r]
+    return (
+        any(r["verdict"] != "right" for r in ours)
+        # Written so that NaN is wrong.
+        or not all(error <= LOGPROB_ERROR for error in errors)
+        or not all(r.get("equal") for r in content["graph"])
+        or bool(content["failed"])
+        or bool(content["never launched"])
+    )
+
+
+class Session:
+    """What every part of the run needs, and what it has found so far."""
+
+    def __init__(self, device: torch.device, args: argparse.Namespace) -> None:
+        from fused_rl.kernels.linear_logprobs import Device
+
+        self.device, self.small = device, args.small
+        self.kernel_device = Device.of(device) if device.type == "cuda" else interpreted.device()
+        self.rounds = 1 if args.small else args.rounds
+        self.clock = Clock(device)
+        self.began = time.monotonic()
+        self.end = self.began + args.budget
+        self.peers, missing = usable((*USUAL_PEERS["cuda"], *EXTRA), device.type)
+        if device.type == "cpu":
+            self.peers = self.without_compile()
+            missing.append("torch.compile: only on a GPU")
+        self.content: Record = {
+            "environment": {**environment(device.type), **gpu()},
+            "commit": commit(),
+            "kernels": "Triton" if device.type == "cuda" else "Triton, interpreted",
+            "missing": missing,
+            "left out": [],
+            "failed": {},
+            "seconds": {},
+        }
+        self.content |= {name: [] for name in ("records", *DECISIONS)}
+
+    def case(self, shape: str) -> Case:
+        return make_case(*(SMALL if self.small else SHAPES)[shape], self.device)
+
+    def run_all(self, out: Path) -> None:
+        """Each part, while the budget lasts; the results so far are on the disk after each."""
+        elements = 2**16 if self.small else 2**30
+        self.content["ceilings"] = ceilings(self.device, self.clock, elements)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for title, part in self.parts():
+            began = time.monotonic()
+            if began > self.end - RESERVE:
+                self.content["left out"].append(title)
+                continue
+            try:
+                part()
+            # One part of many; the script ends with an error after the others.
+            except Exception as error:
+                self.content["failed"][title] = f"{type(error).__name__}: {error}"[:400]
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.content["seconds"][title] = time.monotonic() - began
+            print(f"{time.monotonic() - self.began:6.1f} s  {title}", flush=True)
+            out.write_text(json.dumps(self.content, indent=1) + "\n")
+
+    def parts(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """The first shape in full; then, of the others, what they may decide."""
+        shapes = list(SMALL if self.small else SHAPES)
+        for i, shape in enumerate(shapes):
+            for kind in KINDS:
+                peers = self.peers if i == 0 and kind in COMPILED else self.without_compile()
+                yield (
+                    f"{shape}: {kind.title}",
+                    functools.partial(self.measure, shape, kind, peers),
+                )
+            names = DECISIONS if i == 0 else ("forwards", "chunks")
+            for name in names:
+                yield f"{shape}: {name}", functools.partial(self.decide, name, shape)
+
+    def without_compile(self) -> tuple[str, ...]:
+        return tuple(name for name in self.peers if name != "compile")
+
+    def decide(self, name: str, shape: str) -> None:
+        """What decisions.py tries."""
+        case = self.case(shape)
+        sizes = decisions.SMALL if self.small else decisions.LARGE
+        found = DECISIONS[name](self, case, sizes)
+        V, H = case.weight.shape
+        self.content[name] += [{"shape": shape, "H": H, "V": V, **record} for record in found]
+
+    def measure(self, shape: str, kind: Kind, peers: tuple[str, ...]) -> None:
+        """Judges every provider, then times the right ones in turns with the bare products."""
+        task = head_task(self.case(shape), kind)
+        providers = task.ways(peers)
+        verdicts = {name: judged(task, run) for name, run in providers.items()}
+        runs = {name: providers[name] for name, v in verdicts.items() if v["verdict"] == "right"}
+        taken = self.rounds_of({PRODUCTS: task.bare, **runs})
+        for name in (PRODUCTS, *providers):
+            record = {"shape": shape, **task.fields, "provider": name}
+            record |= verdicts.get(name, {"verdict": "right"})
+            if name in taken:
+                record |= {"rounds": len(taken[name]), **times(taken[name], taken[PRODUCTS])}
+            # In the interpreter it would be that of the interpreter.
+            if name in runs and self.device.type == "cuda":
+                record["peak_extra_bytes"] = peak_extra_bytes(runs[name], self.device)
+            self.content["records"].append(record)
+
+    def rounds_of(self, runs: dict[str, Callable]) -> dict[str, list[float]]:
+        """Seconds of each in each round: one round at least, the rest while the budget lasts."""
+        for run in runs.values():
+            run()
+        taken: dict[str, list[float]] = {name: [] for name in runs}
+        for done in range(self.rounds):
+            if done and time.monotonic() > self.end - RESERVE:
+                break
+            for name, run in runs.items():
+                taken[name].append(self.clock(run))
+        return taken
+
+
+# What decisions.py tries, by name: (session, case, sizes) -> records.
+DECISIONS: dict[str, Callable[[Session, Case, decisions.Sizes], list[Record]]] = {
+    "forwards": lambda s, case, sizes: decisions.forwards(
+        case, sizes, s.kernel_device, s.rounds, s.clock
+    ),
+    "row kernels": lambda s, case, sizes: decisions.row_kernels(
+        case.weight.shape[0], sizes, s.kernel_device, s.device, s.rounds, s.clock
+    ),
+    "chunks": lambda s, case, sizes: decisions.chunks(case, sizes, min(s.rounds, 3), s.clock),
+    "graph": lambda s, case, sizes: decisions.graph(case),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def make_case(N: int, H: int, V: int, device: torch.device, dtype=torch.bfloat16) -> Case:
+    """As Case.make, with numbers from the device's own generator: a CPU's would take too long."""
+    noise = torch.Generator(device).manual_seed(0)
+    where = {"generator": noise, "device": device}
+    hidden = (torch.randn(N, H, **where) * 4 / H**0.5).to(dtype)
+    weight = torch.randn(V, H, **where).to(dtype)
+    return Case(hidden, weight, torch.randint(0, V, (N,), **where))
+
+
+def judged(task: Task, run: Callable) -> Record:
+    """right, wrong or failed, with its error. A peer may fail in whatever way it likes."""
+    try:
+        return judged_by(task, run)
+    except Exception as failure:
+        note = f"{type(failure).__name__}: {failure}".split("\n")[0][:200]
+        return {"verdict": "failed", "note": note}
+
+
+def gpu() -> Record:
     import triton
 
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__,
-    }
+    found: Record = {"triton": triton.__version__, "gpu": None}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "cuda": torch.version.cuda}
+        found["multiprocessors"] = properties.multi_processor_count
+    return found
 
 
 def commit() -> str:
+    if not shutil.which("git"):
+        return "unknown"
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
-# Relative error that gradients may have: a rounding or two to the dtype.
-BUDGET = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-
-
-def correctness(device: torch.device) -> dict[str, list[float]]:
-    """dtype -> errors of logprobs, entropy (largest) and dhidden, dweight, dbias (relative)."""
-    found = {}
-    for dtype, budget in BUDGET.items():
-        torch.manual_seed(0)
-        N, H, V = 300, 96, 5003
-        inputs = [torch.randn(N, H).to(dtype), torch.randn(V, H).to(dtype), torch.randn(V)]
-        labels = torch.randint(0, V, (N,)).where(torch.rand(N) < 0.8, -100)
-        upstream = torch.randn(2, N, dtype=torch.float64)
-        temperature = torch.rand(N, dtype=torch.float64) + 0.5
-        exact = stats_and_gradients(inputs, labels, temperature, upstream, torch.float64, "cpu")
-        ours = stats_and_gradients(inputs, labels, temperature, upstream, None, device)
-        errors = [(a - b).abs().max().item() for a, b in zip(ours[:2], exact[:2], strict=True)]
-        pairs = zip(ours[2:], exact[2:], strict=True)
-        errors += [((a - b).norm() / b.norm()).item() for a, b in pairs]
-        found[str(dtype).removeprefix("torch.")] = errors
-        if max(errors[:2]) > 5e-5 or max(errors[2:]) > budget:
-            raise SystemExit(f"wrong on {device} in {dtype}: {errors}")
-    return found
-
-
-def stats_and_gradients(inputs, labels, temperature, upstream, dtype, device) -> list[torch.Tensor]:
-    """logprobs, entropy, dhidden, dweight, dbias as float64 on the CPU."""
-    leaves = [t.to(device, dtype or t.dtype).requires_grad_() for t in inputs]
-    head = fused_rl.LMHead(leaves[1], leaves[2], scale=0.7, softcap=5.0)
-    t = temperature.to(device, torch.float64 if dtype else torch.float32)
-    stats = fused_rl.linear_logprobs(leaves[0], head, labels.to(device), temperature=t)
-    weights = [g.to(device, stats.logprobs.dtype) for g in upstream]
-    objective = (stats.logprobs * weights[0]).sum() + (stats.entropy * weights[1]).sum()
-    results = [*stats, *torch.autograd.grad(objective, leaves)]
-    return [r.detach().double().cpu() for r in results]
+def small_cases(device: torch.device) -> list[Record]:
+    """Our ways of every kind of case at an odd small size, judged and not timed."""
+    records = []
+    for dtype in BUDGET:
+        case = make_case(16, 20, 131, device, dtype)
+        for kind in KINDS:
+            task = head_task(case, kind)
+            for name, run in task.ways(()).items():
+                records.append({**task.fields, "provider": name, **judged(task, run)})
+    return records
 
 
 def ceilings(device: torch.device, clock: Clock, elements: int) -> dict[str, float]:
@@ -129,88 +289,5 @@ def ceilings(device: torch.device, clock: Clock, elements: int) -> dict[str, flo
     }
 
 
-def cases(case: Case) -> dict[str, tuple[int, dict[str, Callable]]]:
-    """title -> (NHV multiples of its products, provider -> call)."""
-    liger = all(find_spec(name) for name in PEERS["liger"].needs)
-    peers = ("eager", "liger") if liger else ("eager",)
-    batch, half = batch_of(case), batch_of(case, counted=0.5)
-    compiled = ("compile",) if case.hidden.is_cuda else ()
-    return {
-        "log-probs and entropy, no gradient": (2, no_grad(case, (*peers, *compiled))),
-        "GRPO step, head trained": (6, steps(case, batch, peers, frozen=False)),
-        "GRPO step, head frozen": (4, steps(case, batch, peers, frozen=True)),
-        "GRPO step, half the tokens masked": (6, steps(case, half, peers, frozen=False)),
-    }
-
-
-def measure(shape: str, case: Case, clock: Clock, rounds: int) -> list[dict]:
-    records = []
-    for title, (nhv, providers) in cases(case).items():
-        runnable, failed = {}, {}
-        for name, run in providers.items():
-            try:
-                failed[name] = error_of(case, title, run())
-                runnable[name] = run
-            except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
-                records.append(
-                    {"shape": shape, "case": title, "provider": name, "failed": str(error)[:200]}
-                )
-        base = products(case, nhv)
-        times = {name: [] for name in ("bare products", *runnable)}
-        for _ in range(rounds):
-            for name, run in {"bare products": base, **runnable}.items():
-                times[name].append(clock(run) * 1e3)
-        for name, taken in times.items():
-            ratios = [a / b for a, b in zip(taken, times["bare products"], strict=True)]
-            records.append(
-                {
-                    "shape": shape,
-                    "case": title,
-                    "provider": name,
-                    "nhv": nhv,
-                    "ms_best": min(taken),
-                    "ms_median": statistics.median(taken),
-                    "ratio_to_products": statistics.median(ratios),
-                    "peak_extra_bytes": peak(runnable.get(name), case),
-                    "error": failed.get(name),
-                }
-            )
-    return records
-
-
-def error_of(case: Case, title: str, result) -> float | None:
-    """Of log-probs against float64; a training step must be finite, and its sums are compared."""
-    if title.startswith("log-probs"):
-        rows = judged_rows(len(case.labels), 16).to(case.hidden.device)
-        return stats_errors(case, (result[0][rows], None), rows)[0]
-    if not all(t.isfinite().all() for t in result):
-        raise RuntimeError("the loss or its gradients are not finite")
-    return None
-
-
-def peak(run: Callable | None, case: Case) -> int | None:
-    if run is None or not case.hidden.is_cuda:
-        return None
-    return peak_extra_bytes(run, case.hidden.device)
-
-
-def show(content: dict) -> None:
-    for dtype, errors in content["correctness"].items():
-        print(f"{dtype}: errors " + " ".join(f"{e:.1e}" for e in errors))
-    print({k: round(v, 1) for k, v in content["ceilings"].items()})
-    header = ("shape", "case", "provider", "ms", "x products", "peak MiB", "error")
-    print("{:14}{:38}{:30}{:>9}{:>12}{:>10}{:>10}".format(*header))
-    for r in content["records"]:
-        if "failed" in r:
-            print(f"{r['shape']:14}{r['case']:38}{r['provider']:30}  failed: {r['failed'][:60]}")
-            continue
-        memory = "" if r["peak_extra_bytes"] is None else f"{r['peak_extra_bytes'] / 2**20:.0f}"
-        error = "" if r["error"] is None else f"{r['error']:.1e}"
-        print(
-            f"{r['shape']:14}{r['case']:38}{r['provider']:30}{r['ms_median']:>9.2f}"
-            f"{r['ratio_to_products']:>12.2f}{memory:>10}{error:>10}"
-        )
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

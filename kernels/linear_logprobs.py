@@ -252,6 +252,16 @@ def tiled_statistics(
     return partial
 
 
+def fuses(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether `fwd` takes the fused way.
+
+    Not in fp32: there an lse shows that is from logits which round otherwise than those of the
+    backward pass.
+    """
+    few = len(hidden) <= FUSED_ROWS and weight.stride(1) == 1
+    return few and hidden.dtype != torch.float32
+
+
 def fwd(
     hidden: Tensor,  # [N, H], the dtype of weight
     weight: Tensor,  # [V, H]
@@ -267,8 +277,7 @@ def fwd(
     if len(labels) == 0:
         empty = temperature.new_empty(0)
         return empty, empty.clone(), empty.double(), empty.clone()
-    few = len(labels) <= FUSED_ROWS and weight.stride(1) == 1
-    statistics = fused_statistics if few else tiled_statistics
+    statistics = fused_statistics if fuses(hidden, weight) else tiled_statistics
     args = (bias, labels, temperature, scale, softcap)
     partial = statistics(hidden.contiguous(), weight, *args, device)
     return logprobs.merge(partial, labels, weight.shape[0], ignore_index)

@@ -90,7 +90,7 @@ GRADIENT_BUDGET = {torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 1
 @pytest.mark.parametrize("transform", [False, True])
 @pytest.mark.parametrize("way", ["fused", "fused tma", "tiled"])
 def test_statistics_from_hidden_states(dtype, transform, way, monkeypatch):
-    monkeypatch.setattr(linear_logprobs, "FUSED_ROWS", 0 if way == "tiled" else 10**9)
+    monkeypatch.setattr(linear_logprobs, "fuses", lambda *_: way != "tiled")
     tma = way == "fused tma"
     monkeypatch.setitem(linear_logprobs.CONFIGS, 0, [SMALL._replace(tma=tma), SMALL])
     case = Case(H=24, dtype=dtype, transform=transform)
@@ -101,9 +101,9 @@ def test_statistics_from_hidden_states(dtype, transform, way, monkeypatch):
 
 
 @pytest.mark.parametrize(("N", "H", "V"), [(1, 1, 1), (1, 16, 33), (17, 7, 65), (16, 33, 31)])
-@pytest.mark.parametrize("fused_rows", [0, 10**9])
-def test_ragged_sizes(N, H, V, fused_rows, monkeypatch):
-    monkeypatch.setattr(linear_logprobs, "FUSED_ROWS", fused_rows)
+@pytest.mark.parametrize("fused", [False, True])
+def test_ragged_sizes(N, H, V, fused, monkeypatch):
+    monkeypatch.setattr(linear_logprobs, "fuses", lambda *_: fused)
     case = Case(N, H, V)
     exact, _ = case.exact()
     stats = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
@@ -115,7 +115,7 @@ def test_ragged_sizes(N, H, V, fused_rows, monkeypatch):
 @pytest.mark.parametrize("way", ["fused", "tiled", "chunk"])
 def test_logprobs_equal_top_at_the_most_likely_word_alone(transform, way, monkeypatch):
     """Every second label is that word; words 5 and 101 tie for ten tokens, and both are the one."""
-    monkeypatch.setattr(linear_logprobs, "FUSED_ROWS", 0 if way == "tiled" else 10**9)
+    monkeypatch.setattr(linear_logprobs, "fuses", lambda *_: way != "tiled")
     case = Case(40, 16, 130, transform=transform, ignored=False)
     # Products of these are exact, in whatever order they are summed.
     case.hidden, case.weight = (torch.randint(-2, 3, (n, 16)) / 4 for n in (40, 130))
@@ -227,9 +227,9 @@ def test_minus_infinity_columns_and_rows():
     assert (got[0, 7:60] == 0).all()
 
 
-@pytest.mark.parametrize("fused_rows", [0, 10**9])
-def test_a_nan_row_poisons_itself_alone(fused_rows, monkeypatch):
-    monkeypatch.setattr(linear_logprobs, "FUSED_ROWS", fused_rows)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_nan_row_poisons_itself_alone(fused, monkeypatch):
+    monkeypatch.setattr(linear_logprobs, "fuses", lambda *_: fused)
     case = Case(ignored=False)
     clean = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
     case.hidden[5] = float("nan")

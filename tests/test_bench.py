@@ -174,16 +174,15 @@ def test_a_peer_without_entropies_can_be_put_under_a_loss(case, monkeypatch):
 
 
 def test_every_shape_is_compiled(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
     def doubled(x):
         return x * 2
 
-    for n in (2, 3):
-        x = torch.arange(n)
-        assert bench_peers.compiled(doubled)(x).tolist() == [2 * i for i in range(n)]
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for n in (2, 3):
+            x = torch.arange(n)
+            assert bench_peers.compiled(doubled)(x).tolist() == [2 * i for i in range(n)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -28,7 +28,8 @@ slow = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def trl() -> ModuleType:
-    return pytest.importorskip("trl", minversion="1.16", reason="trl >= 1.16 is not installed")
+    # Run with 1.16, and with 1.15 under TRITON_INTERPRET=1, which its own head needs on a CPU.
+    return pytest.importorskip("trl", minversion="1.15", reason="trl >= 1.15 is not installed")
 
 
 @pytest.fixture(autouse=True)

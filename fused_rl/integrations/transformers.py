@@ -2,16 +2,10 @@
 
     from fused_rl.integrations.transformers import logprobs, patched
 
-    stats = logprobs(
-        model, input_ids, attention_mask=attention_mask, completion_mask=completion_mask
-    )
+    masks = {"attention_mask": attention_mask, "completion_mask": completion_mask}
+    stats = logprobs(model, input_ids, **masks)
     with patched(model):
-        same = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            completion_mask=completion_mask,
-            return_logprobs=True,
-        )
+        same = model(input_ids=input_ids, **masks, return_logprobs=True)
         tokens = model.generate(input_ids, attention_mask=attention_mask, max_new_tokens=4)
 
 Hidden states come from model.base_model, the head from LMHead.from_model: weight, bias, scale and

@@ -1,0 +1,281 @@
+"""What the library must choose by measurement: each way's time and error at the sizes in question.
+
+    forwards      logits in registers (pointers, tensor descriptors), or tiles of them in L2
+    row kernels   columns of a block, warps of a program: GB/s beside a copy's
+    chunks        tokens of a chunk in the one pass; bytes of the logits in the two
+    graph         a step replayed from a CUDA graph is the step, bit for bit
+
+Settings of the library are replaced for the time of a measurement, and put back.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_rl import grpo, linear_logprobs, ops
+from fused_rl.bench import gradient_error, judged_rows, stats_errors
+from fused_rl.bench_clock import Clock, interleaved
+from fused_rl.bench_peers import BETA, Case, batch_of, gradients, products, steps
+from fused_rl.bench_records import PRODUCTS, Record
+
+Call = Callable[[], Any]
+
+
+class Sizes(NamedTuple):
+    """What is tried: on a GPU, or (SMALL) to see that trying works."""
+
+    tokens: tuple[int, ...]  # of the forwards
+    tiles: tuple[tuple[int, int], ...]  # tokens x vocabulary, in L2
+    fused: tuple[tuple[int, ...], ...]  # block_m, block_n, block_k, num_warps, num_stages
+    rows: int  # of logits
+    blocks: tuple[tuple[int, int], ...]  # columns, warps of the row kernels
+    chunks: tuple[int, ...]  # tokens
+    scratch: tuple[int, ...]  # bytes
+
+
+LARGE = Sizes(
+    tokens=(64, 512, 2048, 8192),
+    tiles=((4096, 2048), (2048, 4096), (8192, 1024)),
+    fused=(
+        (128, 128, 64, 8, 4),
+        (128, 128, 64, 8, 3),
+        (128, 128, 128, 8, 3),
+        (128, 256, 64, 8, 3),
+        (64, 128, 64, 4, 4),
+        (64, 256, 64, 8, 3),
+    ),
+    rows=1024,
+    blocks=((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16)),
+    chunks=(256, 512, 768, 1024, 1536, 2048, 4096, 8192),
+    scratch=(2**28, 2**29, 2**30, 2**31, 2**32),
+)
+SMALL = Sizes(
+    tokens=(8, 16),
+    tiles=((16, 64), (8, 128)),
+    fused=((16, 64, 16, 4, 2),),
+    rows=4,
+    blocks=((64, 4), (128, 4)),
+    chunks=(8,),
+    scratch=(2**14,),
+)
+
+
+@contextmanager
+def replaced(*settings: tuple[Any, str, Any]) -> Iterator[None]:
+    """(owner, name, value): attributes that have these values within the block."""
+    with ExitStack() as stack:
+        for owner, name, value in settings:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
+
+
+def timed(runs: dict[str, Call], rounds: int, clock: Clock, **common: Any) -> Iterator[Record]:
+    """A record for each; those that fail say why. The first is what the others are compared to."""
+    working, failed = {}, {}
+    for name, run in runs.items():
+        try:
+            run()
+            working[name] = run
+        # A tile may not compile, or not fit: that is a result.
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    seconds = interleaved(working, rounds, clock)
+    base = next(iter(runs))
+    for name in runs:
+        if name in failed:
+            yield {**common, "way": name, "failed": failed[name]}
+            continue
+        ratios = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
+        yield {
+            **common,
+            "way": name,
+            "ms_best": min(seconds[name]) * 1e3,
+            "ms_median": statistics.median(seconds[name]) * 1e3,
+            "ratio": statistics.median(ratios),
+        }
+
+
+def forwards(case: Case, sizes: Sizes, device: Any, rounds: int, clock: Clock) -> list[Record]:
+    """The log-probs without gradient of the first N tokens, every way."""
+    records = []
+    for N in sizes.tokens:
+        part = Case(case.hidden[:N], case.weight, case.labels[:N])
+        ways = forward_ways(part, sizes, device)
+        runs = {PRODUCTS: products(part, 2), **ways}
+        for record in timed(runs, rounds, clock, tokens=N):
+            if record["way"] in ways and "failed" not in record:
+                rows = judged_rows(N, 16).to(part.labels.device)
+                found = ways[record["way"]]()
+                errors = stats_errors(part, (found[0][rows], found[1][rows]), rows)
+                record["logprob_error"], record["entropy_error"] = errors
+            records.append(record)
+    return records
+
+
+def forward_ways(case: Case, sizes: Sizes, device: Any) -> dict[str, Call]:
+    """title -> logprobs, entropy and more of the case."""
+    from fused_rl.kernels import linear_logprobs as kernel
+
+    def pointers_or_descriptors(blocks: tuple[int, ...], tma: bool) -> tuple[str, Call]:
+        config = kernel.Config(*blocks, tma)
+        m, n, k, warps, stages = blocks
+        title = f"{'TMA' if tma else 'pointers'} {m}x{n}x{k}, {warps} warps, {stages} stages"
+        settings = (kernel, "CONFIGS", {device.major: [config]})
+        return title, _forward(case, kernel.fused_statistics, settings, device)
+
+    # Descriptors are for Hopper and later, and for the interpreter.
+    with_tma = (False, True) if device.major >= 9 or device.interpreted else (False,)
+    found = [pointers_or_descriptors(b, tma) for tma in with_tma for b in sizes.fused]
+    for tile in sizes.tiles:
+        settings = (kernel, "TILE", tile)
+        run = _forward(case, kernel.tiled_statistics, settings, device)
+        found.append((f"L2 tiles {tile[0]}x{tile[1]}", run))
+    return dict(found)
+
+
+def _forward(case: Case, statistics_of: Callable, settings: tuple, device: Any) -> Call:
+    from fused_rl.kernels import logprobs
+
+    ones = torch.ones(len(case.labels), device=case.labels.device)
+    args = (case.hidden, case.weight, None, case.labels, ones, 1.0, 0.0, device)
+
+    def run() -> tuple[Tensor, ...]:
+        with replaced(settings):
+            partial = statistics_of(*args)
+        return logprobs.merge(partial, case.labels, case.weight.shape[0], -100)
+
+    return run
+
+
+def row_kernels(
+    V: int, sizes: Sizes, device: Any, of: torch.device, rounds: int, clock: Clock
+) -> list[Record]:
+    """GB/s of the row kernels on logits in float32; the gradient is in bfloat16. First the copy."""
+    from fused_rl.kernels import logprobs
+
+    N = sizes.rows
+    raw = torch.randn(N, V, device=of)
+    labels = torch.randint(0, V, (N,), device=of)
+    ones, draw = torch.ones(N, device=of), torch.empty(N, V, dtype=torch.bfloat16, device=of)
+    head = (raw, None, labels, ones, 1.0, 0.0, -1)
+    entropy, lse = logprobs.fwd(*head, device.multiprocessors)[1:3]
+    target = torch.empty_like(raw)
+    runs, moved = {"copy": lambda: target.copy_(raw)}, {"copy": 8}
+    for block, warps in sizes.blocks:
+        settings = ((logprobs, "BLOCK_V", block), (logprobs, "NUM_WARPS", warps))
+
+        def forward(settings=settings) -> None:
+            with replaced(*settings):
+                logprobs.fwd(*head, device.multiprocessors)
+
+        def backward(settings=settings) -> None:
+            with replaced(*settings):
+                logprobs.bwd(ones, ones, *head, lse, entropy, draw)
+
+        for name, run, per_logit in (("statistics", forward, 4), ("gradient", backward, 6)):
+            title = f"{name}, {block} columns, {warps} warps"
+            runs[title], moved[title] = run, per_logit
+    records = list(timed(runs, rounds, clock, tokens=N))
+    for record in records:
+        if "failed" not in record:
+            bytes_moved = moved[record["way"]] * N * V
+            record["GB_per_s"] = bytes_moved / record["ms_median"] / 1e6
+    return records
+
+
+def chunks(case: Case, sizes: Sizes, rounds: int, clock: Clock) -> list[Record]:
+    """The GRPO step in chunks of each size. The first way is the library's own choice."""
+    batch, loss = batch_of(case), grpo(beta=BETA)
+    N = len(case.labels)
+    records = []
+    for frozen in (False, True):
+        own = steps(case, batch, (), frozen)["fused_rl linear_policy_loss"]
+        runs = {"as chosen": own}
+        for count in (c for c in sizes.chunks if c <= N):
+
+            def one_pass(own=own, count=count) -> tuple[Tensor, ...]:
+                forced = (ops, "one_pass_tokens", lambda device: 0)
+                with replaced(forced, (ops, "chunk_tokens", lambda *_: count)):
+                    return own()
+
+            runs[f"one pass, chunks of {count}"] = one_pass
+        records += _chunk_records(runs, rounds, clock, frozen)
+
+    def two_passes(scratch: int | None) -> tuple[Tensor, ...]:
+        hidden, weight = case.leaves()
+        stats = linear_logprobs(hidden, weight, case.labels, chunk_bytes=scratch)
+        return gradients(loss(stats, batch).loss, (hidden, weight))
+
+    runs = {"two passes": lambda: two_passes(None)}
+    for scratch in sizes.scratch:
+        runs[f"two passes, {scratch} bytes"] = lambda scratch=scratch: two_passes(scratch)
+    return [*records, *_chunk_records(runs, rounds, clock, False)]
+
+
+def _chunk_records(
+    runs: dict[str, Call], rounds: int, clock: Clock, frozen: bool
+) -> Iterator[Record]:
+    exact = next(iter(runs.values()))()
+    for record in timed(runs, rounds, clock, frozen=frozen):
+        if "failed" not in record:
+            found = runs[record["way"]]()
+            record["difference"] = gradient_error(found[1:], exact[1:])
+        yield record
+
+
+def graph(case: Case) -> list[Record]:
+    """A step in a CUDA graph: captured, replayed on new numbers, and compared with the eager one.
+
+    Without a GPU the step runs twice, and only that is compared.
+    """
+    # A copy: the numbers change under the graph.
+    case = Case(case.hidden.clone(), case.weight, case.labels)
+    batch, loss = batch_of(case), grpo(beta=BETA)
+    hidden, weight = case.leaves()
+    other = hidden.detach().roll(1, 0)
+
+    def step() -> tuple[Tensor, ...]:
+        stats = linear_logprobs(hidden, weight, case.labels)
+        return gradients(loss(stats, batch).loss, (hidden, weight))
+
+    try:
+        replay = _captured(step) if hidden.is_cuda else step
+    except RuntimeError as error:
+        return [{"way": "linear_logprobs and grpo", "failed": str(error).splitlines()[0]}]
+    with torch.no_grad():
+        hidden.copy_(other)
+    found, expected = replay(), step()
+    return [
+        {
+            "way": "linear_logprobs and grpo",
+            "captured": hidden.is_cuda,
+            "equal": all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)),
+            "difference": gradient_error(found[1:], expected[1:]),
+        }
+    ]
+
+
+def _captured(step: Call) -> Call:
+    """step from a graph. It ran on a stream of its own first, so that all that is lazy is there."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        results = step()
+
+    def replay() -> tuple[Tensor, ...]:
+        recorded.replay()
+        return results
+
+    return replay

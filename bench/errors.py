@@ -1,0 +1,76 @@
+"""Whether the ops are right on a device, before anything is timed: against float64 on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import fused_rl
+from fused_rl.bench_records import Record
+
+LOGPROB_ERROR = 5e-5
+# Relative error that gradients may have: a rounding or two to the dtype.
+BUDGET = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+# N, H, V: few tokens and many take different ways through the forward pass.
+CHECKED = {"few tokens": (40, 96, 5003), "many tokens": (520, 40, 300)}
+
+
+def correctness(device: torch.device) -> Record:
+    """dtype, size -> errors of logprobs, entropy (largest) and dhidden, dweight, dbias (relative);
+    of logprobs, entropy and dlogits for rows of logits.
+    """
+    found: Record = {}
+    for dtype, budget in BUDGET.items():
+        errors = {name: head_errors(dtype, device, *size) for name, size in CHECKED.items()}
+        errors["logits"] = logits_errors(dtype, device)
+        found[str(dtype).removeprefix("torch.")] = errors
+        for name, of in errors.items():
+            # Written so that NaN is wrong.
+            if not (max(of[:2]) <= LOGPROB_ERROR and max(of[2:]) <= budget):
+                raise SystemExit(f"wrong on {device} in {dtype}, {name}: {of}")
+    return found
+
+
+def head_errors(dtype: torch.dtype, device: torch.device, N: int, H: int, V: int) -> list[float]:
+    torch.manual_seed(0)
+    inputs = [torch.randn(N, H).to(dtype), torch.randn(V, H).to(dtype), torch.randn(V)]
+    labels = torch.randint(0, V, (N,)).where(torch.rand(N) < 0.8, -100)
+    temperature = torch.rand(N, dtype=torch.float64) + 0.5
+
+    def stats(leaves: list[torch.Tensor]) -> fused_rl.TokenStats:
+        head = fused_rl.LMHead(leaves[1], leaves[2], scale=0.7, softcap=5.0)
+        t = temperature.to(leaves[0].device, torch.promote_types(leaves[0].dtype, torch.float32))
+        here = labels.to(leaves[0].device)
+        return fused_rl.linear_logprobs(leaves[0], head, here, temperature=t)
+
+    return errors_of(stats, inputs, device)
+
+
+def logits_errors(dtype: torch.dtype, device: torch.device) -> list[float]:
+    torch.manual_seed(1)
+    logits, labels = (torch.randn(20, 5003) * 4).to(dtype), torch.randint(0, 5003, (20,))
+    return errors_of(
+        lambda leaves: fused_rl.logprobs_from_logits(leaves[0], labels.to(leaves[0].device)),
+        [logits],
+        device,
+    )
+
+
+def errors_of(stats: Callable, inputs: list[torch.Tensor], device: torch.device) -> list[float]:
+    """Of stats(inputs) and the gradients of a random sum of it, against the same in float64."""
+    weights = None
+    results = []
+    for where, dtype in (("cpu", torch.float64), (device, None)):
+        leaves = [t.to(where, dtype or t.dtype).requires_grad_() for t in inputs]
+        found = stats(leaves)
+        if weights is None:
+            weights = torch.randn(2, len(found.logprobs), dtype=torch.float64)
+        up = [w.to(where, found.logprobs.dtype) for w in weights]
+        objective = (found.logprobs * up[0]).sum() + (found.entropy * up[1]).sum()
+        grads = torch.autograd.grad(objective, leaves)
+        results.append([t.detach().double().cpu() for t in (*found, *grads)])
+    exact, ours = results
+    errors = [(a - b).abs().max().item() for a, b in zip(ours[:2], exact[:2], strict=True)]
+    pairs = zip(ours[2:], exact[2:], strict=True)
+    return errors + [((a - b).norm() / b.norm()).item() for a, b in pairs]

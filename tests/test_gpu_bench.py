@@ -1,0 +1,180 @@
+"""bench/gpu.py without a GPU: the whole script, on the Triton kernels, interpreted."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from fused_rl import losses
+from fused_rl.bench import KINDS
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def script(*options: str) -> subprocess.CompletedProcess:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}
+    return subprocess.run(
+        [sys.executable, str(BENCH / "gpu.py"), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[dict, str]:
+    pytest.importorskip("triton", reason="triton is not installed")
+    path = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    done = script("--small", "--out", str(path))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(path.read_text()), done.stdout
+
+
+def test_the_kernels_that_ran_are_tritons(small):
+    content, _ = small
+    expected = "Triton" if torch.cuda.is_available() else "Triton, interpreted"
+    assert content["kernels"] == expected
+    names = {name.split("._")[0] for name in content["launches"]}
+    assert {"kl", "linear_logprobs", "logprobs"} <= names
+    assert min(content["launches"].values()) > 0
+    assert content["never launched"] == []
+
+
+def test_every_case_is_there_and_ours_are_right(small):
+    content, out = small
+    assert content["failed"] == {} and content["left out"] == []
+    assert {r["case"] for r in content["records"]} == {kind.title for kind in KINDS}
+    for kind in KINDS:
+        here = {r["provider"]: r for r in content["records"] if r["case"] == kind.title}
+        ours = {name: r for name, r in here.items() if name.startswith("fused_rl")}
+        assert len(ours) == (1 if kind == KINDS[0] else 2)
+        assert {r["verdict"] for r in ours.values()} == {"right"}
+        assert here["eager torch"]["verdict"] == "right"
+        assert all(r["seconds_median"] > 0 for r in here.values() if r["verdict"] == "right")
+        assert kind.title in out
+    errors = {r["provider"]: r.get("logprob_error") for r in content["records"]}
+    assert errors["fused_rl"] < 1e-5
+    assert {r["verdict"] for r in content["small cases"]} == {"right"}
+    assert {r["dtype"] for r in content["small cases"]} == {"float32", "float16", "bfloat16"}
+    assert content["correctness"].keys() == {"float32", "float16", "bfloat16"}
+
+
+def test_every_way_of_the_forward_is_right(small):
+    content, _ = small
+    ways = [r for r in content["forwards"] if r["way"] != "bare products"]
+    assert not [r for r in ways if "failed" in r]
+    for name in ("pointers", "TMA", "L2 tiles"):
+        assert {r["tokens"] for r in ways if r["way"].startswith(name)} == {8, 16}
+    assert max(r["logprob_error"] for r in ways) < 1e-5
+    assert max(r["entropy_error"] for r in ways) < 1e-5
+
+
+def test_chunks_rows_and_the_graph(small):
+    content, _ = small
+    assert not [r for r in (*content["chunks"], *content["row kernels"]) if "failed" in r]
+    one_pass = [r for r in content["chunks"] if r["way"].startswith("one pass")]
+    assert {r["frozen"] for r in one_pass} == {True, False}
+    assert max(r["difference"] for r in content["chunks"]) < 1e-2
+    assert all(r["GB_per_s"] > 0 for r in content["row kernels"])
+    (graph,) = content["graph"]
+    assert graph["equal"] and graph["captured"] == torch.cuda.is_available()
+
+
+def test_peers_that_are_missing_are_named(small):
+    content, out = small
+    for name in ("cut-cross-entropy", "QuACK"):
+        assert any(reason.startswith(name) for reason in content["missing"])
+        assert name in out
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_the_budget_is_left_out_and_named(tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed")
+    path = tmp_path / "gpu.json"
+    done = script("--small", "--budget", "0", "--out", str(path))
+    content = json.loads(path.read_text())
+    assert done.returncode == 0, done.stderr
+    assert content["records"] == [] and len(content["left out"]) == len(KINDS) + 4
+    assert "small: forwards" in done.stdout
+
+
+@pytest.mark.slow
+def test_sanitize_runs_the_small_cases_alone(tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed")
+    path = tmp_path / "gpu.json"
+    done = script("--sanitize", "--out", str(path))
+    content = json.loads(path.read_text())
+    assert done.returncode == 0, done.stderr
+    assert content["small cases"] and not content["records"] and not content["forwards"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_large_shapes_want_a_gpu():
+    done = script("--out", "/nowhere")
+    assert done.returncode != 0 and "no CUDA device" in done.stderr
+
+
+def test_the_interpreter_comes_before_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    with pytest.raises(RuntimeError, match="before TRITON_INTERPRET"):
+        module("interpreted").start()
+
+
+def test_launches_by_hand():
+    hooks = {}
+    kernels = {
+        name: SimpleNamespace(add_pre_run_hook=lambda hook, name=name: hooks.update({name: hook}))
+        for name in ("_a_kernel", "_b_kernel")
+    }
+    fake = SimpleNamespace(__name__="package.rows", no_kernel=3, helper=lambda: None, **kernels)
+    launches = module("interpreted").Launches(fake)
+    assert launches.idle() == ["rows._a_kernel", "rows._b_kernel"]
+    hooks["_b_kernel"](1, 2, BLOCK=3)
+    assert launches.count == {"rows._a_kernel": 0, "rows._b_kernel": 1}
+    assert launches.idle() == ["rows._a_kernel"]
+
+
+def test_scaling_by_one_leaves_gradients_alone_on_a_cpu():
+    held = [torch.randn(3, 2), torch.randn(3, dtype=torch.float64)]
+    before = [g.clone() for g in held]
+    versions = [g._version for g in held]
+    losses.scale_(held, torch.tensor(1.0))
+    assert [g._version for g in held] == versions
+    losses.scale_(held, torch.tensor(0.5))
+    assert all(torch.equal(g, b / 2) for g, b in zip(held, before, strict=True))
+
+
+def test_elsewhere_the_scale_is_not_read_by_the_host():
+    """A meta tensor has no value: to ask for it is an error."""
+    dloss = torch.ones((), device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(dloss == 1)
+    held = [torch.empty(3, 2, dtype=torch.bfloat16, device="meta")]
+    losses.scale_(held, dloss)
+    assert held[0]._version == 1 and held[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_product_with_one_changes_no_bit(dtype):
+    """What CUDA computes instead of asking; with the smallest and largest numbers."""
+    info = torch.finfo(dtype)
+    values = [info.smallest_normal, info.max, -info.max, -0.0, torch.inf, info.eps]
+    gradient = torch.cat([torch.randn(1000), torch.tensor(values)]).to(dtype)
+    before = gradient.clone()
+    gradient.mul_(torch.tensor(1.0))
+    assert torch.equal(gradient, before)
+    assert torch.equal(gradient.signbit(), before.signbit())
