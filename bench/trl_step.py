@@ -2,6 +2,7 @@
 
     python bench/trl_step.py --out bench/results/trl.json
     python bench/trl_step.py --small --out out/trl.json        to see that it works
+    python bench/trl_step.py --readme bench/results/trl.json   measures nothing: the README's table
 
 A real trl.GRPOTrainer with TRL's defaults, around a Qwen2 of two layers with random weights, made
 here as is the tokenizer. Each way runs in processes of its own, in turns. A step is what follows
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from run import replace_block
 
 import fused_rl
 from fused_rl.bench import environment
@@ -59,6 +61,10 @@ def main() -> int:
     if args.child is not None:
         print(json.dumps(child(WAYS[args.child], Shape(*json.loads(args.shape)), args.steps)))
         return 0
+    if args.readme:
+        lines = table(json.loads(args.readme.read_text()), args.readme)
+        replace_block(Path("README.md"), "trl", lines)
+        return 0
     shape = SMALL if args.small else Shape(hidden=args.hidden)
     shape = shape._replace(dtype=args.dtype, tied=not args.untied)
     found: dict[str, list[Record]] = {way: [] for way in WAYS}
@@ -79,6 +85,7 @@ def main() -> int:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/trl.json"))
+    parser.add_argument("--readme", type=Path, metavar="RESULT.json", help="measure nothing")
     parser.add_argument("--small", action="store_true", help="a vocabulary of 200")
     parser.add_argument("--steps", type=int, default=5, help="timed, of each process")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each way")
@@ -293,6 +300,28 @@ def show(content: Record) -> None:
             f"{r['peak_extra_bytes'] / MIB:>12.0f}{r['peak_bytes'] / MIB:>13.0f}"
             f"{r['generation_seconds_median']:>15.2f}{r['grad_norms'][0]:>12.4g}"
         )
+
+
+def table(content: Record, source: Path) -> list[str]:
+    """The lines of the README."""
+    shape, where, records = content["shape"], content["environment"], content["records"]
+    base = records[0]["seconds_median"]
+    rows = [
+        f"| {r['way']} | {r['seconds_median']:.1f} | {r['seconds_median'] / base:.2f} "
+        f"| {r['peak_extra_bytes'] / MIB:.0f} | {r['peak_bytes'] / MIB:.0f} |"
+        for r in records
+    ]
+    return [
+        f"One step of TRL {where['trl']}'s GRPOTrainer without its generation, on "
+        f"{where['threads']} cores of an {where['cpu']}: {shape['dtype']}, a vocabulary of "
+        f"{shape['vocabulary']}, H = {shape['hidden']}, two layers, "
+        f"{records[0]['completion_tokens_median']:.0f} tokens of completion "
+        f"([{source.name}]({source}), `python bench/trl_step.py`):",
+        "",
+        "| | seconds | x TRL | extra memory of the step, MiB | of the process, MiB |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
 
 
 if __name__ == "__main__":

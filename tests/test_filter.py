@@ -1,7 +1,11 @@
 """grad_filter: exactly what it says is left out, and nothing else."""
 
+import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import oracle
 import pytest
@@ -237,3 +241,16 @@ def test_compiles_in_one_graph():
         hidden, weight, _ = leaves_of(case)
         found.append(torch.autograd.grad(run(hidden, weight), (hidden, weight)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.slow
+def test_the_comparison_runs(tmp_path):
+    """bench/grad_filter.py on a model that is hardly trained: nothing is peaked, all are kept."""
+    script = Path(__file__).parents[1] / "bench" / "grad_filter.py"
+    options = ["--steps", "2", "--text", "2000", "--tokens", "64", "--rounds", "1"]
+    paths = ["--checkpoint", str(tmp_path / "model.pt"), "--out", str(tmp_path / "filter.json")]
+    options += ["--temperatures", "1.0,0.01", *paths]
+    subprocess.run([sys.executable, str(script), *options], check=True)
+    flat, *_, fine = json.loads((tmp_path / "filter.json").read_text())["records"][:6]
+    assert flat["share_of_pairs"] == 1 and flat["dhidden_error"] < 1e-2
+    assert fine["grad_filter"] == 1e-5 and fine["probability_left_out"] < 1e-2

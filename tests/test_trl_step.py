@@ -16,7 +16,9 @@ SCRIPT = Path(__file__).parents[1] / "bench" / "trl_step.py"
 def script():
     spec = importlib.util.spec_from_file_location("bench_trl_step", SCRIPT)
     loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        spec.loader.exec_module(loaded)
     return loaded
 
 
@@ -86,3 +88,11 @@ def test_three_ways_of_the_same_step(script, tmp_path, dtype):
         assert len(record["seconds"]) == 2 and record["seconds_best"] > 0
         assert record["completion_tokens_median"] > 8
         assert record["peak_bytes"] > 2**27 and len(record["grad_norms"]) == 3
+
+
+def test_the_table_of_the_readme_by_hand(script):
+    records = [script.merged(way, [result([s], [1.0])]) for way, s in (("TRL", 4.0), ("ours", 1.0))]
+    environment = {"trl": "1.16.0", "threads": 2, "cpu": "CPU"}
+    content = {"environment": environment, "shape": script.SMALL._asdict(), "records": records}
+    *_, theirs, ours = script.table(content, Path("results/x.json"))
+    assert theirs == "| TRL | 4.0 | 1.00 | 0 | 0 |" and ours == "| ours | 1.0 | 0.25 | 0 | 0 |"
