@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -39,14 +40,20 @@ def interleaved(
     clock: Clock,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each case in each round; a round runs every case once, after one warm-up."""
+    """Seconds of each case in each round; a round runs every case once, after one warm-up.
+
+    The order changes from round to round, and is the same in every run: what a case leaves behind,
+    pages given back or a warm cache, is not always the next one's to bear.
+    """
     for run in cases.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    order, shuffle = list(cases), random.Random(0).shuffle
     for _ in range(rounds):
-        for name, run in cases.items():
-            seconds[name].append(clock(run))
+        for name in order:
+            seconds[name].append(clock(cases[name]))
         tick()
+        shuffle(order)
     return seconds
 
 

@@ -251,6 +251,6 @@ def test_the_comparison_runs(tmp_path):
     paths = ["--checkpoint", str(tmp_path / "model.pt"), "--out", str(tmp_path / "filter.json")]
     options += ["--temperatures", "1.0,0.01", *paths]
     subprocess.run([sys.executable, str(script), *options], check=True)
-    flat, *_, fine = json.loads((tmp_path / "filter.json").read_text())["records"][:6]
-    assert flat["share_of_pairs"] == 1 and flat["dhidden_error"] < 1e-2
-    assert fine["grad_filter"] == 1e-5 and fine["probability_left_out"] < 1e-2
+    _, exact, *_, fine = json.loads((tmp_path / "filter.json").read_text())["records"][:6]
+    assert exact["way"] == "exact" and exact["dhidden_error"] < 1e-2
+    assert fine["way"] == "1.0e-05" and fine["probability_left_out"] < 1e-2
