@@ -274,7 +274,7 @@ static Tensors3 linear_kept_logprobs_backward(
       }
       if (need_dbias) out.dbias = at::empty({p.V}, bias->options());
       backward<T>(p, g.upstream(p.inv_temperature), nullptr, out, &picks, terms.data());
-      if (need_dhidden) out.dhidden = place_rows(out.dhidden, rows, hidden);
+      if (need_dhidden) out.dhidden = place_rows(out.dhidden, rows, hidden, hidden.scalar_type());
     }
     const at::Tensor none_h = at::empty({0}, hidden.options());
     const at::Tensor none_w = at::empty({0}, weight.options());

@@ -112,7 +112,7 @@ static Tensors3 linear_logprobs_backward(
     }
     if (need_dbias) out.dbias = at::empty({p.V}, bias->options());
     backward<T>(p, g.upstream(p.inv_temperature), nullptr, out);
-    return {need_dhidden ? place_rows(out.dhidden, rows, hidden) : none_h,
+    return {need_dhidden ? place_rows(out.dhidden, rows, hidden, hidden.scalar_type()) : none_h,
             need_dweight ? out.dweight : none_w, need_dbias ? out.dbias : none_b};
   });
 }
@@ -150,7 +150,7 @@ static at::Tensor linear_logprobs_chunk_backward(
         dweight.zero_();
         dbias.zero_();
       }
-      return at::zeros(hidden.sizes(), hidden.options());
+      return at::zeros(hidden.sizes(), hidden.options().dtype(kept_dtype(hidden)));
     }
     const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
     const auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
@@ -168,7 +168,7 @@ static at::Tensor linear_logprobs_chunk_backward(
     }
     if (dbias.numel()) out.dbias = dbias;
     backward<T>(p, g.upstream(p.inv_temperature), &kept, out);
-    return place_rows(out.dhidden, rows, hidden);
+    return place_rows(out.dhidden, rows, hidden, kept_dtype(hidden));
   });
 }
 

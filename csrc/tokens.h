@@ -99,13 +99,18 @@ inline std::vector<int64_t> rows_with_gradient(const at::Tensor& labels, int64_t
   return rows;
 }
 
-// dhidden of some tokens to all tokens, in the dtype of hidden.
+// dhidden of some tokens to all tokens of hidden.
 inline at::Tensor place_rows(const at::Tensor& dhidden, const std::vector<int64_t>& rows,
-                             const at::Tensor& hidden) {
-  if (int64_t(rows.size()) == hidden.size(0)) return dhidden.to(hidden.scalar_type());
-  at::Tensor out = at::zeros(hidden.sizes(), hidden.options());
-  out.index_copy_(0, index_tensor(rows), dhidden.to(hidden.scalar_type()));
+                             const at::Tensor& hidden, at::ScalarType dtype) {
+  if (int64_t(rows.size()) == hidden.size(0)) return dhidden.to(dtype);
+  at::Tensor out = at::zeros(hidden.sizes(), hidden.options().dtype(dtype));
+  out.index_copy_(0, index_tensor(rows), dhidden.to(dtype));
   return out;
+}
+
+// What a gradient waits in for the scale of its loss: float16 could underflow meanwhile.
+inline at::ScalarType kept_dtype(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kHalf ? at::kFloat : tensor.scalar_type();
 }
 
 }  // namespace fused_rl

@@ -47,6 +47,11 @@ def statistics_like(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Ten
     return tuple(hidden.new_empty(hidden.shape[:1], dtype=t) for t in dtypes)
 
 
+def kept_dtype(tensor: Tensor) -> torch.dtype:
+    """What a gradient waits in for the scale of its loss: float16 could underflow meanwhile."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
 def padded(n: int) -> int:
     """Tokens that a kept chunk of logits has room for."""
     return (n + 15) // 16 * 16
@@ -105,7 +110,7 @@ def linear_logprobs_backward(
             (hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap),
             dweight,
             dbias,
-        )
+        ).to(hidden.dtype)
     return (
         dhidden if need_dhidden else hidden.new_empty(0),
         dweight.to(weight.dtype),
@@ -167,7 +172,7 @@ def _chunk_gradients(
         dweight += draw.T @ hidden.to(draw.dtype)
     if dbias.numel():
         dbias += draw.sum(0)
-    return (draw @ weight.to(draw.dtype)).to(hidden.dtype)
+    return draw @ weight.to(draw.dtype)
 
 
 def linear_logprobs_chunk(
@@ -206,7 +211,8 @@ def linear_logprobs_chunk_backward(
         dweight.zero_()
         dbias.zero_()
     args = (hidden, weight, bias, labels, temperature, scale, softcap)
-    return _chunk_gradients((dlogprobs, dentropy), (lse, entropy), args, dweight, dbias)
+    dhidden = _chunk_gradients((dlogprobs, dentropy), (lse, entropy), args, dweight, dbias)
+    return dhidden.to(kept_dtype(hidden))
 
 
 def logits_logprobs(

@@ -153,7 +153,8 @@ def doctor(arguments: argparse.Namespace) -> int:
         print(f"{backend.device:<14}{backend.kernel}")
         print(f"{'':<14}{backend.note}")
     print(f"{'fused_rl':<14}{fused_rl.__version__}")
-    for name in ("torch", "triton", "transformers"):
+    print(f"{'torch':<14}{torch.__version__}")
+    for name in ("triton", "transformers"):
         print(f"{name:<14}{installed_version(name)}")
     print(f"{'python':<14}{platform.python_version()}")
     print(f"{'threads':<14}{torch.get_num_threads()}")

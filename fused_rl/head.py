@@ -44,7 +44,9 @@ class LMHead:
                 "a sharded parameter must be gathered first"
             ),
         )
-        checks.require(math.isfinite(self.scale), lambda: f"scale must be finite, got {self.scale}")
+        checks.require(
+            -math.inf < self.scale < math.inf, lambda: f"scale must be finite, got {self.scale}"
+        )
         checks.require(
             self.softcap is None or 0 < self.softcap < math.inf,
             lambda: f"softcap must be positive or None, got {self.softcap}",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks, filter_ops, ops
+from fused_rl.chunked import kept_dtype
 from fused_rl.head import LMHead
 
 IGNORE_INDEX = -100
@@ -260,10 +261,10 @@ def chunked_gradients(
     dtype = ops.acc_dtype(hidden, weight)
     need_hidden, need_weight, need_bias = needs
     stats = TokenStats(*(hidden.new_zeros(len(labels), dtype=dtype) for _ in range(2)))
-    dhidden = hidden.new_zeros(hidden.shape, dtype=_kept_dtype(hidden))
+    dhidden = hidden.new_zeros(hidden.shape, dtype=kept_dtype(hidden))
     rows = counted.nonzero()[:, 0]
     sizes = chunks(len(rows), hidden, weight, chunk_bytes)
-    of_sum = dtype if len(sizes) > 1 else _kept_dtype(weight)
+    of_sum = dtype if len(sizes) > 1 else kept_dtype(weight)
     allocate = weight.new_empty if sizes else weight.new_zeros
     dweight = allocate(weight.shape if need_weight else 0, dtype=of_sum)
     dbias = allocate(weight.shape[0] if need_bias else 0, dtype=of_sum)
@@ -274,16 +275,11 @@ def chunked_gradients(
         dlogprobs, dentropy = upstream(TokenStats(logprobs, entropy), chunk)
         dhidden[chunk] = ops.linear_logprobs_chunk_backward(
             z, dlogprobs, dentropy, *part, lse, entropy, dweight, dbias, i > 0
-        ).to(dhidden.dtype)
+        )
         del z
     return HeadGradients(
         stats,
         dhidden if need_hidden else None,
-        dweight.to(_kept_dtype(weight)) if need_weight else None,
-        dbias.to(bias.dtype) if need_bias else None,
+        dweight.to(kept_dtype(weight)) if need_weight else None,
+        dbias.to(kept_dtype(bias)) if need_bias else None,
     )
-
-
-def _kept_dtype(tensor: Tensor) -> torch.dtype:
-    """Gradients wait for the scale of the loss in float32 where float16 could underflow."""
-    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype

@@ -22,6 +22,7 @@ from fused_rl import chunked
 from fused_rl.chunked import (
     check_tokens,
     chunk_rows,
+    kept_dtype,
     padded,
     statistics_like,
 )
@@ -215,9 +216,10 @@ def linear_logprobs_frozen(
         for total, part in zip(out, chunk, strict=True):
             total[rows] = part
         ones, none = torch.ones_like(chunk[0]), weight.new_empty(0)
-        unit[rows] = linear_logprobs_chunk_backward(
+        of_chunk = linear_logprobs_chunk_backward(
             z, ones, torch.zeros_like(ones), *args, chunk[2], chunk[1], none, none.clone(), False
         )
+        unit[rows] = of_chunk.to(unit.dtype)
     return (*out, unit)
 
 
@@ -319,7 +321,8 @@ def linear_logprobs_chunk_backward(
     dbias: Tensor,
     accumulate: bool,
 ) -> Tensor:
-    """dhidden [N, H]; writes dweight and dbias, or adds to them. Those that are empty are skipped.
+    """dhidden [N, H], in float32 where hidden is float16, since the scale of the loss is still to
+    come; writes dweight and dbias, or adds to them. Those that are empty are skipped.
 
     dweight is contiguous, in any floating dtype; dbias has the dtype it likes as well.
     """
@@ -344,7 +347,7 @@ def linear_logprobs_chunk_backward(
 
 @linear_logprobs_chunk_backward.register_fake
 def _(z, dlogprobs, dentropy, hidden, *rest):
-    return hidden.new_empty(hidden.shape)
+    return hidden.new_empty(hidden.shape, dtype=kept_dtype(hidden))
 
 
 @custom_op("fused_rl::logits_logprobs", mutates_args=())

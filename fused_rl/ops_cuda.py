@@ -30,10 +30,13 @@ def _chosen(live: Tensor) -> Tensor | None:
     return None if len(rows) == len(live) else rows
 
 
-def _placed(rows: Tensor | None, part: Tensor, like: Tensor) -> Tensor:
+def _placed(
+    rows: Tensor | None, part: Tensor, like: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    part = part.to(dtype or like.dtype)
     if rows is None:
-        return part.to(like.dtype)
-    return like.new_zeros(like.shape).index_copy_(0, rows, part.to(like.dtype))
+        return part
+    return part.new_zeros(like.shape).index_copy_(0, rows, part)
 
 
 def _taken(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -162,7 +165,7 @@ def linear_logprobs_chunk_backward(
         for to, share in zip(into, sums, strict=True):
             if to is not None:
                 to.copy_(to + share / unit if accumulate else share / unit)
-    return _placed(rows, dhidden, hidden)
+    return _placed(rows, dhidden, hidden, chunked.kept_dtype(hidden))
 
 
 def logits_logprobs(logits, labels, temperature, ignore_index, device):
