@@ -55,8 +55,8 @@ ALONE = (
     + SCORE
     + """
 path, device = Path(sys.argv[1]), sys.argv[2]
-loaded = {"chosen": get_local_kernel(path)}
-assert get_local_kernel(path) is loaded["chosen"]
+loaded = {"chosen": get_local_kernel(path, backend=device)}
+assert get_local_kernel(path, backend=device) is loaded["chosen"]
 loaded["plain"] = get_local_kernel(path / "build" / "torch-cpu")
 case = torch.load("case.pt")
 torch.save(
@@ -180,8 +180,8 @@ from kernels import get_local_kernel
 
 load = [
     lambda: importlib.import_module("fused_rl"),
-    lambda: get_local_kernel(Path(sys.argv[1])),
-    lambda: get_local_kernel(Path("copy")),
+    lambda: get_local_kernel(Path(sys.argv[1]), backend="cpu"),
+    lambda: get_local_kernel(Path("copy"), backend="cpu"),
 ]
 modules = [load[int(i)]() for i in sys.argv[2]]
 h, w, y = torch.randn(5, 8), torch.randn(30, 8), torch.randint(30, (5,))
