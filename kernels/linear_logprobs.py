@@ -57,7 +57,7 @@ class Config(NamedTuple):
 CONFIGS = {
     8: [Config(128, 128, 64, 8, 3, False)],
     9: [Config(128, 128, 64, 8, 4, True), Config(128, 128, 32, 8, 4, False)],
-    10: [Config(128, 128, 64, 8, 4, True), Config(128, 128, 64, 8, 3, False)],
+    10: [Config(128, 128, 64, 8, 4, True), Config(128, 128, 32, 8, 4, False)],
     0: [Config(128, 128, 32, 8, 2, False)],
 }
 
