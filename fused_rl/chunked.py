@@ -47,6 +47,17 @@ def statistics_like(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Ten
     return tuple(hidden.new_empty(hidden.shape[:1], dtype=t) for t in dtypes)
 
 
+def gradients_like(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for dhidden, dweight and dbias; none where it is not needed."""
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape if needs[1] else (0,)),
+        bias.new_empty(bias.shape) if needs[2] else weight.new_empty(0),
+    )
+
+
 def kept_dtype(tensor: Tensor) -> torch.dtype:
     """What a gradient waits in for the scale of its loss: float16 could underflow meanwhile."""
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype

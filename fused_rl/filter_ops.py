@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fused_rl import ops, reference
-from fused_rl.chunked import check_tokens, chunk_rows, raw_gradient, statistics_like
+from fused_rl.chunked import (
+    check_tokens,
+    chunk_rows,
+    gradients_like,
+    raw_gradient,
+    statistics_like,
+)
 from fused_rl.reference import acc_dtype
 
 # csrc/problem.h has the same.
@@ -111,12 +117,7 @@ def linear_filtered_logprobs_backward(
 
 @linear_filtered_logprobs_backward.register_fake
 def _(dlogprobs, dentropy, hidden, weight, bias, *rest):
-    need_dhidden, need_dweight, need_dbias = rest[-3:]
-    return (
-        hidden.new_empty(hidden.shape if need_dhidden else (0,)),
-        weight.new_empty(weight.shape if need_dweight else (0,)),
-        bias.new_empty(bias.shape) if need_dbias else weight.new_empty(0),
-    )
+    return gradients_like(hidden, weight, bias, rest[-3:])
 
 
 def _save(ctx, inputs, output) -> None:

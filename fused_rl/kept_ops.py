@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fused_rl import ops, reference
-from fused_rl.chunked import statistics_like
+from fused_rl.chunked import gradients_like, statistics_like
 from fused_rl.reference import acc_dtype
 
 
@@ -89,12 +89,7 @@ def linear_kept_logprobs_backward(
 
 @linear_kept_logprobs_backward.register_fake
 def _(dlogprobs, dentropy, dkept_logprobs, hidden, weight, bias, *rest):
-    need_dhidden, need_dweight, need_dbias = rest[-3:]
-    return (
-        hidden.new_empty(hidden.shape if need_dhidden else (0,)),
-        weight.new_empty(weight.shape if need_dweight else (0,)),
-        bias.new_empty(bias.shape) if need_dbias else weight.new_empty(0),
-    )
+    return gradients_like(hidden, weight, bias, rest[-3:])
 
 
 def _save(ctx, inputs, output) -> None:

@@ -22,6 +22,7 @@ from fused_rl import chunked
 from fused_rl.chunked import (
     check_tokens,
     chunk_rows,
+    gradients_like,
     kept_dtype,
     padded,
     statistics_like,
@@ -135,29 +136,8 @@ def linear_logprobs_backward(
 
 
 @linear_logprobs_backward.register_fake
-def _(
-    dlogprobs,
-    dentropy,
-    hidden,
-    weight,
-    bias,
-    labels,
-    temperature,
-    scale,
-    softcap,
-    ignore_index,
-    chunk_bytes,
-    lse,
-    entropy,
-    need_dhidden,
-    need_dweight,
-    need_dbias,
-):
-    return (
-        hidden.new_empty(hidden.shape if need_dhidden else (0,)),
-        weight.new_empty(weight.shape if need_dweight else (0,)),
-        bias.new_empty(bias.shape) if need_dbias else weight.new_empty(0),
-    )
+def _(dlogprobs, dentropy, hidden, weight, bias, *rest):
+    return gradients_like(hidden, weight, bias, rest[-3:])
 
 
 def _save_inputs(ctx, inputs, output) -> None:
