@@ -56,11 +56,13 @@ def main() -> None:
         train(model, words, args.steps)
         args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), args.checkpoint)
-    records = []
+    records, tried = [], []
     for temperature in map(float, args.temperatures.split(",")):
         hidden, weight = states(model, words, args.tokens, temperature)
         records += measure(hidden, weight, temperature, args.rounds)
+        tried += [{"temperature": temperature, **r} for r in alternatives(hidden, weight)]
     content = {"environment": environment(), "steps": args.steps, "text": args.text}
+    content["alternatives"] = tried
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({**content, "records": records}, indent=1) + "\n")
     print("\n".join(table(records)))
@@ -198,6 +200,43 @@ def measure(hidden: Tensor, weight: Tensor, temperature: float, rounds: int) -> 
             }
         )
     return records
+
+
+def alternatives(hidden: Tensor, weight: Tensor) -> list[dict]:
+    """Errors of dhidden and dweight, in float64, by what happens to the probability left out.
+
+    dropped: what grad_filter does. group mean: it is spread evenly over its group of words.
+    kept words: it goes to the words that are kept, in proportion. labels' mean: dhidden as if it
+    were at the mean of the rows of the batch's labels.
+    """
+    h, w = hidden.double(), weight.double()
+    p = torch.softmax(h @ w.T, -1)
+    rows, labels = torch.arange(len(p)), torch.multinomial(p, 1)[:, 0]
+    upstream = torch.randn(len(p), dtype=torch.float64)[:, None] / len(p)
+    picked = torch.zeros_like(p).index_put((rows, labels), p.new_ones(()))
+    draw = upstream * (picked - p)
+    exact = (draw @ w, draw.T @ h)
+    found = []
+    for f in FILTERS:
+        kept = pairs_that_take_part(p, labels, f)
+        lost = p * ~kept
+        spread = torch.cat([g.mean(1, True).expand_as(g) for g in lost.split(GROUP, 1)], 1)
+        proportional = p * kept / (1 - lost.sum(1, True))
+        ways = {
+            "dropped": draw * kept,
+            "group mean": draw * kept - upstream * spread,
+            "kept words": upstream * (picked - proportional),
+        }
+        errors = {
+            way: (relative(d @ w, exact[0]), relative(d.T @ h, exact[1])) for way, d in ways.items()
+        }
+        shifted = ways["dropped"] @ w - upstream * lost.sum(1, True) * w[labels].mean(0)
+        errors["labels' mean"] = (relative(shifted, exact[0]), errors["dropped"][1])
+        found += [
+            {"grad_filter": f, "way": way, "dhidden_error": a, "dweight_error": b}
+            for way, (a, b) in errors.items()
+        ]
+    return found
 
 
 def pairs_that_take_part(p: Tensor, labels: Tensor, grad_filter: float) -> Tensor:
