@@ -94,7 +94,7 @@ def linear_filtered_logprobs_backward(
     """
     V, dtype = weight.shape[0], acc_dtype(hidden, weight)
     dhidden = hidden.new_zeros(hidden.shape, dtype=dtype)
-    dweight, dbias = torch.zeros_like(weight), weight.new_zeros(V, dtype=dtype)
+    dweight, dbias = weight.new_zeros(weight.shape), weight.new_zeros(V, dtype=dtype)
     live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
     # A NaN is above every bound: it must reach the gradient.
     reached = ~(peaks.double() - lse < math.log(filter))
@@ -131,7 +131,7 @@ def _save(ctx, inputs, output) -> None:
 def _gradient(ctx, dlogprobs, dentropy, *_):
     *inputs, entropy, lse, peaks = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    upstream = ops.materialized(dlogprobs, dentropy, entropy)
+    upstream = ops.materialized(entropy, dlogprobs, dentropy)
     grads = linear_filtered_logprobs_backward(
         *upstream, *inputs, *ctx.options, lse, entropy, peaks, *needs
     )

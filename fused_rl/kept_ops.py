@@ -103,10 +103,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradient(ctx, dlogprobs, dentropy, _, dkept_logprobs, __):
     *tensors, lse, entropy, slope = ctx.saved_tensors
-    upstream = (
-        torch.zeros_like(entropy) if g is None else g.to(entropy.dtype)
-        for g in (dlogprobs, dentropy, dkept_logprobs)
-    )
+    upstream = ops.materialized(entropy, dlogprobs, dentropy, dkept_logprobs)
     needs = ctx.needs_input_grad[:3]
     grads = linear_kept_logprobs_backward(
         *upstream, *tensors, *ctx.options, lse, entropy, slope, *needs

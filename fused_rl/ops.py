@@ -148,17 +148,16 @@ def _save_inputs(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def materialized(dlogprobs: Tensor | None, dentropy: Tensor | None, like: Tensor) -> tuple:
-    """Upstream gradients as tensors: where a loss does not depend on one of the two, zeros."""
-    given = (dlogprobs, dentropy)
-    return tuple(torch.zeros_like(like) if g is None else g.to(like.dtype) for g in given)
+def materialized(like: Tensor, *upstream: Tensor | None) -> tuple[Tensor, ...]:
+    """Upstream gradients in the dtype of `like`; zeros where a loss does not depend on a result."""
+    return tuple(torch.zeros_like(like) if g is None else g.to(like.dtype) for g in upstream)
 
 
 def _linear_logprobs_grad(ctx, dlogprobs, dentropy, *_):
     hidden, weight, bias, labels, temperature, entropy, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     grads = linear_logprobs_backward(
-        *materialized(dlogprobs, dentropy, entropy),
+        *materialized(entropy, dlogprobs, dentropy),
         *(hidden, weight, bias, labels, temperature, *ctx.options),
         *(lse, entropy, *needs),
     )
@@ -249,7 +248,7 @@ def _(dlogprobs, dentropy, hidden, *rest):
 def _linear_logprobs_frozen_grad(ctx, dlogprobs, dentropy, *_):
     hidden, weight, bias, labels, temperature, entropy, lse, unit = ctx.saved_tensors
     dhidden = linear_logprobs_frozen_backward(
-        *materialized(dlogprobs, dentropy, entropy),
+        *materialized(entropy, dlogprobs, dentropy),
         *(hidden, weight, bias, labels, temperature, *ctx.options),
         *(lse, entropy, unit),
     )
@@ -375,7 +374,7 @@ def _save_logits(ctx, inputs, output) -> None:
 
 def _logits_logprobs_grad(ctx, dlogprobs, dentropy, _):
     logits, labels, temperature, lse, entropy = ctx.saved_tensors
-    upstream = materialized(dlogprobs, dentropy, entropy)
+    upstream = materialized(entropy, dlogprobs, dentropy)
     args = (*upstream, logits, labels, temperature, ctx.ignore_index, lse, entropy)
     return logits_logprobs_backward(*args), None, None, None
 

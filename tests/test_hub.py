@@ -55,8 +55,10 @@ ALONE = (
     + SCORE
     + """
 path, device = Path(sys.argv[1]), sys.argv[2]
-loaded = {"chosen": get_local_kernel(path, backend=device)}
-assert get_local_kernel(path, backend=device) is loaded["chosen"]
+# A torch for CPUs alone chooses by itself; one for a GPU is told when it is to be the CPU.
+backend = device if torch.version.cuda or torch.version.hip else None
+loaded = {"chosen": get_local_kernel(path, backend=backend)}
+assert get_local_kernel(path, backend=backend) is loaded["chosen"]
 loaded["plain"] = get_local_kernel(path / "build" / "torch-cpu")
 case = torch.load("case.pt")
 torch.save(
@@ -178,10 +180,11 @@ import importlib, sys, torch
 from pathlib import Path
 from kernels import get_local_kernel
 
+backend = "cpu" if torch.version.cuda or torch.version.hip else None
 load = [
     lambda: importlib.import_module("fused_rl"),
-    lambda: get_local_kernel(Path(sys.argv[1]), backend="cpu"),
-    lambda: get_local_kernel(Path("copy"), backend="cpu"),
+    lambda: get_local_kernel(Path(sys.argv[1]), backend=backend),
+    lambda: get_local_kernel(Path("copy"), backend=backend),
 ]
 modules = [load[int(i)]() for i in sys.argv[2]]
 h, w, y = torch.randn(5, 8), torch.randn(30, 8), torch.randint(30, (5,))
