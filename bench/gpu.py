@@ -34,7 +34,7 @@ from interpreted import Launches
 
 from fused_rl.bench import KINDS, NO_GRAD, STEP, Kind, Task, environment, head_task, times, usable
 from fused_rl.bench import judged as judged_by
-from fused_rl.bench_clock import Clock, peak_extra_bytes
+from fused_rl.bench_clock import Clock, interleaved, peak_extra_bytes
 from fused_rl.bench_peers import USUAL_PEERS, Case
 from fused_rl.bench_records import OURS, PRODUCTS
 
@@ -202,15 +202,11 @@ class Session:
 
     def rounds_of(self, runs: dict[str, Callable]) -> dict[str, list[float]]:
         """Seconds of each in each round: one round at least, the rest while the budget lasts."""
-        for run in runs.values():
-            run()
-        taken: dict[str, list[float]] = {name: [] for name in runs}
-        for done in range(self.rounds):
-            if done and time.monotonic() > self.end - RESERVE:
-                break
-            for name, run in runs.items():
-                taken[name].append(self.clock(run))
-        return taken
+
+        def enough() -> bool:
+            return time.monotonic() > self.end - RESERVE
+
+        return interleaved(runs, self.rounds, self.clock, enough=enough)
 
 
 # What decisions.py tries, by name: (session, case, sizes) -> records.

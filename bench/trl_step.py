@@ -32,6 +32,7 @@ from run import replace_block
 
 import fused_rl
 from fused_rl.bench import environment
+from fused_rl.bench_clock import status
 from fused_rl.bench_records import MIB, Record
 from fused_rl.integrations import trl as integration
 
@@ -248,12 +249,6 @@ class Watch:
         self.step_seconds.append(time.perf_counter() - self.began)
         self.peak_bytes.append(status("VmHWM"))
         self.extra_bytes.append(max(0, self.peak_bytes[-1] - self.resident))
-
-
-def status(field: str) -> int:
-    """Bytes, by the kernel's account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def merged(way: str, results: list[Record]) -> Record:

@@ -39,8 +39,10 @@ def interleaved(
     rounds: int,
     clock: Clock,
     tick: Callable[[], None] = lambda: None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> dict[str, list[float]]:
-    """Seconds of each case in each round; a round runs every case once, after one warm-up.
+    """Seconds of each case in each round; a round runs every case once, after one warm-up. From the
+    second on there is none once `enough` says so.
 
     The order changes from round to round, and is the same in every run: what a case leaves behind,
     pages given back or a warm cache, is not always the next one's to bear.
@@ -49,7 +51,9 @@ def interleaved(
         run()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     order, shuffle = list(cases), random.Random(0).shuffle
-    for _ in range(rounds):
+    for done in range(rounds):
+        if done and enough():
+            break
         for name in order:
             seconds[name].append(clock(cases[name]))
         tick()
@@ -80,12 +84,13 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> i
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     run()
-    return max(0, _status("VmHWM") - before)
+    return max(0, status("VmHWM") - before)
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Bytes, by the kernel's account of this process: VmRSS, VmHWM. Linux only."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
