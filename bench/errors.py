@@ -16,20 +16,27 @@ BUDGET = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 CHECKED = {"few tokens": (40, 96, 5003), "many tokens": (520, 40, 300)}
 
 
-def correctness(device: torch.device) -> Record:
+def correctness(device: torch.device) -> tuple[Record, dict[str, str]]:
     """dtype, size -> errors of logprobs, entropy (largest) and dhidden, dweight, dbias (relative);
-    of logprobs, entropy and dlogits for rows of logits.
+    of logprobs, entropy and dlogits for rows of logits. And what was over its budget or raised, by
+    name: a wrong case is a result, and the others are still to be seen.
     """
     found: Record = {}
+    wrong: dict[str, str] = {}
     for dtype, budget in BUDGET.items():
-        errors = {name: head_errors(dtype, device, *size) for name, size in CHECKED.items()}
-        errors["logits"] = logits_errors(dtype, device)
-        found[str(dtype).removeprefix("torch.")] = errors
-        for name, of in errors.items():
+        short = str(dtype).removeprefix("torch.")
+        found[short] = {}
+        for name, size in {**CHECKED, "logits": None}.items():
+            try:
+                of = head_errors(dtype, device, *size) if size else logits_errors(dtype, device)
+            except Exception as failure:
+                wrong[f"{short}, {name}"] = f"{type(failure).__name__}: {failure}"[:400]
+                continue
+            found[short][name] = of
             # Written so that NaN is wrong.
-            if not (max(of[:2]) <= LOGPROB_ERROR and max(of[2:]) <= budget):
-                raise SystemExit(f"wrong on {device} in {dtype}, {name}: {of}")
-    return found
+            if not (all(e <= LOGPROB_ERROR for e in of[:2]) and all(e <= budget for e in of[2:])):
+                wrong[f"{short}, {name}"] = f"errors {of}"
+    return found, wrong
 
 
 def head_errors(dtype: torch.dtype, device: torch.device, N: int, H: int, V: int) -> list[float]:

@@ -18,12 +18,12 @@ def show(content: Record) -> None:
         print(f"  {record}")
     if "ceilings" in content:
         print(", ".join(f"{k} {v:.1f}" for k, v in content["ceilings"].items()))
-    for name in ("forwards", "row kernels", "chunks", "graph"):
+    for name in ("forwards", "products", "row kernels", "chunks", "graph"):
         table(name, map(choice, content[name]))
     for record in best_forwards(content["forwards"]):
         print(record)
     print(f"\nkernels: {content['kernels']}; launches: {content['launches']}")
-    for name in ("missing", "left out", "failed", "never launched"):
+    for name in ("missing", "left out", "wrong", "failed", "never launched"):
         if content[name]:
             print(f"{name}: {content[name]}")
     table("cases", map(case, content["records"]))
@@ -48,10 +48,12 @@ def choice(record: Record) -> tuple[str, ...]:
         return (record["shape"], detail, record["way"], f"failed: {record['failed'][:60]}", "", "")
     if "equal" in record:
         graph = "captured" if record["captured"] else "no GPU: not captured"
-        same = "same bits" if record["equal"] else f"differs by {record['difference']:.1e}"
+        close = "a rounding" if record["within_an_ulp"] else "too much"
+        same = "same bits" if record["equal"] else f"{record['difference']:.1e}: {close}"
         return (record["shape"], detail, record["way"], graph, same, "")
     error = record.get("logprob_error", record.get("difference"))
     last = f"{record['GB_per_s']:.0f} GB/s" if "GB_per_s" in record else ""
+    last = f"{record['TFLOP_per_s']:.0f} TFLOP/s" if "TFLOP_per_s" in record else last
     last = f"{error:.1e}" if error is not None else last
     cells = (f"{record['ms_median']:.3f} ms", f"x {record['ratio']:.2f}", last)
     return (record["shape"], detail, record["way"], *cells)

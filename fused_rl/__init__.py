@@ -16,6 +16,7 @@ from fused_rl.advantages import (
 )
 from fused_rl.backends import Backend, backends
 from fused_rl.batch import TokenBatch
+from fused_rl.checkout import find_kernels as _find_kernels
 from fused_rl.diagnosis import Finding, Thresholds, diagnose
 from fused_rl.head import LMHead
 from fused_rl.kept import KeptStats, linear_kept_logprobs
@@ -102,6 +103,8 @@ from fused_rl.surrogates import (
     Unclipped,
 )
 from fused_rl.trust_regions import DPPOKL, DPPOTV, ClipCov, KLCov
+
+_find_kernels()
 
 __version__ = "0.1.0"
 

@@ -163,7 +163,11 @@ def policy_batch(labels):
 
 
 def test_a_step_can_be_captured_in_a_graph():
-    """Forward, loss and backward; replayed on other numbers it is the eager step, bit for bit."""
+    """Forward, loss and backward; replayed on other numbers it is the eager step.
+
+    The graph multiplies all rows, the eager step those that have a gradient: the fp32 sums are in
+    another order, and may round to the other neighbour in bfloat16.
+    """
     hidden, weight, labels = build(torch.bfloat16, "cuda")
     batch = policy_batch(labels.clamp(min=0))
 
@@ -183,8 +187,12 @@ def test_a_step_can_be_captured_in_a_graph():
     with torch.no_grad():
         hidden.mul_(0.5)
     graph.replay()
-    for found, expected in zip(captured, step(), strict=True):
-        assert torch.equal(found, expected)
+    (loss, *gradients), (expected_loss, *expected) = captured, step()
+    torch.testing.assert_close(loss, expected_loss)
+    for a, b in zip(gradients, expected, strict=True):
+        ulp = torch.finfo(b.dtype).eps * b.abs()
+        # Where terms cancel, their sum is as exact as they are: a part of the usual element's ulp.
+        assert ((a - b).abs() <= torch.maximum(ulp, 1e-3 * ulp.mean())).all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])

@@ -83,15 +83,17 @@ def test_every_way_of_the_forward_is_right(small):
     assert max(r["entropy_error"] for r in ways) < 1e-5
 
 
-def test_chunks_rows_and_the_graph(small):
+def test_chunks_rows_products_and_the_graph(small):
     content, _ = small
-    assert not [r for r in (*content["chunks"], *content["row kernels"]) if "failed" in r]
+    tried = (*content["chunks"], *content["row kernels"], *content["products"])
+    assert not [r for r in tried if "failed" in r]
+    assert all(r["TFLOP_per_s"] > 0 for r in content["products"])
     one_pass = [r for r in content["chunks"] if r["way"].startswith("one pass")]
     assert {r["frozen"] for r in one_pass} == {True, False}
     assert max(r["difference"] for r in content["chunks"]) < 1e-2
     assert all(r["GB_per_s"] > 0 for r in content["row kernels"])
     (graph,) = content["graph"]
-    assert graph["equal"] and graph["captured"] == torch.cuda.is_available()
+    assert graph["within_an_ulp"] and graph["captured"] == torch.cuda.is_available()
 
 
 def test_peers_that_are_missing_are_named(small):
@@ -108,7 +110,7 @@ def test_what_does_not_fit_the_budget_is_left_out_and_named(tmp_path):
     done = script("--small", "--budget", "0", "--out", str(path))
     content = json.loads(path.read_text())
     assert done.returncode == 0, done.stderr
-    assert content["records"] == [] and len(content["left out"]) == len(KINDS) + 4
+    assert content["records"] == [] and len(content["left out"]) == 2 * len(KINDS) + 5
     assert "small: forwards" in done.stdout
 
 
@@ -120,6 +122,80 @@ def test_sanitize_runs_the_small_cases_alone(tmp_path):
     content = json.loads(path.read_text())
     assert done.returncode == 0, done.stderr
     assert content["small cases"] and not content["records"] and not content["forwards"]
+
+
+@pytest.fixture
+def errors(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    return module("errors")
+
+
+def test_correctness_goes_on_after_what_is_wrong(errors, monkeypatch):
+    """A case over its budget, one that raises, NaN: each is named, and the others are measured."""
+    found, wrong = errors.correctness(torch.device("cpu"))
+    assert wrong == {} and {len(of) for of in found.values()} == {3}
+    own = errors.head_errors
+
+    def broken(dtype, device, N, H, V):
+        if dtype == torch.float16:
+            raise RuntimeError("no kernel image")
+        nan = float("nan")
+        return own(dtype, device, N, H, V) if N > 100 else [1e-6, 1e-6, nan, 0.0, 0.0]
+
+    monkeypatch.setattr(errors, "head_errors", broken)
+    found, wrong = errors.correctness(torch.device("cpu"))
+    few, many = errors.CHECKED
+    assert set(wrong) == {
+        f"float16, {few}",
+        f"float16, {many}",
+        f"float32, {few}",
+        f"bfloat16, {few}",
+    }
+    assert "no kernel image" in wrong[f"float16, {few}"]
+    assert list(found["float16"]) == ["logits"] and len(found["float32"]) == 3
+
+
+@pytest.mark.parametrize("part", ["wrong", "failed", "never launched"])
+def test_the_script_fails_at_its_end(small, part, monkeypatch):
+    content, _ = small
+    monkeypatch.syspath_prepend(str(BENCH))
+    gpu = module("gpu")
+    assert not gpu.failed(content)
+    assert gpu.failed({**content, part: {"float32, logits": "errors [nan]"}})
+    other = [{**r, "within_an_ulp": False} for r in content["graph"]]
+    assert gpu.failed({**content, "graph": other})
+
+
+def test_within_an_ulp_by_hand(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    within = module("decisions").within_an_ulp
+    one = torch.ones(100, dtype=torch.bfloat16)
+    above = one.clone()
+    above[3] = 1 + 2**-7
+    assert within(above, one)
+    above[3] = 1 + 2**-6
+    assert not within(above, one)
+    above[3] = torch.nan
+    assert not within(above, one)
+
+
+def test_a_plain_checkout_has_the_kernels(tmp_path):
+    """No build, no installation: the package beside its kernels, and whatever else there is."""
+    root = BENCH.parent
+    for name in ("fused_rl", "kernels"):
+        (tmp_path / name).symlink_to(root / name, target_is_directory=True)
+    code = (
+        "import sys, importlib.util as u, fused_rl, fused_rl.kernels; "
+        "assert 'triton' not in sys.modules; print(fused_rl.__file__, "
+        "u.find_spec('fused_rl.kernels.kl').origin, u.find_spec('fused_rl.tests'))"
+    )
+    # Without the site module an editable installation is not seen; the packages are.
+    plain = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command, quiet = [sys.executable, "-S", "-c", code], {"capture_output": True, "text": True}
+    done = subprocess.run(command, **quiet, check=True, env=plain, cwd=tmp_path)
+    package, kernel, other = done.stdout.split()
+    assert package.startswith(str(tmp_path)) and kernel.startswith(str(tmp_path))
+    assert other == "None"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

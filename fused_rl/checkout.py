@@ -1,0 +1,19 @@
+"""`fused_rl.kernels` in a checkout without an installation: kernels/ lies beside the package."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+NAME = "fused_rl.kernels"
+# Hugging Face's package is called kernels too, and lies beside an installed fused_rl.
+MARK = "linear_logprobs.py"
+
+
+def find_kernels() -> None:
+    """Lets the kernels be imported from beside the package, where they are not inside it."""
+    folder = Path(__file__).parents[1] / "kernels"
+    if find_spec(NAME) is None and (folder / MARK).exists():
+        module = ModuleType(NAME)
+        module.__path__ = [str(folder)]
+        sys.modules[NAME] = module
