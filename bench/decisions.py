@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
 
 LARGE = Sizes(
     tokens=(64, 512, 2048, 8192),
-    tiles=((4096, 2048), (2048, 4096), (8192, 1024)),
+    tiles=((4096, 2048), (2048, 4096), (1024, 8192), (2048, 8192), (4096, 4096)),
     fused=(
         (128, 128, 64, 8, 4),
         (128, 128, 64, 8, 3),
@@ -130,7 +130,7 @@ def forward_ways(case: Case, sizes: Sizes, device: Any) -> dict[str, Call]:
         config = kernel.Config(*blocks, tma)
         m, n, k, warps, stages = blocks
         title = f"{'TMA' if tma else 'pointers'} {m}x{n}x{k}, {warps} warps, {stages} stages"
-        settings = (kernel, "CONFIGS", {device.major: [config]})
+        settings = (kernel, "CONFIGS", {**kernel.CONFIGS, device.major: [config]})
         return title, _forward(case, kernel.fused_statistics, settings, device)
 
     # Descriptors are for Hopper and later, and for the interpreter.

@@ -136,5 +136,6 @@ def _count(given: Count | None, own: Count, batch: TokenBatch) -> Tensor:
     """The count as a tensor; a batch without counted tokens has loss 0, not 0 / 0."""
     count = own if given is None else given
     if not isinstance(count, Tensor):
-        count = batch.advantages.new_tensor(count)
+        # Filled on the device: to copy a number there would end the capture of a graph.
+        count = batch.advantages.new_full((), count)
     return torch.where(count > 0, count, 1).to(batch.advantages.dtype)

@@ -179,6 +179,31 @@ def test_within_an_ulp_by_hand(monkeypatch):
     assert not within(above, one)
 
 
+@pytest.mark.parametrize("major", [0, 8, 9, 10])
+def test_every_forward_runs_with_its_own_tile(monkeypatch, major):
+    """On a device of any compute capability; the settings of the library are as before then."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.syspath_prepend(str(BENCH))
+    from fused_rl.kernels import linear_logprobs as kernel
+
+    tried, before = [], dict(kernel.CONFIGS)
+
+    def statistics(*args):
+        tried.append(kernel.configs(major)[0])
+        raise StopIteration
+
+    monkeypatch.setattr(kernel, "fused_statistics", statistics)
+    decisions = module("decisions")
+    case = decisions.Case(torch.zeros(8, 4), torch.zeros(9, 4), torch.zeros(8, dtype=torch.long))
+    device = kernel.Device(2, major)
+    sizes = decisions.LARGE._replace(tiles=())
+    for run in decisions.forward_ways(case, sizes, device).values():
+        with pytest.raises(StopIteration):
+            run()
+    assert [config[:5] for config in tried[: len(sizes.fused)]] == list(sizes.fused)
+    assert kernel.CONFIGS == before
+
+
 def test_a_plain_checkout_has_the_kernels(tmp_path):
     """No build, no installation: the package beside its kernels, and whatever else there is."""
     root = BENCH.parent
