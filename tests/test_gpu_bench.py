@@ -201,7 +201,7 @@ def test_every_forward_runs_with_its_own_tile(monkeypatch, major):
         with pytest.raises(StopIteration):
             run()
     assert [config[:5] for config in tried[: len(sizes.fused)]] == list(sizes.fused)
-    assert kernel.CONFIGS == before
+    assert before == kernel.CONFIGS
 
 
 def test_a_plain_checkout_has_the_kernels(tmp_path):
