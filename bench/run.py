@@ -141,11 +141,12 @@ def table(content: Content, link: str) -> list[str]:
 def row(record: dict) -> str:
     """One provider."""
     if (verdict := record.get("verdict", "right")) != "right":
-        return f"| {record['provider']} | {verdict} | | | |"
+        reason = f": {record['note'][:70]}" if "note" in record else ""
+        return f"| {record['provider']} | {verdict}{reason} | | | |"
     ms = f"{record['seconds_median'] * 1e3:.0f}"
     if record["provider"] == PRODUCTS:
         return f"| **{record['case']}** ({record['nhv']} NHV) | {ms} | 1 | | |"
-    peak = record["peak_extra_bytes"]
+    peak = record.get("peak_extra_bytes")
     memory = "" if peak is None else f"{peak / MIB:.0f}"
     ratio = f"{record['ratio_to_products']:.2f}"
     return f"| {record['provider']} | {ms} | {ratio} | {memory} | {error_of(record):.0e} |"

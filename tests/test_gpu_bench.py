@@ -103,6 +103,31 @@ def test_peers_that_are_missing_are_named(small):
         assert name in out
 
 
+def test_the_readme_says_what_was_measured_and_what_failed(small, tmp_path, monkeypatch):
+    content, _ = small
+    monkeypatch.syspath_prepend(str(BENCH))
+    readme = module("gpu_readme")
+    content = json.loads(json.dumps(content))
+    content["environment"]["gpu"] = "NVIDIA X1"
+    result, page = tmp_path / "x1.json", tmp_path / "README.md"
+    page.write_text("before\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nafter\n")
+    result.write_text(json.dumps(content))
+    assert readme.main([str(result), "--page", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "NVIDIA X1" in text and "[x1.json](x1.json)" in text
+    ours = next(r for r in content["records"] if r["provider"] == "fused_rl")
+    cells = f"| fused_rl | {ours['seconds_median'] * 1e3:.0f} | {ours['ratio_to_products']:.2f} |"
+    assert cells in text
+    assert "Nothing of ours was wrong" in text
+    content["wrong"] = {"float16, logits": "errors [nan]"}
+    content["forwards"] += [{"way": "a", "failed": "no space"}, {"way": "b", "failed": "no space"}]
+    content["left out"] = ["the last part"]
+    told = "\n".join(readme.faults(content))
+    assert "float16, logits: errors [nan]" in told and "2 of the forwards" in told
+    assert "the last part" in told and "Nothing of ours" not in told
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_the_budget_is_left_out_and_named(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed")
