@@ -339,7 +339,8 @@ def clip_cov(
     selection: a ClipCov, which says which. Mean over all tokens of the step. Advantages:
     group_zscore_advantages.
     """
-    return compose(selection or ClipCov(), TokenRatio(), TokenMean(num_tokens), **terms)
+    # Clip by name: torch.compile cannot follow a default_factory in what it traces.
+    return compose(selection or ClipCov(Clip()), TokenRatio(), TokenMean(num_tokens), **terms)
 
 
 def kl_cov(

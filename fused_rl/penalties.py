@@ -86,10 +86,10 @@ class KLPenalty:
         """
         return self.beta * self._terms(logprobs, batch)
 
-    @torch.no_grad()
     def estimate(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        """The same without beta, for monitoring."""
-        return self._terms(logprobs, batch)
+        """The same without beta and without gradient, for monitoring."""
+        with torch.no_grad():
+            return self._terms(logprobs, batch)
 
     def _terms(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         if batch.ref_logprobs is None:

@@ -20,7 +20,7 @@ from fused_rl.logprobs import TokenStats
 from fused_rl.means import TokenMean
 from fused_rl.penalties import KLPenalty
 from fused_rl.ratios import TokenRatio
-from fused_rl.surrogates import Clip, Surrogate, bounded
+from fused_rl.surrogates import Clip, bounded
 
 
 class LossOutput(NamedTuple):
@@ -37,7 +37,8 @@ class PolicyLoss:
     Args:
         surrogate: (log_ratio, logprobs, advantages) -> [N]; `clipped` as in surrogates.Surrogate.
             Unless it has token_separable = True it is called with the counted tokens alone.
-        ratio: (log_ratio, batch) -> [N]: at which level ratios are formed.
+        ratio: (log_ratio, batch) -> [N]: at which level ratios are formed; `clipped` as in
+            ratios.ClippedSequenceRatio, if it has bounds of its own.
         kl: (logprobs, batch) -> [N], the penalty towards batch.ref_logprobs, or None.
         entropy_coef: weight of the entropy bonus.
         mean: batch -> [N]: the weight of each token.
@@ -62,11 +63,26 @@ class PolicyLoss:
             stats: of the tokens of batch, [N] or in the shape the batch was built from.
             batch: the tokens.
 
+        Returns:
+            LossOutput(loss, metrics), the metrics over the counted tokens:
+
+            entropy, kl: means, in nats; kl where the batch has ref_logprobs.
+            ratio_mean, ratio_max: of the ratio at the level of `ratio`.
+            clip_fraction_low, clip_fraction_high: of tokens below a lower bound, above an upper
+                one, where the bound is at work: the surrogate's, and the ratio's own (GMPO).
+            clip_fraction_dual: of those of clip_fraction_high, the losing tokens (A < 0), which
+                dual or delta holds. verl's pg_clipfrac is low + high - dual, its pg_clipfrac_lower
+                dual.
+            zero_gradient_fraction: of tokens without a gradient; not under torch.compile.
+
         Raises:
             ValueError: stats that do not fit the batch; a KL penalty without ref_logprobs.
         """
         flat = self._flat(stats, batch)
-        return LossOutput(self.objective(flat, batch), self._metrics(flat, batch))
+        loss = self.objective(flat, batch)
+        # No decorator: torch.compile could not follow it in a loss that is made where it is traced.
+        with torch.no_grad():
+            return LossOutput(loss, self._metrics(flat, batch))
 
     def objective(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         """The loss alone."""
@@ -77,7 +93,9 @@ class PolicyLoss:
         """What the mean weighs, [N]; 0 outside loss_mask."""
         logprobs, entropy = self._flat(stats, batch)
         log_ratio = self._log_ratio(logprobs, batch)
-        losses = self._of_tokens(self.surrogate, log_ratio, logprobs, batch)
+        rows = self._rows(batch)
+        args = _chosen(rows, log_ratio, logprobs, batch.advantages)
+        losses = _placed(self.surrogate(*args), rows, len(logprobs))
         if batch.weights is not None:
             losses = batch.weights * losses
         if self._pulls:
@@ -104,25 +122,27 @@ class PolicyLoss:
         return TokenStats(*(t.reshape(-1).where(batch.loss_mask, 0.0) for t in stats))
 
     def _log_ratio(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        return self.ratio(logprobs - old, batch)
+        return self.ratio(_of_tokens(logprobs, batch), batch)
 
-    def _of_tokens(
-        self, method: Callable, log_ratio: Tensor, logprobs: Tensor, batch: TokenBatch
-    ) -> Tensor:
-        """The surrogate, or its bounds [2, N]. One that couples tokens hears of counted ones."""
-        args = (log_ratio, logprobs, batch.advantages)
-        if _separable(self.surrogate):
-            return method(*args)
-        rows = batch.loss_mask.nonzero()[:, 0]
-        part = method(*(t[rows] for t in args))
-        return part.new_zeros(*part.shape[:-1], len(logprobs)).index_copy(-1, rows, part)
+    def _rows(self, batch: TokenBatch) -> Tensor | None:
+        """The counted tokens, for a surrogate that couples tokens; None: it takes all of them."""
+        return None if _separable(self.surrogate) else batch.loss_mask.nonzero()[:, 0]
 
-    def _clipped(self, *args: Tensor) -> Tensor:
-        """The surrogate's two bounds, [2, N]; a plain function has none."""
-        return torch.stack(getattr(self.surrogate, "clipped", Surrogate().clipped)(*args))
+    def _clipped(self, log_ratio: Tensor, logprobs: Tensor, batch: TokenBatch) -> Tensor:
+        """[3, N] bool: below a lower bound, above an upper one, and the losing among the latter."""
+        rows = self._rows(batch)
+        args = _chosen(rows, log_ratio, logprobs, batch.advantages)
+        low = high = dual = torch.zeros_like(args[0], dtype=torch.bool)
+        if hasattr(self.surrogate, "clipped"):
+            low, high = self.surrogate.clipped(*args)
+        if hasattr(self.surrogate, "dual_clipped"):
+            dual = self.surrogate.dual_clipped(*args)
+        bounds = _placed(torch.stack([low, high, dual]), rows, len(logprobs))
+        if not hasattr(self.ratio, "clipped"):
+            return bounds
+        below, above = self.ratio.clipped(_of_tokens(logprobs, batch), batch)
+        return bounds | torch.stack([below, above, torch.zeros_like(above)])
 
-    @torch.no_grad()
     def _metrics(self, stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
         logprobs, entropy = stats
         count = batch.num_tokens.clamp(min=1)
@@ -132,14 +152,15 @@ class PolicyLoss:
 
         log_ratio = self._log_ratio(logprobs, batch)
         ratio = torch.exp(bounded(log_ratio))
-        low, high = self._of_tokens(self._clipped, log_ratio, logprobs, batch)
+        low, high, dual = self._clipped(log_ratio, logprobs, batch).to(ratio.dtype)
         metrics = {
             "entropy": mean(entropy),
             "ratio_mean": mean(ratio),
             # Padded, so that an empty batch has a maximum too.
             "ratio_max": pad(ratio.where(batch.loss_mask, 0.0), (0, 1)).max(),
-            "clip_fraction_low": mean(low.to(ratio.dtype)),
-            "clip_fraction_high": mean(high.to(ratio.dtype)),
+            "clip_fraction_low": mean(low),
+            "clip_fraction_high": mean(high),
+            "clip_fraction_dual": mean(dual),
         }
         if batch.ref_logprobs is not None:
             metrics["kl"] = mean((self.kl or KLPenalty(1.0)).estimate(logprobs, batch))
@@ -152,6 +173,23 @@ class PolicyLoss:
 
 def _separable(part: object) -> bool:
     return getattr(part, "token_separable", False)
+
+
+def _of_tokens(logprobs: Tensor, batch: TokenBatch) -> Tensor:
+    """The log-ratio of each token by itself."""
+    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    return logprobs - old
+
+
+def _chosen(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors if rows is None else tuple(t[rows] for t in tensors)
+
+
+def _placed(part: Tensor, rows: Tensor | None, N: int) -> Tensor:
+    """part [..., n] at its rows in [..., N], 0 elsewhere."""
+    if rows is None:
+        return part
+    return part.new_zeros(*part.shape[:-1], N).index_copy(-1, rows, part)
 
 
 Loss = Callable[[TokenStats, TokenBatch], LossOutput]

@@ -82,3 +82,8 @@ class ClippedSequenceRatio:
         above = log_ratio.clamp(max=self.high).where(batch.advantages > 0, log_ratio)
         clipped = log_ratio.clamp(min=-self.low).where(batch.advantages < 0, above)
         return batch.at_level(clipped, Level.GEOMETRIC)
+
+    def clipped(self, log_ratio: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """(below -low while A < 0, above high while A > 0): the token has no gradient there."""
+        low = (log_ratio < -self.low) & (batch.advantages < 0)
+        return low, (log_ratio > self.high) & (batch.advantages > 0)

@@ -36,6 +36,10 @@ class Surrogate:
         none = torch.zeros_like(log_ratio, dtype=torch.bool)
         return none, none
 
+    def dual_clipped(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
+        """Which tokens above the upper bound are losing ones, held from above: no token."""
+        return torch.zeros_like(log_ratio, dtype=torch.bool)
+
 
 @dataclass(frozen=True)
 class Clip(Surrogate):
@@ -78,10 +82,15 @@ class Clip(Surrogate):
     ) -> tuple[Tensor, Tensor]:
         """(below 1 - low while A < 0, above the bound for A's sign): the gradient there is 0."""
         ratio = torch.exp(bounded(log_ratio))
-        clip, dual, delta = 1 + self.high, self.dual or math.inf, self.delta or math.inf
-        gaining = (ratio > min(clip, delta)) & (advantages > 0)
-        losing = (ratio > min(dual, max(clip, delta))) & (advantages < 0)
+        gaining = (ratio > min(1 + self.high, self.delta or math.inf)) & (advantages > 0)
+        losing = self.dual_clipped(log_ratio, logprobs, advantages)
         return (ratio < 1 - self.low) & (advantages < 0), gaining | losing
+
+    def dual_clipped(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
+        """Above dual, or delta, while A < 0: the gradient there is 0."""
+        ratio = torch.exp(bounded(log_ratio))
+        delta = max(1 + self.high, self.delta or math.inf)
+        return (ratio > min(self.dual or math.inf, delta)) & (advantages < 0)
 
 
 @dataclass(frozen=True)

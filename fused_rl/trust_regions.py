@@ -133,6 +133,10 @@ class ClipCov(Surrogate):
         low, high = self.clip.clipped(log_ratio, logprobs, advantages)
         return low, high.index_fill(0, self._dropped(log_ratio, logprobs, advantages), True)
 
+    def dual_clipped(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
+        """Those of the clip."""
+        return self.clip.dual_clipped(log_ratio, logprobs, advantages)
+
     def _dropped(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         low, high = self.clip.clipped(log_ratio, logprobs, advantages)
         cov = covariance(logprobs, advantages)
