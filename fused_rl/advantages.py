@@ -6,6 +6,9 @@ without differences, or of one sample, says nothing: its advantages are exactly 
 Tokens: rewards and values are [B, T], or packed [N] with cu_seqlens. Tokens outside loss_mask are
 no steps: a counted token is followed by the next counted token of its sequence, and after the last
 one the value is 0. Everything is detached.
+
+Results are float32, or float64 for float64 inputs. Half precision is computed with in float32: it
+has too few digits for a difference of rewards, and float16 no room for their squares.
 """
 
 import math
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
-from fused_rl.reference import acc_dtype
+from fused_rl.reference import acc_dtype, promoted
 from fused_rl.rewards import Moments, is_finite, whiten
 from fused_rl.sequences import has_next, sequence_ids, suffix_scan
 
@@ -228,13 +231,18 @@ def clipped_value_loss(
         old_values: [...]: of the critic that the advantages were formed with.
         returns: [...]: as of gae.
 
+    Returns:
+        [...], float32, or float64 for float64 inputs.
+
     Raises:
-        ValueError: shapes that differ; a clip that is not positive.
+        ValueError: values that are not floating; shapes that differ; a clip that is not positive.
     """
+    for name, tensor in (("values", values), ("old_values", old_values), ("returns", returns)):
+        checks.is_floating(name, tensor)
     checks.same_shape("old_values", old_values, "values", values)
     checks.same_shape("returns", returns, "values", values)
     checks.require(clip > 0, lambda: f"clip must be positive, got {clip}")
-    old, target = old_values.detach(), returns.detach()
+    values, old, target = promoted(values, old_values.detach(), returns.detach())
     near = torch.maximum(torch.minimum(values, old + clip), old - clip)
     return 0.5 * torch.maximum((values - target).square(), (near - target).square())
 
@@ -249,7 +257,7 @@ def _groups(rewards: Tensor, group_size: int) -> Tensor:
         ),
     )
     is_finite("rewards", rewards)
-    return rewards.reshape(-1, group_size)
+    return rewards.to(acc_dtype(rewards)).reshape(-1, group_size)
 
 
 def _without_rounding(groups: Tensor, advantages: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_rl import checks
 from fused_rl.logprobs import IGNORE_INDEX
+from fused_rl.reference import acc_dtype
 from fused_rl.sequences import Level, segment_sum, sequence_ids
 
 _OPTIONAL = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "weights")
@@ -200,8 +201,11 @@ class TokenBatch:
         return replace(self, loss_mask=mask, **kept)
 
     def sequence_sum(self, values: Tensor) -> Tensor:
-        """[num_sequences]: the sums of values [N] over each sequence's tokens in loss_mask."""
-        counted = values.where(self.loss_mask, 0.0)
+        """[num_sequences]: the sums of values [N] over each sequence's tokens in loss_mask.
+
+        float32, or float64 for float64 values.
+        """
+        counted = values.to(acc_dtype(values)).where(self.loss_mask, 0.0)
         return segment_sum(counted, self.sequence, self.num_sequences)
 
     def at_level(self, log_ratio: Tensor, level: Level) -> Tensor:
@@ -236,6 +240,6 @@ def _neutral(name: str, tensor: Tensor | None, mask: Tensor) -> Tensor | None:
     """
     if tensor is None:
         return None
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        tensor = tensor.float()
+    if tensor.is_floating_point():
+        tensor = tensor.to(acc_dtype(tensor))
     return tensor.detach().reshape(-1).where(mask, _NEUTRAL.get(name, 0))

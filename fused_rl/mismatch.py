@@ -129,6 +129,8 @@ def off_policy_sequence_mask(logprobs: Tensor, batch: TokenBatch, *, delta: floa
 def top_entropy_mask(entropy: Tensor, batch: TokenBatch, *, fraction: float = 0.2) -> Tensor:
     """True for the counted tokens of highest entropy, a fraction of them, rounded up; ties stay.
 
+    math.ceil(fraction * counted tokens) of them, where no two are equal. NaN ranks last.
+
     "Beyond the 80/20 rule" (arXiv 2506.01939): the few tokens at which a chain of thought forks
     carry the gradient.
 
@@ -139,10 +141,12 @@ def top_entropy_mask(entropy: Tensor, batch: TokenBatch, *, fraction: float = 0.
         ValueError: a fraction outside 0 to 1; entropy that does not fit.
     """
     checks.require(0 < fraction <= 1, lambda: f"fraction must be in (0, 1], got {fraction}")
-    ranked = _flat("entropy", entropy, batch).where(batch.loss_mask, -torch.inf)
+    entropy = _flat("entropy", entropy, batch)
+    ranked = entropy.where(batch.loss_mask & ~entropy.isnan(), -torch.inf)
     if not len(ranked):
         return batch.loss_mask
-    keep = (batch.loss_mask.sum() * fraction).ceil().long().clamp(min=1)
+    # In float64, as Python would: 0.3 * 50 is no 15 in float32.
+    keep = (batch.loss_mask.sum().double() * fraction).ceil().long().clamp(min=1)
     least = ranked.sort(descending=True).values[keep - 1]
     return (ranked >= least) | ~batch.loss_mask
 

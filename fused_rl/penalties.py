@@ -23,6 +23,7 @@ from torch import Tensor
 from fused_rl import checks
 from fused_rl.batch import TokenBatch
 from fused_rl.kl import KL, kl_penalty
+from fused_rl.reference import acc_dtype
 from fused_rl.sequences import Level
 from fused_rl.surrogates import bounded
 
@@ -94,7 +95,14 @@ class KLPenalty:
     def _terms(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         if batch.ref_logprobs is None:
             raise ValueError("this loss has a KL penalty, but the batch has no ref_logprobs")
-        logprobs = logprobs.where(batch.loss_mask, 0.0)
+        _, importance = self._levels
+        dtype = acc_dtype(logprobs, batch.ref_logprobs)
+        # The gradient of an attached ratio adds k to its slope. k3 and its slope are each exp(-d)
+        # where d is far below 0, and their sum is d: float32 would lose it from 15 nats on.
+        wide = dtype if importance is None or not self.attached else torch.float64
+        return self._estimates(logprobs.to(wide).where(batch.loss_mask, 0.0), batch).to(dtype)
+
+    def _estimates(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         level, importance = self._levels
         weight = None if importance is None else self._ratio(logprobs, batch, Level(importance))
         if level == "token":

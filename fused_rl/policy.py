@@ -20,6 +20,7 @@ from fused_rl.logprobs import TokenStats
 from fused_rl.means import TokenMean
 from fused_rl.penalties import KLPenalty
 from fused_rl.ratios import TokenRatio
+from fused_rl.reference import promoted
 from fused_rl.surrogates import Clip, bounded
 
 
@@ -113,13 +114,15 @@ class PolicyLoss:
         return self.kl is not None and (isinstance(beta, Tensor) or beta != 0)
 
     def _flat(self, stats: TokenStats, batch: TokenBatch) -> TokenStats:
-        """Flattened, with zeros outside loss_mask: whatever is there cannot reach an exp."""
+        """Flattened, with zeros outside loss_mask: whatever is there cannot reach an exp. Half
+        precision becomes float32 here, once.
+        """
         if any(t.numel() != batch.labels.numel() for t in stats):
             raise ValueError(
                 "stats must have one entry per token of the batch, got "
                 f"{[list(t.shape) for t in stats]} for {list(batch.shape)}"
             )
-        return TokenStats(*(t.reshape(-1).where(batch.loss_mask, 0.0) for t in stats))
+        return TokenStats(*(t.reshape(-1).where(batch.loss_mask, 0.0) for t in promoted(*stats)))
 
     def _log_ratio(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         return self.ratio(_of_tokens(logprobs, batch), batch)

@@ -10,7 +10,7 @@ With d = logprobs - old_logprobs at the counted tokens of a sequence of T, sg = 
 
 Every token holds the number of its sequence, and its gradient reaches all tokens of the sequence.
 Sequences are those of the batch, padded or packed; tokens that do not count hold a number too, and
-contribute none.
+contribute none. Sums are float32, or float64 for float64 log-ratios.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fused_rl.batch import TokenBatch
+from fused_rl.reference import promoted
 from fused_rl.sequences import Level
 
 
@@ -79,11 +80,13 @@ class ClippedSequenceRatio:
     token_separable = False
 
     def __call__(self, log_ratio: Tensor, batch: TokenBatch) -> Tensor:
+        (log_ratio,) = promoted(log_ratio)
         above = log_ratio.clamp(max=self.high).where(batch.advantages > 0, log_ratio)
         clipped = log_ratio.clamp(min=-self.low).where(batch.advantages < 0, above)
         return batch.at_level(clipped, Level.GEOMETRIC)
 
     def clipped(self, log_ratio: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """(below -low while A < 0, above high while A > 0): the token has no gradient there."""
+        (log_ratio,) = promoted(log_ratio)
         low = (log_ratio < -self.low) & (batch.advantages < 0)
         return low, (log_ratio > self.high) & (batch.advantages > 0)

@@ -26,6 +26,12 @@ def acc_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in acc_dtype of them all: half precision is for storing, not for computing."""
+    dtype = acc_dtype(*tensors)
+    return tuple(t.to(dtype) for t in tensors)
+
+
 def logits(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_rl import checks
 from fused_rl.kl import KL, kl_penalty
-from fused_rl.reference import acc_dtype
+from fused_rl.reference import acc_dtype, promoted
 from fused_rl.sequences import Level, has_next, segment_sum, sequence_ids
 
 
@@ -80,13 +80,13 @@ def shape_rewards(
     counted = loss_mask.reshape(-1).bool()
     rows = counted.nonzero()[:, 0]
     last = rows[~has_next(sequence[rows])]
-    d = (logprobs.to(acc_dtype(logprobs)) - ref_logprobs).reshape(-1).where(counted, 0.0)
+    rewards, logprobs, ref_logprobs = promoted(rewards, logprobs, ref_logprobs)
+    d = (logprobs - ref_logprobs).reshape(-1).where(counted, 0.0)
     if level is Level.SEQUENCE:
         d = torch.zeros_like(d).index_copy(0, last, segment_sum(d, sequence, B)[sequence[last]])
     k = kl_penalty(d, torch.zeros_like(d), value=kind)
     shaped = (-beta * (k if clamp_min is None else k.clamp(min=clamp_min))).where(counted, 0.0)
-    own = rewards[sequence[last]].to(shaped.dtype)
-    return shaped.index_add(0, last, own).reshape(logprobs.shape)
+    return shaped.index_add(0, last, rewards[sequence[last]]).reshape(logprobs.shape)
 
 
 class Moments(NamedTuple):

@@ -53,7 +53,8 @@ class AdaptiveBeta:
             checks.require(value > 0, lambda n=name, v=value: f"{n} must be positive, got {v}")
 
     def update(self, kl: float, n: int = 1) -> float:
-        """beta after n steps at this KL."""
+        """beta after n steps at this KL: a number, or a tensor [], of any dtype."""
+        kl = float(kl)
         checks.require(not math.isnan(kl), lambda: f"kl must be a number, got {kl}")
         checks.require(
             0 <= n <= self.horizon, lambda: f"n must be 0 to horizon = {self.horizon}, got {n}"

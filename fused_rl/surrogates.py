@@ -6,15 +6,19 @@ the same arguments says at which tokens a lower and an upper bound are at work.
 
 log_ratio is what a level of ratios.py has made of logprobs - old_logprobs. Every exp is held within
 exp(+-20), where the derivative goes on as that at the bound: nothing overflows, nothing dies.
+Results are float32, or float64 where an argument is; half precision is computed with in float32.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import Tensor
 
 from fused_rl import checks
+from fused_rl.reference import promoted
 
 
 def bounded(log_ratio: Tensor, bound: float = 20.0) -> Tensor:
@@ -22,6 +26,16 @@ def bounded(log_ratio: Tensor, bound: float = 20.0) -> Tensor:
     # An infinite log-ratio, of a token that one policy cannot sample, is at the bound for good.
     finite = log_ratio.where(log_ratio.isfinite() | log_ratio.isnan(), log_ratio.sign() * bound)
     return finite + (finite.clamp(-bound, bound) - finite).detach()
+
+
+def promoting(method: Callable) -> Callable:
+    """A method of a surrogate, which then hears of float32 or float64 alone, and of one of them."""
+
+    @wraps(method)
+    def wide(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor):
+        return method(self, *promoted(log_ratio, logprobs, advantages))
+
+    return wide
 
 
 class Surrogate:
@@ -66,6 +80,7 @@ class Clip(Surrogate):
             lambda: f"delta must be positive, got {self.delta}",
         )
 
+    @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         ratio = torch.exp(bounded(log_ratio))
         clipped = ratio.clamp(1 - self.low, 1 + self.high)
@@ -77,6 +92,7 @@ class Clip(Surrogate):
         bound = -self.dual * advantages
         return torch.minimum(losses, bound).where(advantages < 0, losses)
 
+    @promoting
     def clipped(
         self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -86,6 +102,7 @@ class Clip(Surrogate):
         losing = self.dual_clipped(log_ratio, logprobs, advantages)
         return (ratio < 1 - self.low) & (advantages < 0), gaining | losing
 
+    @promoting
     def dual_clipped(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         """Above dual, or delta, while A < 0: the gradient there is 0."""
         ratio = torch.exp(bounded(log_ratio))
@@ -97,6 +114,7 @@ class Clip(Surrogate):
 class Unclipped(Surrogate):
     """-r A: the importance-weighted policy gradient (arXiv 1502.05477)."""
 
+    @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         return -torch.exp(bounded(log_ratio)) * advantages
 
@@ -105,6 +123,7 @@ class Unclipped(Surrogate):
 class Reinforce(Surrogate):
     """-A l: REINFORCE; GPG (arXiv 2504.02546). Old log-probs do not matter."""
 
+    @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         return -advantages * logprobs
 
@@ -120,10 +139,12 @@ class CISPO(Surrogate):
     ratio_min: float = 0.0
     ratio_max: float = 5.0
 
+    @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         ratio = torch.exp(bounded(log_ratio)).detach()
         return -ratio.clamp(self.ratio_min, self.ratio_max) * advantages * logprobs
 
+    @promoting
     def clipped(
         self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -142,6 +163,7 @@ class SAPO(Surrogate):
     tau_positive: float = 1.0
     tau_negative: float = 1.05
 
+    @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         ratio = torch.exp(bounded(log_ratio))
         positive = torch.sigmoid(self.tau_positive * (ratio - 1)) * (4 / self.tau_positive)
@@ -162,6 +184,7 @@ class ASPO(Surrogate):
     high: float = 0.2
     dual: float = 3.0
 
+    @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         ratio = torch.exp(bounded(log_ratio)).detach()
         flipped = 1 / ratio.clamp(max=1 + self.high)
@@ -170,6 +193,7 @@ class ASPO(Surrogate):
         step = (logprobs - logprobs.detach()).masked_fill(low | high, 0.0)
         return -weight * advantages * (1 + step)
 
+    @promoting
     def clipped(
         self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -192,6 +216,7 @@ class VESPO(Surrogate):
     k_negative: float = 3.0
     lambda_negative: float = 2.0
 
+    @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         log_r = log_ratio.detach().clamp(math.log(1e-8), 20.0)
         negative = advantages < 0
@@ -211,6 +236,7 @@ class DRO(Surrogate):
 
     penalty: float = 0.05
 
+    @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         return 0.5 * self.penalty * log_ratio.square() - advantages * logprobs
 
@@ -229,5 +255,6 @@ class Kimi(Surrogate):
     def __post_init__(self) -> None:
         checks.require(self.tau > 0, lambda: f"tau must be positive, got {self.tau}")
 
+    @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         return (advantages - self.tau * log_ratio).square() / (2 * self.tau)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
-from fused_rl.surrogates import Clip, Surrogate, bounded
+from fused_rl.surrogates import Clip, Surrogate, bounded, promoting
 
 
 def probabilities(log_ratio: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -31,6 +31,7 @@ class TrustRegion(Surrogate):
 
     ratio_max: float
 
+    @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         low, high = self.clipped(log_ratio, logprobs, advantages)
         ratio = torch.exp(bounded(log_ratio)).detach().clamp(max=self.ratio_max)
@@ -49,6 +50,7 @@ class DPPOTV(TrustRegion):
     high: float = 0.2
     ratio_max: float = 20.0
 
+    @promoting
     def clipped(
         self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -70,6 +72,7 @@ class DPPOKL(TrustRegion):
     high: float = 0.05
     ratio_max: float = 20.0
 
+    @promoting
     def clipped(
         self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -122,10 +125,12 @@ class ClipCov(Surrogate):
     def __post_init__(self) -> None:
         fraction_is_valid(self.fraction)
 
+    @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         losses = self.clip(log_ratio, logprobs, advantages)
         return losses.index_fill(0, self._dropped(log_ratio, logprobs, advantages), 0.0)
 
+    @promoting
     def clipped(
         self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -133,6 +138,7 @@ class ClipCov(Surrogate):
         low, high = self.clip.clipped(log_ratio, logprobs, advantages)
         return low, high.index_fill(0, self._dropped(log_ratio, logprobs, advantages), True)
 
+    @promoting
     def dual_clipped(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         """Those of the clip."""
         return self.clip.dual_clipped(log_ratio, logprobs, advantages)
@@ -164,6 +170,7 @@ class KLCov(Surrogate):
     def __post_init__(self) -> None:
         fraction_is_valid(self.fraction)
 
+    @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         order = covariance(logprobs, advantages).argsort(descending=True, stable=True)
         held = order[: share(self.fraction, len(order))]

@@ -175,6 +175,33 @@ def test_top_entropy_by_hand(fraction, kept):
     assert torch.equal(flat, mask)
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_top_entropy_counts_as_python_does(default):
+    """0.3 * 50 is 15, and was 16 in float32: 15 pairs of these."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        for tokens in (1, 7, 10, 50, 90, 100, 170, 180, 1000, 4001):
+            entropy = torch.randperm(tokens).double()
+            batch = TokenBatch.packed(
+                torch.zeros(tokens, dtype=torch.int64),
+                torch.tensor([0, tokens]),
+                torch.zeros(tokens, dtype=torch.float32),
+            )
+            for fraction in (0.1, 0.2, 0.3, 0.6, 0.7, 0.9, 1.0, 1 / 3):
+                kept = top_entropy_mask(entropy, batch, fraction=fraction)
+                assert kept.sum() == math.ceil(fraction * tokens), (tokens, fraction)
+                assert entropy[kept].min() == tokens - kept.sum()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_an_entropy_of_nan_ranks_last():
+    entropy = torch.tensor([[1.0, math.nan, 0.0], [3.0, math.nan, 99.0], [99.0, 99.0, 99.0]])
+    assert counted(top_entropy_mask(entropy, padded(), fraction=0.4)) == [1, 0, 0, 1, 0]
+    assert counted(top_entropy_mask(torch.full((9,), math.nan), padded(), fraction=0.4)) == [1] * 5
+
+
 def test_nothing_counted():
     empty = TokenBatch.packed(
         torch.zeros(0, dtype=torch.int64),

@@ -203,3 +203,36 @@ def test_mistakes_are_named():
         KLPenalty(1.0, level=Level.SEQUENCE, importance=Level.TOKEN)
     with pytest.raises(ValueError, match="the batch has no ref_logprobs"):
         KLPenalty(1.0)(torch.zeros(16), padded())
+
+
+@pytest.mark.parametrize("nats", [5.0, 15.0, 18.0, 19.5, 25.0, 30.0])
+@pytest.mark.parametrize(
+    ("level", "importance"),
+    [
+        (Level.TOKEN, Level.TOKEN),
+        (Level.TOKEN, Level.SEQUENCE),
+        (Level.SEQUENCE, Level.SEQUENCE),
+        (Level.SEQUENCE, Level.GEOMETRIC),
+    ],
+)
+def test_k3_with_an_attached_ratio_far_below_the_reference(level, importance, nats):
+    """On-policy the gradient is k3 + k3' = d, of two terms that are each e^-d: 3e6 at 15 nats."""
+    generator = torch.Generator().manual_seed(1)
+    logprobs = -40 + torch.randn(4, 4, generator=generator)
+    ref = logprobs + 0.3 * torch.randn(4, 4, generator=generator)
+    # The reference is above the policy in one token of the sequence and in the other's sum.
+    ref[0, 1] += nats
+    ref[2, 1:3] += nats / 2
+    penalty = KLPenalty(1.0, KL.K3, level=level, importance=importance)
+    found, right = (x.clone().requires_grad_() for x in (logprobs, logprobs.double()))
+    for leaf in (found, right):
+        batch = padded(None, ref.to(leaf.dtype))
+        penalty(leaf.reshape(-1), batch).sum().backward()
+    assert found.grad.dtype == torch.float32
+    torch.testing.assert_close(found.grad.double(), right.grad, rtol=1e-6, atol=1e-6)
+    d = (logprobs - ref).double()
+    if importance is Level.TOKEN:
+        torch.testing.assert_close(right.grad, d.where(MASK, 0.0), rtol=1e-7, atol=1e-6)
+    elif importance is level:
+        total = d.where(MASK, 0.0).sum(-1, keepdim=True).expand(4, 4).where(MASK, 0.0)
+        torch.testing.assert_close(right.grad, total, rtol=1e-7, atol=1e-6)

@@ -1,0 +1,316 @@
+"""The dtype of numbers is no mathematics: every public function of the cheap half, in half
+precision against float64 on the same rounded numbers, and under every default dtype.
+"""
+
+import math
+from collections.abc import Callable
+from enum import Enum
+
+import pytest
+import torch
+
+import fused_rl
+from fused_rl import KL, KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats, losses
+
+B, T, GROUP = 12, 7, 4
+HALVES = [torch.bfloat16, torch.float16]
+NEEDS = {"dr_grpo": {"length": 11}, "kimi": {"tau": 0.5}}
+# How a case makes a tensor of its numbers: rounded to a half type, and kept there or widened.
+Make = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Numbers:
+    """One step's numbers, of which `make` forms the tensors."""
+
+    def __init__(self, make: Make) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.mask = torch.arange(T) < torch.tensor([7, 3, 0, 5, 1, 7, 2, 6, 4, 7, 7, 3])[:, None]
+        old = -1.5 + 0.5 * normal(B, T)
+        self.logprobs = make(old + 0.3 * normal(B, T))
+        self.old = make(old)
+        self.ref = make(old + 0.3 * normal(B, T))
+        self.rollout = make(old + 0.1 * normal(B, T))
+        self.weights = make(normal(B, T).exp())
+        self.entropy = make(1 + normal(B, T).abs())
+        self.values = make(3 * normal(B, T))
+        # Near each other beside their size, and their squares beyond what float16 holds.
+        self.rewards = make(300 + 5 * normal(B))
+        self.lengths = make(2000 + 500 * normal(B))
+        self.advantages = make(normal(B))
+        self.per_token = make(normal(B, T))
+
+    @property
+    def batch(self) -> TokenBatch:
+        return TokenBatch.padded(
+            torch.zeros(B, T, dtype=torch.int64),
+            self.mask,
+            self.advantages,
+            old_logprobs=self.old,
+            ref_logprobs=self.ref,
+            rollout_logprobs=self.rollout,
+            weights=self.weights,
+        )
+
+    @property
+    def packed(self) -> TokenBatch:
+        return TokenBatch.packed(
+            torch.zeros(int(self.mask.sum()), dtype=torch.int64),
+            torch.cat([torch.zeros(1).long(), self.mask.sum(-1).cumsum(0)]),
+            self.advantages,
+            old_logprobs=self.old[self.mask],
+            ref_logprobs=self.ref[self.mask],
+        )
+
+    @property
+    def stats(self) -> TokenStats:
+        return TokenStats(self.logprobs, self.entropy)
+
+
+def of_surrogate(surrogate) -> Callable:
+    def case(n: Numbers) -> list:
+        # Not a difference of two, which would round: numbers of the given dtype.
+        given = (n.per_token, n.logprobs, n.advantages[:, None].expand(B, T))
+        log_ratio, logprobs, A = (t.detach().reshape(-1) for t in given)
+        leaves = log_ratio.requires_grad_(), logprobs.requires_grad_()
+        losses = surrogate(*leaves, A)
+        bounds = *surrogate.clipped(*leaves, A), surrogate.dual_clipped(*leaves, A)
+        grads = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
+        return [losses, *bounds, *(Rounded(g) for g in grads)]
+
+    return case
+
+
+class Rounded:
+    """What keeps the dtype of its input: a gradient that of its leaf."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def of_ratio(ratio) -> Callable:
+    def case(n: Numbers) -> list:
+        log_ratio = n.per_token.reshape(-1)
+        if ratio == fused_rl.TokenRatio():
+            return [Rounded(ratio(log_ratio, n.batch))]
+        bounds = ratio.clipped(log_ratio, n.batch) if hasattr(ratio, "clipped") else ()
+        return [ratio(log_ratio, n.batch), *bounds]
+
+    return case
+
+
+def of_mean(mean) -> Callable:
+    return lambda n: [mean(n.batch), mean(n.packed)]
+
+
+def of_loss(name: str) -> Callable:
+    def case(n: Numbers) -> list:
+        loss = losses.NAMES[name](**NEEDS.get(name, {}), beta=0.1, entropy_coef=0.1)
+        out = loss(n.stats, n.batch)
+        return [out.loss, *out.metrics.values()]
+
+    return case
+
+
+def of_penalties(n: Numbers) -> list:
+    found = []
+    for kind in KL:
+        for level, importance in ((Level.TOKEN, Level.TOKEN), (Level.SEQUENCE, Level.SEQUENCE)):
+            penalty = KLPenalty(0.3, kind, level=level, importance=importance)
+            found += [penalty(n.logprobs.reshape(-1), n.batch)]
+        found += [fused_rl.kl_penalty(n.logprobs, n.ref, value=kind, weight=n.weights)]
+    return found
+
+
+CASES: dict[str, Callable[[Numbers], list]] = {
+    "group_zscore_advantages": lambda n: [fused_rl.group_zscore_advantages(n.rewards, GROUP)],
+    "group_mean_advantages": lambda n: [fused_rl.group_mean_advantages(n.rewards, GROUP)],
+    "leave_one_out_advantages": lambda n: [fused_rl.leave_one_out_advantages(n.rewards, GROUP)],
+    "length_weighted_advantages": lambda n: [
+        fused_rl.length_weighted_advantages(n.rewards, n.lengths, GROUP)
+    ],
+    "pass_at_k_advantages": lambda n: [fused_rl.pass_at_k_advantages(n.rewards, GROUP, 2)],
+    "discounted_returns": lambda n: [fused_rl.discounted_returns(n.per_token, n.mask, gamma=0.97)],
+    "gae": lambda n: [*fused_rl.gae(n.per_token, n.values, n.mask, gamma=0.97)],
+    "reinforce_plus_plus_advantages": lambda n: [
+        fused_rl.reinforce_plus_plus_advantages(n.per_token, n.mask, gamma=0.97)
+    ],
+    "reinforce_plus_plus_baseline_advantages": lambda n: [
+        fused_rl.reinforce_plus_plus_baseline_advantages(n.rewards, GROUP, n.mask)
+    ],
+    "clipped_value_loss": lambda n: [
+        fused_rl.clipped_value_loss(n.values, n.per_token, n.logprobs)
+    ],
+    "shape_rewards": lambda n: [
+        fused_rl.shape_rewards(
+            n.rewards, n.logprobs, n.ref, n.mask, beta=0.1, kind=kind, level=level
+        )
+        for kind in KL
+        for level in (Level.TOKEN, Level.SEQUENCE)
+    ],
+    "moments": lambda n: [*fused_rl.moments(n.rewards)],
+    "merge_moments": lambda n: [
+        *fused_rl.merge_moments([fused_rl.moments(n.rewards), fused_rl.moments(n.values, n.mask)])
+    ],
+    "whiten": lambda n: [
+        fused_rl.whiten(n.values, n.mask),
+        fused_rl.whiten(n.rewards, keep_mean=True),
+    ],
+    "length_rewards": lambda n: [fused_rl.length_rewards(n.lengths, n.rewards > 300, GROUP)],
+    "overlong_penalty": lambda n: [
+        fused_rl.overlong_penalty(n.lengths, max_length=2500, cache=900)
+    ],
+    "truncated_weights": lambda n: [
+        fused_rl.truncated_weights(n.batch, level=level, logprobs=n.logprobs) for level in Level
+    ],
+    "masked_weights": lambda n: [
+        fused_rl.masked_weights(n.batch, level=level, logprobs=n.logprobs) for level in Level
+    ],
+    "acceptance_mask": lambda n: [
+        fused_rl.acceptance_mask(n.batch, level=level, low=0.9, high=1.2) for level in Level
+    ],
+    "veto_mask": lambda n: [fused_rl.veto_mask(n.batch, floor=0.9)],
+    "off_policy_sequence_mask": lambda n: [
+        fused_rl.off_policy_sequence_mask(n.logprobs, n.batch, delta=0.05)
+    ],
+    "top_entropy_mask": lambda n: [fused_rl.top_entropy_mask(n.entropy, n.batch, fraction=0.3)],
+    "kl_penalty": of_penalties,
+    "KLPenalty": of_penalties,
+    "TokenBatch": lambda n: [
+        *(getattr(n.batch, x) for x in ("advantages", "old_logprobs", "ref_logprobs", "weights")),
+        n.batch.sequence_sum(n.per_token.reshape(-1)),
+        *(n.batch.at_level(n.per_token.reshape(-1), x) for x in (Level.SEQUENCE, Level.GEOMETRIC)),
+        n.batch.with_weights(n.weights).weights,
+    ],
+    "PolicyLoss": lambda n: [PolicyLoss()(n.stats, n.batch).loss],
+    "AdaptiveBeta": lambda n: [
+        torch.tensor(fused_rl.AdaptiveBeta(0.1, 300.0).update(n.rewards[0]), dtype=torch.float64)
+    ],
+    **{name: of_loss(name) for name in losses.NAMES},
+    **{
+        type(surrogate).__name__: of_surrogate(surrogate)
+        for surrogate in (
+            *(fused_rl.ASPO(), fused_rl.CISPO(0.8, 1.3), fused_rl.DPPOKL(), fused_rl.DPPOTV()),
+            *(fused_rl.DRO(), fused_rl.SAPO(), fused_rl.VESPO(), fused_rl.Clip(dual=2.0)),
+            *(fused_rl.ClipCov(fraction=0.1, cov_low=0.0), fused_rl.KLCov(fraction=0.1)),
+            *(fused_rl.Kimi(0.5), fused_rl.Reinforce(), fused_rl.Unclipped()),
+        )
+    },
+    **{
+        type(ratio).__name__: of_ratio(ratio)
+        for ratio in (
+            *(fused_rl.TokenRatio(), fused_rl.SequenceRatio(), fused_rl.SequenceTokenRatio()),
+            *(fused_rl.FullProductRatio(), fused_rl.ClippedSequenceRatio(0.3, 0.3)),
+        )
+    },
+    **{
+        type(mean).__name__: of_mean(mean)
+        for mean in (
+            *(fused_rl.TokenMean(), fused_rl.TokenMean(3.0), fused_rl.TokenSum()),
+            *(fused_rl.SequenceMean(), fused_rl.SequenceSumMean(), fused_rl.FixedLengthMean(11)),
+            fused_rl.LengthWeightedMean(11),
+            fused_rl.RolloutMean(torch.arange(B), 5),
+        )
+    },
+}
+# The other half, what only holds things, and what only takes Python's numbers.
+ELSEWHERE = {
+    *("LMHead", "backends", "linear_kept_logprobs", "linear_logprobs", "linear_policy_loss"),
+    *("linear_top_logprobs", "logprobs_from_logits"),
+    *("GAEOutput", "KeptStats", "LossOutput", "Moments", "TokenStats", "TopStats", "Surrogate"),
+    *("Finding", "Thresholds", "diagnose", "RewardCurve", "fit_reward_curve"),
+    *("AnnealedBeta", "FixedBeta"),
+}
+
+
+def test_every_public_name_has_a_case():
+    enums = {n for n in fused_rl.__all__ if isinstance(getattr(fused_rl, n), type(Enum))}
+    named = {"Backend"} | enums | ELSEWHERE
+    assert set(fused_rl.__all__) - named == set(CASES)
+
+
+def tensors(case: list) -> list[torch.Tensor]:
+    return [x.tensor if isinstance(x, Rounded) else x for x in case]
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision_is_computed_with_in_float32(name, half):
+    """No worse than float32's own rounding, where rewards differ in their last digit too."""
+    found = CASES[name](Numbers(lambda x: x.to(half)))
+    right = CASES[name](Numbers(lambda x: x.to(half).double()))
+    assert len(found) == len(right) > 0
+    for got, exact in zip(found, right, strict=True):
+        if isinstance(got, Rounded):
+            assert got.tensor.dtype == half
+            torch.testing.assert_close(got.tensor, exact.tensor.to(half))
+        elif exact.is_floating_point():
+            assert got.dtype in (torch.float32, torch.float64)
+            scale = max(exact.abs().max().item(), 1e-30)
+            assert got.isfinite().all()
+            assert (got - exact).abs().max().item() < 2e-5 * scale
+        else:
+            assert torch.equal(got, exact)
+
+
+@pytest.mark.parametrize("default", [*HALVES, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_the_default_dtype_changes_nothing(name, default):
+    right = tensors(CASES[name](Numbers(torch.Tensor.float)))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = tensors(CASES[name](Numbers(torch.Tensor.float)))
+    finally:
+        torch.set_default_dtype(before)
+    for got, expected in zip(found, right, strict=True):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_rewards_by_hand_that_half_precision_cannot_subtract(half):
+    close = torch.tensor([1.0, 1.0, 1.0, 1.0078125]).to(half)
+    z = fused_rl.group_zscore_advantages(close, 4, eps=0.0)
+    assert z.tolist() == pytest.approx([-0.5, -0.5, -0.5, 1.5], rel=1e-5)
+    near = torch.tensor([1000.0, 1000.0, 1000.0, 1004.0]).to(half)
+    assert fused_rl.group_mean_advantages(near, 4).tolist() == [-1, -1, -1, 3]
+    assert fused_rl.leave_one_out_advantages(near, 4).tolist() == pytest.approx([-4 / 3] * 3 + [4])
+    large = torch.tensor([300.0, 700.0, 0.0, 400.0]).to(half)
+    deviation = math.sqrt((50**2 + 350**2 + 350**2 + 50**2) / 3)
+    right = [x / deviation for x in (-50, 350, -350, 50)]
+    found = fused_rl.group_zscore_advantages(large, 4, eps=0.0).tolist()
+    assert found == pytest.approx(right, rel=1e-5 if half == torch.float16 else 2e-2)
+
+
+def test_a_value_loss_of_float16_goes_beyond_its_own_range():
+    values = torch.tensor([700.0], dtype=torch.float16, requires_grad=True)
+    zero = torch.zeros(1, dtype=torch.float16)
+    loss = fused_rl.clipped_value_loss(values, zero, zero)
+    assert loss.tolist() == [245000.0]
+    loss.sum().backward()
+    assert values.grad.tolist() == [700.0] and values.grad.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *HALVES], ids=str)
+@pytest.mark.parametrize("name", losses.NAMES)
+def test_advantages_of_another_dtype_than_log_probs(name, dtype):
+    """Rewards of numpy are float64, those of a reward model bfloat16; log-probs are float32."""
+    n = Numbers(torch.Tensor.float)
+    loss = losses.NAMES[name](**NEEDS.get(name, {}), beta=0.1)
+    n.advantages = n.advantages.to(dtype)
+    logprobs = n.logprobs.clone().requires_grad_()
+    found = loss(n.stats._replace(logprobs=logprobs), n.batch).loss
+    exact = Numbers(torch.Tensor.float)
+    exact.advantages = n.advantages.double()
+    for key in ("old", "ref", "weights", "logprobs", "entropy"):
+        setattr(exact, key, getattr(exact, key).double())
+    wide = exact.logprobs.clone().requires_grad_()
+    right = loss(exact.stats._replace(logprobs=wide), exact.batch).loss
+    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-6)
+    (got,) = torch.autograd.grad(found, logprobs)
+    (slope,) = torch.autograd.grad(right, wide)
+    torch.testing.assert_close(got.double(), slope, rtol=1e-4, atol=1e-6)
