@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
+from fused_rl.log_ratios import log_ratio
 from fused_rl.logprobs import IGNORE_INDEX
 from fused_rl.reference import acc_dtype
 from fused_rl.sequences import Level, segment_sum, sequence_ids
@@ -36,11 +37,11 @@ class TokenBatch:
         num_tokens: []; how many tokens of the batch count.
         num_sequences: sequences of the batch, those without a counted token among them.
         shape: the shape of the labels it was built from.
-        old_logprobs: [N] or None: of the policy that is compared with, for the ratio. None: the
-            current one, so that every ratio is exactly 1.
-        ref_logprobs: [N] or None: of the reference policy, for the KL.
-        rollout_logprobs: [N] or None: as the inference engine reported them.
-        weights: [N] or None: what each token's surrogate is multiplied by; None: 1.
+        old_logprobs: [N] or None: of the policy that is compared with, for the ratio. None, or NaN
+            at a token: the current one, so that the ratio is exactly 1.
+        ref_logprobs: [N] or None: of the reference policy, for the KL. NaN: KL 0 at that token.
+        rollout_logprobs: [N] or None: as the inference engine reported them, NaN where it did not.
+        weights: [N] or None: what each token's surrogate is multiplied by; None, or NaN: 1.
     """
 
     labels: Tensor
@@ -199,6 +200,16 @@ class TokenBatch:
         parts = {name: getattr(self, name) for name in ("labels", "advantages", *_OPTIONAL)}
         kept = {name: _neutral(name, tensor, mask) for name, tensor in parts.items()}
         return replace(self, loss_mask=mask, **kept)
+
+    def log_ratio(self, logprobs: Tensor) -> Tensor:
+        """[N]: logprobs [N] - old_logprobs; without them 0, with the gradient of logprobs.
+
+        Finite where logprobs is no NaN; see log_ratios.py.
+        """
+        old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs
+        gap = log_ratio(logprobs, old)
+        # A token that the old policy could not sample has no gradient: it would be exp(20) A.
+        return gap.where(~old.isinf(), gap.detach())
 
     def sequence_sum(self, values: Tensor) -> Tensor:
         """[num_sequences]: the sums of values [N] over each sequence's tokens in loss_mask.

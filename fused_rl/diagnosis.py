@@ -8,6 +8,7 @@
     length bias         answers grow, and reward follows their length
     dead gradient       hardly a token has a gradient
     clip saturation     the clip decides, not the advantages
+    unknown log-probs   the engine or the reference reports NaN, and those tokens count as unchanged
 
 Sources: J. Schulman et al., "Proximal policy optimization" (arXiv 1707.06347), for clip and KL; Gao
 et al. (arXiv 2210.10760) for over-optimisation; Singhal et al., "A long way to go" (arXiv
@@ -51,6 +52,7 @@ class Thresholds:
         length_correlation: of rewards and lengths over the history.
         idle_tokens: dead gradient above this share of tokens without one.
         clipped_tokens: clip saturation above this share of clipped tokens.
+        unknown_tokens: unknown log-probs above this share of tokens with one.
     """
 
     window: int = 5
@@ -63,6 +65,7 @@ class Thresholds:
     length_correlation: float = 0.8
     idle_tokens: float = 0.95
     clipped_tokens: float = 0.3
+    unknown_tokens: float = 0.01
 
 
 class _Run:
@@ -117,10 +120,10 @@ def diagnose(
 
     Args:
         history: one mapping per step, oldest first, of the metrics that a PolicyLoss returns (kl,
-            entropy, ratio_max, clip_fraction_low, clip_fraction_high, zero_gradient_fraction), and
-            where there are any, reward, length and gold_reward (of a judge that training does not
-            see). What is not logged is not judged, nor is a metric that was logged for fewer than
-            two windows.
+            entropy, ratio_max, clip_fraction_low, clip_fraction_high, zero_gradient_fraction,
+            unknown_fraction), and where there are any, reward, length and gold_reward (of a judge
+            that training does not see). What is not logged is not judged, nor is a metric that was
+            logged for fewer than two windows.
         kl_peak: the KL at which gold rewards are known to be highest (fit_reward_curve), in the
             unit of kl; None: fitted, where there are gold rewards.
         thresholds: from where on something counts; None: Thresholds().
@@ -249,6 +252,19 @@ def _clip_saturation(run: _Run, limits: Thresholds) -> Finding | None:
     )
 
 
+def _unknown(run: _Run, limits: Thresholds) -> Finding | None:
+    unknown = run.last("unknown_fraction")
+    if not unknown > limits.unknown_tokens:
+        return None
+    return Finding(
+        "unknown log-probs",
+        f"{unknown:.1%} of the tokens have a NaN among their old, reference or rollout log-probs "
+        "or weights.",
+        "Look for NaN in what the inference engine and the reference model report; such tokens "
+        "have ratio 1, KL 0 and weight 1.",
+    )
+
+
 def _stuck(run: _Run, limits: Thresholds) -> Finding | None:
     if not run.has("kl", "reward") or run.gain("reward") > 0:
         return None
@@ -270,6 +286,7 @@ _JUDGES: tuple[Callable[[_Run, Thresholds], Finding | None], ...] = (
     _length_bias,
     _dead_gradient,
     _clip_saturation,
+    _unknown,
     _stuck,
 )
 

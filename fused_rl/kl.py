@@ -19,6 +19,7 @@ from enum import Enum
 from torch import Tensor
 
 from fused_rl import checks, ops, reference
+from fused_rl.log_ratios import log_ratio
 
 
 class KL(Enum):
@@ -58,7 +59,8 @@ def kl_penalty(
     Returns:
         [...], float32, or float64 for float64 inputs, in nats. Where the reference is more than 20
         nats above the policy, k3's exponent is held at 20: the value is finite, the derivative that
-        at the bound.
+        at the bound. A reference of NaN is not known, d = 0; -inf of both is d = 0, of one d = +-20
+        (log_ratios.py). NaN of the policy stays NaN.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -71,8 +73,7 @@ def kl_penalty(
     checks.require(
         grad is None or isinstance(grad, KL), lambda: f"grad must be a KL or None, got {grad!r}"
     )
-    dtype = ops.acc_dtype(logprobs, ref_logprobs)
-    d = logprobs.to(dtype) - ref_logprobs.to(dtype)
+    d = log_ratio(logprobs, ref_logprobs)
     penalty, _ = ops.kl(d, value.value, (grad or value).value)
     if weight is None:
         return penalty

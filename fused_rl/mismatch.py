@@ -15,6 +15,12 @@ Masks are [N] bool for batch.with_mask, weights [N] for batch.with_weights; they
     batch = batch.with_weights(truncated_weights(batch, high=2.0))
 
 All are detached, and True or 1 outside loss_mask. exp is held within exp(+-20).
+
+A log-prob of NaN, as engines report it for tokens that are all but certain, says nothing of the
+mismatch. In truncated_weights such a token has r = 1, and adds nothing to its sequence's. Where r
+is asked to lie within bounds it does not: masked_weights is 0, and the masks reject the token, or
+at a coarser level its sequence. PolicyLoss counts these tokens in the metric unknown_fraction.
+Log-probs that are -inf on both sides have r = 1.
 """
 
 import torch
@@ -22,9 +28,8 @@ from torch import Tensor
 
 from fused_rl import checks
 from fused_rl.batch import TokenBatch
+from fused_rl.log_ratios import BOUND, difference
 from fused_rl.sequences import Level, segment_min
-
-_BOUND = 20.0
 
 
 @torch.no_grad()
@@ -36,7 +41,7 @@ def truncated_weights(
     high: float = 2.0,
     logprobs: Tensor | None = None,
 ) -> Tensor:
-    """clip(r, low, high): truncated importance sampling (TIS).
+    """clip(r, low, high): truncated importance sampling (TIS). Where r is not known it is 1.
 
     As for V-trace (IMPALA, arXiv 1802.01561, section 4.1); for language models "Your efficient RL
     framework secretly brings you off-policy RL training" (Yao et al., 2025).
@@ -50,7 +55,9 @@ def truncated_weights(
         ValueError: log-probs that are missing; low above high.
     """
     _bounds(low, high)
-    return _ratio(batch, level, logprobs).clamp(low, high).where(batch.loss_mask, 1.0)
+    ratio = _ratio(batch, level, logprobs, unknown=0.0)
+    # inf - inf within a sequence is not known either.
+    return ratio.where(~ratio.isnan(), 1.0).clamp(low, high).where(batch.loss_mask, 1.0)
 
 
 @torch.no_grad()
@@ -62,7 +69,7 @@ def masked_weights(
     high: float = 5.0,
     logprobs: Tensor | None = None,
 ) -> Tensor:
-    """r where low <= r <= high, else 0: masked importance sampling (MIS), IcePop per token.
+    """r where low <= r <= high, else 0: masked importance sampling (MIS), IcePop per token. NaN: 0.
 
     IcePop: "Every step evolves" (arXiv 2510.18855).
 
@@ -110,7 +117,8 @@ def off_policy_sequence_mask(logprobs: Tensor, batch: TokenBatch, *, delta: floa
     """False where A < 0 and mean(old_logprobs - logprobs) over the sequence > delta.
 
     Off-policy sequence masking, DeepSeek-V3.2 (arXiv 2512.02556, section 3.1): mistakes of a policy
-    that is already left behind teach nothing; what went well may still.
+    that is already left behind teach nothing; what went well may still. A log-prob of NaN counts as
+    no difference.
 
     Args:
         logprobs: [N] or in the batch's shape: of the current policy, in nats.
@@ -120,8 +128,9 @@ def off_policy_sequence_mask(logprobs: Tensor, batch: TokenBatch, *, delta: floa
         ValueError: old_logprobs that are missing, logprobs that do not fit.
     """
     old = _present("old_logprobs", batch.old_logprobs)
-    gap = old - _flat("logprobs", logprobs, batch)
-    left_behind = batch.at_level(gap.where(batch.loss_mask, 0.0), Level.GEOMETRIC) > delta
+    gap = difference(old, _flat("logprobs", logprobs, batch))
+    known = batch.loss_mask & ~gap.isnan()
+    left_behind = batch.at_level(gap.where(known, 0.0), Level.GEOMETRIC) > delta
     return ~(left_behind & (batch.advantages < 0))
 
 
@@ -151,14 +160,18 @@ def top_entropy_mask(entropy: Tensor, batch: TokenBatch, *, fraction: float = 0.
     return (ranked >= least) | ~batch.loss_mask
 
 
-def _ratio(batch: TokenBatch, level: Level, logprobs: Tensor | None) -> Tensor:
+def _ratio(
+    batch: TokenBatch, level: Level, logprobs: Tensor | None, unknown: float = torch.nan
+) -> Tensor:
+    """r at that level; `unknown` is the log-ratio of a token of which one log-prob is NaN."""
     rollout = _present("rollout_logprobs", batch.rollout_logprobs)
     if logprobs is None:
         current = _present("old_logprobs, or logprobs=", batch.old_logprobs)
     else:
         current = _flat("logprobs", logprobs, batch)
-    log_ratio = (current - rollout).where(batch.loss_mask, 0.0)
-    return batch.at_level(log_ratio, level).clamp(-_BOUND, _BOUND).exp()
+    gap = difference(current, rollout)
+    gap = gap.where(~gap.isnan(), unknown).where(batch.loss_mask, 0.0)
+    return batch.at_level(gap, level).clamp(-BOUND, BOUND).exp()
 
 
 def _present(name: str, tensor: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from fused_rl import checks
 from fused_rl.batch import TokenBatch
 from fused_rl.kl import KL, kl_penalty
+from fused_rl.log_ratios import log_ratio
 from fused_rl.reference import acc_dtype
 from fused_rl.sequences import Level
 from fused_rl.surrogates import bounded
@@ -80,7 +81,7 @@ class KLPenalty:
         return self.level is Level.TOKEN and self.importance in (None, Level.TOKEN)
 
     def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        """[N], from logprobs [N]; 0 outside loss_mask.
+        """[N], from logprobs [N]; 0 outside loss_mask. What is not known is as in log_ratios.py.
 
         Raises:
             ValueError: a batch without ref_logprobs; as kl_penalty raises.
@@ -107,7 +108,7 @@ class KLPenalty:
         weight = None if importance is None else self._ratio(logprobs, batch, Level(importance))
         if level == "token":
             return self._kl(logprobs, batch.ref_logprobs, weight)
-        total = batch.at_level(logprobs - batch.ref_logprobs, Level.SEQUENCE)
+        total = batch.at_level(log_ratio(logprobs, batch.ref_logprobs), Level.SEQUENCE)
         tokens = batch.at_level(torch.ones_like(total), Level.SEQUENCE).clamp(min=1)
         return batch.loss_mask / tokens * self._kl(total, torch.zeros_like(total), weight)
 
@@ -115,6 +116,5 @@ class KLPenalty:
         return kl_penalty(logprobs, ref_logprobs, value=self.value, grad=self.grad, weight=weight)
 
     def _ratio(self, logprobs: Tensor, batch: TokenBatch, level: Level) -> Tensor:
-        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        ratio = torch.exp(bounded(batch.at_level(logprobs - old, level)))
+        ratio = torch.exp(bounded(batch.at_level(batch.log_ratio(logprobs), level)))
         return ratio if self.attached else ratio.detach()

@@ -74,6 +74,8 @@ class PolicyLoss:
             clip_fraction_dual: of those of clip_fraction_high, the losing tokens (A < 0), which
                 dual or delta holds. verl's pg_clipfrac is low + high - dual, its pg_clipfrac_lower
                 dual.
+            unknown_fraction: of tokens with a NaN among old_logprobs, ref_logprobs,
+                rollout_logprobs and weights: ratio 1, KL 0, weight 1 (log_ratios.py).
             zero_gradient_fraction: of tokens without a gradient; not under torch.compile.
 
         Raises:
@@ -98,7 +100,7 @@ class PolicyLoss:
         args = _chosen(rows, log_ratio, logprobs, batch.advantages)
         losses = _placed(self.surrogate(*args), rows, len(logprobs))
         if batch.weights is not None:
-            losses = batch.weights * losses
+            losses = batch.weights.where(~batch.weights.isnan(), 1.0) * losses
         if self._pulls:
             losses = losses + self.kl(logprobs, batch)
         if self.entropy_coef:
@@ -125,7 +127,7 @@ class PolicyLoss:
         return TokenStats(*(t.reshape(-1).where(batch.loss_mask, 0.0) for t in promoted(*stats)))
 
     def _log_ratio(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        return self.ratio(_of_tokens(logprobs, batch), batch)
+        return self.ratio(batch.log_ratio(logprobs), batch)
 
     def _rows(self, batch: TokenBatch) -> Tensor | None:
         """The counted tokens, for a surrogate that couples tokens; None: it takes all of them."""
@@ -143,7 +145,7 @@ class PolicyLoss:
         bounds = _placed(torch.stack([low, high, dual]), rows, len(logprobs))
         if not hasattr(self.ratio, "clipped"):
             return bounds
-        below, above = self.ratio.clipped(_of_tokens(logprobs, batch), batch)
+        below, above = self.ratio.clipped(batch.log_ratio(logprobs), batch)
         return bounds | torch.stack([below, above, torch.zeros_like(above)])
 
     def _metrics(self, stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
@@ -164,6 +166,7 @@ class PolicyLoss:
             "clip_fraction_low": mean(low),
             "clip_fraction_high": mean(high),
             "clip_fraction_dual": mean(dual),
+            "unknown_fraction": mean(_unknown(batch).to(ratio.dtype)),
         }
         if batch.ref_logprobs is not None:
             metrics["kl"] = mean((self.kl or KLPenalty(1.0)).estimate(logprobs, batch))
@@ -178,10 +181,11 @@ def _separable(part: object) -> bool:
     return getattr(part, "token_separable", False)
 
 
-def _of_tokens(logprobs: Tensor, batch: TokenBatch) -> Tensor:
-    """The log-ratio of each token by itself."""
-    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-    return logprobs - old
+def _unknown(batch: TokenBatch) -> Tensor:
+    """[N] bool: tokens of which something that was given is NaN."""
+    given = (batch.old_logprobs, batch.ref_logprobs, batch.rollout_logprobs, batch.weights)
+    nothing = torch.zeros_like(batch.loss_mask)
+    return torch.stack([nothing, *(t.isnan() for t in given if t is not None)]).any(0)
 
 
 def _chosen(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:

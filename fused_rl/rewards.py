@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_rl import checks
 from fused_rl.kl import KL, kl_penalty
+from fused_rl.log_ratios import log_ratio
 from fused_rl.reference import acc_dtype, promoted
 from fused_rl.sequences import Level, has_next, segment_sum, sequence_ids
 
@@ -59,7 +60,8 @@ def shape_rewards(
         cu_seqlens: [B + 1] int, where packed sequences begin.
 
     Returns:
-        The shape of logprobs, float32, or float64 for float64 inputs.
+        The shape of logprobs, float32, or float64 for float64 inputs. A token whose logprobs or
+        ref_logprobs are NaN, not known, adds no KL; -inf is as in log_ratios.py.
 
     Raises:
         ValueError: shapes that do not fit; rewards that are not finite.
@@ -81,7 +83,9 @@ def shape_rewards(
     rows = counted.nonzero()[:, 0]
     last = rows[~has_next(sequence[rows])]
     rewards, logprobs, ref_logprobs = promoted(rewards, logprobs, ref_logprobs)
-    d = (logprobs - ref_logprobs).reshape(-1).where(counted, 0.0)
+    # Of both not known: logprobs may be an inference engine's.
+    d = log_ratio(logprobs, ref_logprobs).reshape(-1)
+    d = d.where(counted & ~d.isnan(), 0.0)
     if level is Level.SEQUENCE:
         d = torch.zeros_like(d).index_copy(0, last, segment_sum(d, sequence, B)[sequence[last]])
     k = kl_penalty(d, torch.zeros_like(d), value=kind)

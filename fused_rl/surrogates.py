@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
+from fused_rl.log_ratios import BOUND
 from fused_rl.reference import promoted
 
 
-def bounded(log_ratio: Tensor, bound: float = 20.0) -> Tensor:
-    """log_ratio within +-bound, so that its exp is finite; the gradient is that of the identity."""
+def bounded(log_ratio: Tensor) -> Tensor:
+    """log_ratio within +-BOUND, so that its exp is finite; the gradient is that of the identity."""
     # An infinite log-ratio, of a token that one policy cannot sample, is at the bound for good.
-    finite = log_ratio.where(log_ratio.isfinite() | log_ratio.isnan(), log_ratio.sign() * bound)
-    return finite + (finite.clamp(-bound, bound) - finite).detach()
+    finite = log_ratio.where(log_ratio.isfinite() | log_ratio.isnan(), log_ratio.sign() * BOUND)
+    return finite + (finite.clamp(-BOUND, BOUND) - finite).detach()
 
 
 def promoting(method: Callable) -> Callable:

@@ -76,6 +76,11 @@ def gold(x: float) -> float:
             r"1.0% of the tokens are clipped below and 37.9% above",
         ),
         (
+            "unknown log-probs",
+            {"unknown_fraction": lambda x: 0.02},
+            r"2.0% of the tokens have a NaN",
+        ),
+        (
             "stuck",
             {"kl": lambda x: -1e-5 * x, "reward": lambda x: 0.2, "gold_reward": None},
             r"KL never exceeded 1e-05 nats, and reward went from 0.2 to 0.2",

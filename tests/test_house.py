@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "reference": 0,
     "checks": 0,
+    "log_ratios": 1,
     "kernels": 0,
     "checkout": 0,
     "chunked": 1,
