@@ -21,6 +21,7 @@ from fused_rl.chunked import (
     raw_gradient,
     statistics_like,
 )
+from fused_rl.derivatives import call, register_gradient
 from fused_rl.reference import acc_dtype
 
 # csrc/problem.h has the same.
@@ -132,11 +133,20 @@ def _gradient(ctx, dlogprobs, dentropy, *_):
     *inputs, entropy, lse, peaks = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     upstream = ops.materialized(entropy, dlogprobs, dentropy)
-    grads = linear_filtered_logprobs_backward(
-        *upstream, *inputs, *ctx.options, lse, entropy, peaks, *needs
+    grads = call(
+        linear_filtered_logprobs_backward,
+        *upstream,
+        *inputs,
+        *ctx.options,
+        lse,
+        entropy,
+        peaks,
+        *needs,
     )
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
     return (*wanted, *(None,) * 7)
 
 
-linear_filtered_logprobs.register_autograd(_gradient, setup_context=_save)
+register_gradient(
+    "linear_logprobs", linear_filtered_logprobs, linear_filtered_logprobs_backward, _gradient, _save
+)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks, kept_ops, ops
+from fused_rl.derivatives import call
 from fused_rl.head import LMHead
 from fused_rl.logprobs import IGNORE_INDEX, flat_arguments
 
@@ -70,7 +71,8 @@ def linear_kept_logprobs(
     flat, weight, bias, y, t, scale, softcap = flat_arguments(hidden, head, labels, temperature)
     checks.chunk_bytes_is_positive(chunk_bytes)
     _check_sets(kept, cu_kept, labels)
-    logprobs, entropy, _, kept_logprobs, _ = kept_ops.linear_kept_logprobs(
+    logprobs, entropy, _, kept_logprobs, _ = call(
+        kept_ops.linear_kept_logprobs,
         *(flat, weight, bias, y, kept.long(), cu_kept.long(), t, scale, softcap),
         *(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes)),
     )

@@ -20,6 +20,7 @@ from torch.library import custom_op
 
 from fused_rl import ops, reference
 from fused_rl.chunked import gradients_like, statistics_like
+from fused_rl.derivatives import call, register_gradient
 from fused_rl.reference import acc_dtype
 
 
@@ -105,14 +106,23 @@ def _gradient(ctx, dlogprobs, dentropy, _, dkept_logprobs, __):
     *tensors, lse, entropy, slope = ctx.saved_tensors
     upstream = ops.materialized(entropy, dlogprobs, dentropy, dkept_logprobs)
     needs = ctx.needs_input_grad[:3]
-    grads = linear_kept_logprobs_backward(
-        *upstream, *tensors, *ctx.options, lse, entropy, slope, *needs
+    grads = call(
+        linear_kept_logprobs_backward,
+        *upstream,
+        *tensors,
+        *ctx.options,
+        lse,
+        entropy,
+        slope,
+        *needs,
     )
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
     return (*wanted, *(None,) * 8)
 
 
-linear_kept_logprobs.register_autograd(_gradient, setup_context=_save)
+register_gradient(
+    "linear_kept_logprobs", linear_kept_logprobs, linear_kept_logprobs_backward, _gradient, _save
+)
 
 
 class Pairs(NamedTuple):

@@ -19,6 +19,7 @@ from enum import Enum
 from torch import Tensor
 
 from fused_rl import checks, ops, reference
+from fused_rl.derivatives import call
 from fused_rl.log_ratios import log_ratio
 
 
@@ -64,6 +65,7 @@ def kl_penalty(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
+        NotImplementedError: a forward-mode or second derivative.
     """
     checks.is_floating("logprobs", logprobs)
     checks.is_floating("ref_logprobs", ref_logprobs)
@@ -74,7 +76,7 @@ def kl_penalty(
         grad is None or isinstance(grad, KL), lambda: f"grad must be a KL or None, got {grad!r}"
     )
     d = log_ratio(logprobs, ref_logprobs)
-    penalty, _ = ops.kl(d, value.value, (grad or value).value)
+    penalty, _ = call(ops.kl, d, value.value, (grad or value).value)
     if weight is None:
         return penalty
     checks.same_shape("weight", weight, "logprobs", logprobs)

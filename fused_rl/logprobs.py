@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fused_rl import checks, filter_ops, ops
 from fused_rl.chunked import kept_dtype
+from fused_rl.derivatives import call, transformed
 from fused_rl.head import LMHead
 
 IGNORE_INDEX = -100
@@ -55,6 +56,7 @@ def linear_logprobs(
     the passes that do not need them. A head that is not trained gets no gradient, and the backward
     pass is then a scaling of what the forward pass kept ([N, H], in the dtype of hidden).
     Under torch.autocast the matrix product takes the autocast dtype, as F.linear does.
+    torch.func.grad, vjp, jacrev and vmap work; forward mode and second derivatives raise.
 
     Args:
         hidden: [..., H], float16, bfloat16, float32 or float64: the states that predict labels.
@@ -75,6 +77,7 @@ def linear_logprobs(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a label outside [0, V); a temperature
             that is not positive; a grad_filter outside (0, 1), or on CUDA.
+        NotImplementedError: a forward-mode or second derivative.
     """
     stats = linear_top_logprobs(
         *(hidden, head, labels),
@@ -128,9 +131,14 @@ def linear_top_logprobs(
     if grad_filter is not None and torch.is_grad_enabled():
         op = filter_ops.linear_filtered_logprobs
         options.append(grad_filter)
-    elif torch.is_grad_enabled() and hidden.requires_grad and not head.requires_grad:
+    elif (
+        torch.is_grad_enabled()
+        and hidden.requires_grad
+        and not head.requires_grad
+        and not transformed()
+    ):
         op = ops.linear_logprobs_frozen
-    logprobs, entropy, _, top, *_ = op(*args, *options)
+    logprobs, entropy, _, top, *_ = call(op, *args, *options)
     return TopStats(*(x.reshape(labels.shape) for x in (logprobs, entropy, top)))
 
 
@@ -166,7 +174,9 @@ def logprobs_from_logits(
     )
     flat = logits.reshape(-1, logits.shape[-1])
     t = flat_temperature(temperature, labels, ops.acc_dtype(logits))
-    logprobs, entropy, _ = ops.logits_logprobs(flat, labels.reshape(-1).long(), t, ignore_index)
+    logprobs, entropy, _ = call(
+        ops.logits_logprobs, flat, labels.reshape(-1).long(), t, ignore_index
+    )
     return TokenStats(logprobs.reshape(labels.shape), entropy.reshape(labels.shape))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fused_rl import checks, ops
 from fused_rl.batch import TokenBatch
+from fused_rl.derivatives import transformed
 from fused_rl.head import LMHead
 from fused_rl.logprobs import (
     IGNORE_INDEX,
@@ -53,8 +54,8 @@ def linear_policy_loss(
     or 4 NHV if the head is not trained; tokens outside loss_mask cost nothing, those whose gradient
     is 0 (clipped, zero advantage) only their logits. Otherwise it takes two passes through
     linear_logprobs, 8 NHV, with the same values and gradients: for a loss that is not separable,
-    inside torch.compile, and where a trained head would need several chunks whose dweight costs
-    more to add up than the logits to form again (on CPUs: more than one chunk).
+    inside torch.compile or torch.func, and where a trained head would need several chunks whose
+    dweight costs more to add up than the logits to form again (on CPUs: more than one chunk).
 
     Args:
         hidden: [*batch.shape, H]: the states that predict the batch's labels.
@@ -79,7 +80,7 @@ def linear_policy_loss(
     checks.chunk_bytes_is_positive(chunk_bytes)
     trained = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     separable = getattr(loss, "token_separable", False) and not torch.compiler.is_compiling()
-    one_pass = trained and separable and grad_filter is None
+    one_pass = trained and separable and grad_filter is None and not transformed()
     if not (one_pass and _one_pass_pays(hidden, head, batch, chunk_bytes)):
         options = {"chunk_bytes": chunk_bytes, "grad_filter": grad_filter}
         stats = linear_logprobs(hidden, head, labels, temperature=temperature, **options)

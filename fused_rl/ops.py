@@ -27,6 +27,7 @@ from fused_rl.chunked import (
     padded,
     statistics_like,
 )
+from fused_rl.derivatives import call, register_gradient
 from fused_rl.reference import acc_dtype
 
 HAS_TRITON = find_spec("triton") is not None
@@ -156,7 +157,8 @@ def materialized(like: Tensor, *upstream: Tensor | None) -> tuple[Tensor, ...]:
 def _linear_logprobs_grad(ctx, dlogprobs, dentropy, *_):
     hidden, weight, bias, labels, temperature, entropy, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    grads = linear_logprobs_backward(
+    grads = call(
+        linear_logprobs_backward,
         *materialized(entropy, dlogprobs, dentropy),
         *(hidden, weight, bias, labels, temperature, *ctx.options),
         *(lse, entropy, *needs),
@@ -165,7 +167,13 @@ def _linear_logprobs_grad(ctx, dlogprobs, dentropy, *_):
     return (*wanted, *(None,) * 6)
 
 
-linear_logprobs.register_autograd(_linear_logprobs_grad, setup_context=_save_inputs)
+register_gradient(
+    "linear_logprobs",
+    linear_logprobs,
+    linear_logprobs_backward,
+    _linear_logprobs_grad,
+    _save_inputs,
+)
 
 
 @custom_op("fused_rl::linear_logprobs_frozen", mutates_args=())
@@ -247,7 +255,8 @@ def _(dlogprobs, dentropy, hidden, *rest):
 
 def _linear_logprobs_frozen_grad(ctx, dlogprobs, dentropy, *_):
     hidden, weight, bias, labels, temperature, entropy, lse, unit = ctx.saved_tensors
-    dhidden = linear_logprobs_frozen_backward(
+    dhidden = call(
+        linear_logprobs_frozen_backward,
         *materialized(entropy, dlogprobs, dentropy),
         *(hidden, weight, bias, labels, temperature, *ctx.options),
         *(lse, entropy, unit),
@@ -255,7 +264,13 @@ def _linear_logprobs_frozen_grad(ctx, dlogprobs, dentropy, *_):
     return (dhidden, *(None,) * 8)
 
 
-linear_logprobs_frozen.register_autograd(_linear_logprobs_frozen_grad, setup_context=_save_inputs)
+register_gradient(
+    "linear_logprobs",
+    linear_logprobs_frozen,
+    linear_logprobs_frozen_backward,
+    _linear_logprobs_frozen_grad,
+    _save_inputs,
+)
 
 
 @custom_op("fused_rl::linear_logprobs_chunk", mutates_args=())
@@ -376,10 +391,16 @@ def _logits_logprobs_grad(ctx, dlogprobs, dentropy, _):
     logits, labels, temperature, lse, entropy = ctx.saved_tensors
     upstream = materialized(entropy, dlogprobs, dentropy)
     args = (*upstream, logits, labels, temperature, ctx.ignore_index, lse, entropy)
-    return logits_logprobs_backward(*args), None, None, None
+    return call(logits_logprobs_backward, *args), None, None, None
 
 
-logits_logprobs.register_autograd(_logits_logprobs_grad, setup_context=_save_logits)
+register_gradient(
+    "logprobs_from_logits",
+    logits_logprobs,
+    logits_logprobs_backward,
+    _logits_logprobs_grad,
+    _save_logits,
+)
 
 
 @custom_op("fused_rl::kl", mutates_args=())
@@ -411,10 +432,10 @@ def _(dvalue, slope):
 
 def _kl_grad(ctx, dvalue, _):
     (slope,) = ctx.saved_tensors
-    return kl_backward(dvalue, slope), None, None
+    return call(kl_backward, dvalue, slope), None, None
 
 
-kl.register_autograd(_kl_grad, setup_context=_save_slope)
+register_gradient("kl_penalty", kl, kl_backward, _kl_grad, _save_slope)
 
 
 def _load_native() -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fused_rl.batch import TokenBatch
+from fused_rl.derivatives import transformed
 from fused_rl.logprobs import TokenStats
 from fused_rl.means import TokenMean
 from fused_rl.penalties import KLPenalty
@@ -170,7 +171,7 @@ class PolicyLoss:
         }
         if batch.ref_logprobs is not None:
             metrics["kl"] = mean((self.kl or KLPenalty(1.0)).estimate(logprobs, batch))
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or transformed()):
             dlogprobs, dentropy = token_gradients(self, stats, batch)
             idle = (dlogprobs == 0) & (dentropy == 0)
             metrics["zero_gradient_fraction"] = mean(idle.to(ratio.dtype))

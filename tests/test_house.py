@@ -17,6 +17,7 @@ FLOORS = {
     "reference": 0,
     "checks": 0,
     "log_ratios": 1,
+    "derivatives": 0,
     "kernels": 0,
     "checkout": 0,
     "chunked": 1,
