@@ -5,9 +5,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_BENCH := $(VENV)/.ready-bench
 READY_ALL := $(VENV)/.ready-all
+READY_PEERS := $(VENV)/.ready-peers
+# What verl's modules import. Its own requirements would bring another torch and transformers.
+VERL := verl tensordict pyvers orjson cloudpickle codetiming hydra-core omegaconf \
+  antlr4-python3-runtime ray msgpack protobuf jsonschema jsonschema-specifications referencing \
+  rpds-py attrs
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/CMakeLists.txt)
 
-.PHONY: demo test test-all bench bench-pytest lint clean
+.PHONY: demo test test-all test-peers bench bench-pytest lint clean
 
 demo: $(READY)
 	$(BIN)/fused-rl demo $(ARGS)
@@ -15,7 +20,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
 
-test-all: $(READY_ALL)
+test-all: $(READY_PEERS)
 	$(BIN)/pytest $(ARGS)
 
 bench: $(READY_BENCH)
@@ -46,6 +51,10 @@ $(READY_BENCH): $(READY)
 # What the parity tests run beside us.
 $(READY_ALL): $(READY_BENCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[trl,hub]"
+	touch $@
+
+$(READY_PEERS): $(READY_ALL)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps $(VERL)
 	touch $@
 
 clean:

@@ -1,8 +1,10 @@
 """The names of verl, OpenRLHF and prime-rl against plain formulas; none of the three is run here.
 
-What stands in for verl in the tests of patch() are empty modules with its names in its places.
+verl itself runs beside them in test_verl_parity.py, where it is installed. What stands in for it in
+the tests of patch() are empty modules with its names in its places.
 """
 
+import math
 import re
 import subprocess
 import sys
@@ -46,6 +48,7 @@ def config(**options) -> SimpleNamespace:
     """What the losses read of verl's actor config, with its defaults."""
     defaults = {"clip_ratio": 0.2, "clip_ratio_low": None, "clip_ratio_high": None}
     defaults |= {"clip_ratio_c": 3.0, "tau_pos": 1.0, "tau_neg": 1.05, "global_batch_info": {}}
+    defaults |= {"policy_loss": SimpleNamespace(**options.pop("policy_loss", {}))}
     return SimpleNamespace(**(defaults | options))
 
 
@@ -57,7 +60,28 @@ def test_linear_cross_entropy(shape):
     hidden, weight, labels = leaves()
     states, labels = hidden.reshape(*shape, H), labels.reshape(shape)
     ours = verl.linear_cross_entropy(states, weight, labels, 0.7)
-    assert_same(ours, plain(states, weight, labels, 0.7), (hidden, weight))
+    assert_same(ours, [t.flatten() for t in plain(states, weight, labels, 0.7)], (hidden, weight))
+
+
+@pytest.mark.parametrize(
+    ("states_in", "labels_in"),
+    [((B, T), (B * T,)), ((B * T,), (B, T)), ((B * T, 1), (1, B * T)), ((1, B * T), (B * T, 1))],
+)
+def test_leading_dimensions_are_flattened_each_by_itself(states_in, labels_in):
+    hidden, weight, labels = leaves()
+    expected = [t.flatten() for t in plain(hidden, weight, labels)]
+    ours = verl.linear_cross_entropy(
+        hidden.reshape(*states_in, H), weight, labels.reshape(labels_in)
+    )
+    assert_same(ours, expected, (hidden, weight))
+
+
+def test_a_temperature_per_label():
+    hidden, weight, labels = leaves()
+    temperature = 0.5 + torch.rand(B, 1, dtype=torch.float64)
+    expected = [t.flatten() for t in plain(hidden, weight, labels, temperature[..., None])]
+    ours = verl.linear_cross_entropy(hidden, weight, labels, temperature)
+    assert_same(ours, expected, (hidden, weight))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -65,24 +89,44 @@ def test_reductions_are_of_the_log_probs(reduction):
     hidden, weight, labels = leaves()
     logprobs, entropy = plain(hidden, weight, labels)
     ours = verl.linear_cross_entropy(hidden, weight, labels, reduction=reduction)
-    assert_same(ours, (getattr(logprobs, reduction)(), entropy), (hidden, weight))
+    assert_same(ours, (getattr(logprobs, reduction)(), entropy.flatten()), (hidden, weight))
 
 
 def test_what_linear_cross_entropy_refuses():
     hidden, weight, labels = leaves()
     with pytest.raises(ValueError, match="got 'batchmean'"):
         verl.linear_cross_entropy(hidden, weight, labels, reduction="batchmean")
-    with pytest.raises(NotImplementedError, match="split between ranks"):
-        verl.linear_cross_entropy(hidden, weight, labels, dist_process_group=object())
+    with pytest.raises(ValueError, match=r"one state per label.*\[4, 6, 8\].*labels \[4\]"):
+        verl.linear_cross_entropy(hidden, weight, labels[:, 0])
+    with pytest.raises(ValueError, match=r"pair states with labels of other tokens"):
+        verl.linear_cross_entropy(hidden.transpose(0, 1), weight, labels)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_group_of_one_rank_is_no_group(monkeypatch, ranks):
+    hidden, weight, labels = leaves()
+    monkeypatch.setattr(torch.distributed, "get_world_size", {"the group": ranks}.get)
+    given = (hidden, weight, labels, 1.0, "none", "the group")
+    if ranks == 2:
+        with pytest.raises(NotImplementedError, match=r"over 2 ranks.*tensor_model_parallel_size"):
+            verl.linear_cross_entropy(*given)
+        return
+    expected = [t.flatten() for t in plain(hidden, weight, labels)]
+    assert_same(verl.linear_cross_entropy(*given), expected, (hidden, weight))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 512])
 def test_fused_linear_for_ppo(chunk_size):
     hidden, weight, labels = leaves()
-    head = verl.FusedLinearForPPO(chunk_size)
+    head = verl.FusedLinearForPPO(chunk_size, impl_backend="liger" if chunk_size == 5 else "torch")
     assert not list(head.parameters())
     ours = head(hidden, weight, labels.int(), temperature=1.3)
     assert_same(ours, plain(hidden, weight, labels, 1.3), (hidden, weight))
+
+
+def test_a_backend_that_is_none():
+    with pytest.raises(ValueError, match=r"impl_backend must be one of .* got 'triton'"):
+        verl.FusedLinearForPPO(impl_backend="triton")
 
 
 def test_entropies_of_bfloat16_states_are_float32():
@@ -185,35 +229,45 @@ def matrices(name: str, given: dict[str, Tensor], low: float, high: float) -> Te
     return losses
 
 
-def aggregated(losses: Tensor, mask: Tensor, mode: str, scale: float = T) -> Tensor:
-    """verl 0.8's means, over the three sequences that have a token."""
+def aggregated(name: str, losses: Tensor, mask: Tensor, mode: str, scale: float = T) -> Tensor:
+    """verl 0.9.1's means: GMPO's is over all rows, the others' over those that have a token."""
     losses = losses.where(mask.bool(), 0)
+    # Those of two losses are their own.
+    mode = "seq-mean-token-mean" if name in ("sapo", "geo_mean") else mode
     if mode == "token-mean":
         return losses.sum() / mask.sum()
+    if mode == "token-sum":
+        return losses.sum()
     sums = losses.sum(-1)
     if mode == "seq-mean-token-mean":
         sums = sums / mask.sum(-1).clamp(min=1)
-    return sums.sum() / 3 / (scale if mode.endswith("norm") else 1)
+    rows = len(mask) if name == "geo_mean" else 3
+    return sums.sum() / rows / (scale if mode.endswith("norm") else 1)
 
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+MODES += ["token-sum"]
+NAMED = ["vanilla", "gspo", "geo_mean", "cispo", "sapo", "gpg"]
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", verl.policy_losses)
+@pytest.mark.parametrize("name", NAMED)
 def test_policy_losses(name, mode):
     given = rollout(advantages_per_token=name in ("vanilla", "gspo", "gpg"))
     loss, metrics = verl.policy_losses[name](
         **given, loss_agg_mode=mode, config=config(clip_ratio_high=0.28)
     )
-    expected = aggregated(matrices(name, given, 0.2, 0.28), given["response_mask"], mode)
+    expected = aggregated(name, matrices(name, given, 0.2, 0.28), given["response_mask"], mode)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
     pair = (torch.autograd.grad(x, given["log_prob"])[0] for x in (loss, expected))
     torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-9)
     mask = given["response_mask"].bool()
+    if name == "gpg":
+        assert metrics == {}
+        return
     kl = (given["old_log_prob"] - given["log_prob"])[mask].mean().item()
     assert metrics["actor/ppo_kl"] == pytest.approx(kl)
-    assert 0 <= metrics["actor/pg_clipfrac"] <= 1
+    assert 0 <= metrics["actor/pg_clipfrac"] + metrics["actor/pg_clipfrac_lower"] <= 1
 
 
 def test_rollout_weights_multiply_and_counts_are_of_the_step():
@@ -224,6 +278,7 @@ def test_rollout_weights_multiply_and_counts_are_of_the_step():
     info = {"dp_size": 2, "batch_num_tokens": 40, "global_batch_size": 12, "loss_scale_factor": 9}
     expected = {
         "token-mean": losses[mask.bool()].sum() / 40 * 2,
+        "token-sum": losses[mask.bool()].sum() * 2,
         "seq-mean-token-sum": losses[mask.bool()].sum() / 12 * 2,
         "seq-mean-token-sum-norm": losses[mask.bool()].sum() / 12 * 2 / 9,
     }
@@ -237,15 +292,91 @@ def test_rollout_weights_multiply_and_counts_are_of_the_step():
         torch.testing.assert_close(loss, value)
 
 
-def test_the_clipped_fraction_by_hand():
-    """Of three tokens one is above the bound with A > 0, one below with A < 0."""
-    old = torch.zeros(1, 3)
-    new = torch.tensor([[1.5, 0.5, 1.0]]).log()
-    loss, metrics = verl.policy_losses["vanilla"](
-        old, new, torch.tensor([[1.0, -1.0, 1.0]]), torch.ones(1, 3), config=config()
+def test_ranks_need_the_counts_that_they_share():
+    for mode, name in [
+        ("token-mean", "batch_num_tokens"),
+        *((mode, "global_batch_size") for mode in MODES[1:4]),
+    ]:
+        with pytest.raises(ValueError, match=f"{name} is required when dp_size > 1"):
+            verl.policy_losses["vanilla"](
+                **rollout(), loss_agg_mode=mode, config=config(global_batch_info={"dp_size": 2})
+            )
+
+
+def test_gmpo_takes_the_geometric_mean_of_rollout_weights():
+    """Two tokens of weights 1 and 4 have the weight 2, whatever each token's own."""
+    weights = torch.tensor([[1.0, 4.0, 99.0]])
+    given = (torch.zeros(1, 3), torch.tensor([[0.1, 0.3, 5.0]]), torch.tensor([[1.0, 1.0, 1.0]]))
+    mask = torch.tensor([[1, 1, 0]])
+    loss, _ = verl.policy_losses["geo_mean"](
+        *given, mask, config=config(), rollout_is_weights=weights
     )
-    assert loss.item() == pytest.approx((-1.2 + 0.8 - 1) / 3)
-    assert metrics["actor/pg_clipfrac"] == pytest.approx(2 / 3)
+    # The second log-ratio counts as the bound, 0.2.
+    assert loss.item() == pytest.approx(-2 * math.exp(0.15))
+
+
+def ratios(name: str, **options) -> dict[str, float]:
+    """Metrics at the ratios 1.5, 0.5, 1, 4 and 0.5, with A = 1, -1, 1, -1, 1, and a token of ratio 9
+    that does not count.
+    """
+    new = torch.tensor([[1.5, 0.5, 1.0, 4.0, 0.5, 9.0]]).log()
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, 1.0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
+    given = (torch.zeros(1, 6), new - 3 * (name in PROBABILITIES), advantages, mask)
+    old = given[0] - 3 * (name in PROBABILITIES)
+    return verl.policy_losses[name](old, *given[1:], config=config(**options))[1]
+
+
+# Losses that look at probabilities, which must be below 1.
+PROBABILITIES = ("dppo_tv", "dppo_kl")
+# e^-3 = 0.05 times the ratios: probabilities move by 0.025, -0.025, 0, 0.15, -0.025.
+FRACTIONS = {
+    # Above with A > 0, below with A < 0; the dual clip apart.
+    "vanilla": (2 / 5, 1 / 5),
+    "cispo": (4 / 5, 0.0),
+    "sapo": (0.0, 0.0),
+    # |log ratio| > 0.2, by the sign of A alone.
+    "geo_mean": (2 / 5, 2 / 5),
+    # Beyond 0.02 in the direction of A; the ratio of 4 is within, and cut at 3.
+    "dppo_tv": (2 / 5, 1 / 5),
+}
+
+
+@pytest.mark.parametrize("name", FRACTIONS)
+def test_the_clipped_fractions_by_hand(name):
+    bounds = {"clip_ratio": 0.02} if name == "dppo_tv" else {}
+    metrics = ratios(name, **bounds)
+    mean = -math.log(1.5 * 0.5 * 4 * 0.5) / 5
+    assert metrics["actor/ppo_kl"] == pytest.approx(mean)
+    clipped, lower = FRACTIONS[name]
+    assert metrics["actor/pg_clipfrac"] == pytest.approx(clipped)
+    assert metrics["actor/pg_clipfrac_lower"] == pytest.approx(lower)
+
+
+def test_losses_that_report_a_divergence_alone():
+    signed = -math.log(1.5 * 0.5 * 4 * 0.5) / 5
+    absolute = (math.log(1.5) + 2 * math.log(2) + math.log(4)) / 5
+    assert ratios("dro", policy_loss={"dro_beta": 0.1}) == {"actor/ppo_kl": pytest.approx(signed)}
+    assert ratios("kl_cov") == {"actor/ppo_kl": pytest.approx(absolute)}
+    assert ratios("gpg") == {}
+
+
+def test_dro_needs_its_weight():
+    with pytest.raises(ValueError, match="dro_beta must be positive, got 0"):
+        ratios("dro")
+
+
+def test_the_loss_of_a_dual_clip_by_hand():
+    """Of four tokens one is above the bound with A > 0, one below with A < 0, one beyond 3."""
+    old = torch.zeros(1, 4)
+    new = torch.tensor([[1.5, 0.5, 1.0, 4.0]]).log()
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    loss, metrics = verl.policy_losses["vanilla"](
+        old, new, advantages, torch.ones(1, 4), config=config()
+    )
+    assert loss.item() == pytest.approx((-1.2 + 0.8 - 1 + 3) / 4)
+    assert metrics["actor/pg_clipfrac"] == pytest.approx(2 / 4)
+    assert metrics["actor/pg_clipfrac_lower"] == pytest.approx(1 / 4)
 
 
 def test_a_mode_that_is_none():
@@ -272,9 +403,25 @@ def a_verl(monkeypatch) -> SimpleNamespace:
         models=modules["verl.models"],
     )
     modules["verl"].__version__ = "9.9.9"
-    found.kernel.linear_cross_entropy = object()
-    found.functional.FusedLinearForPPO = found.models.Head = type("FusedLinearForPPO", (), {})
-    found.core.POLICY_LOSS_REGISTRY = {"vanilla": len}
+
+    class Head(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight, labels, temperature, reduction, dist_process_group):
+            """Of verl 0.8 and later."""
+
+    class FusedLinearForPPO(torch.nn.Module):
+        """Of verl 0.8 and 0.9.0."""
+
+        def __init__(self, chunk_size=512):
+            super().__init__()
+
+        def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+            """Nothing."""
+
+    found.Function = Head
+    found.kernel.linear_cross_entropy = Head.apply
+    found.functional.FusedLinearForPPO = found.models.Head = FusedLinearForPPO
+    found.core.POLICY_LOSS_REGISTRY = {"kl_cov": len}
     yield found
     verl.unpatch()
 
@@ -285,15 +432,38 @@ def test_patch_and_unpatch(a_verl):
     verl.patch()
     assert a_verl.kernel.linear_cross_entropy is verl.linear_cross_entropy
     assert a_verl.functional.FusedLinearForPPO is a_verl.models.Head is verl.FusedLinearForPPO
+    # A name that verl binds while ours is in place.
+    a_verl.models.late = a_verl.kernel.linear_cross_entropy
     registry = a_verl.core.POLICY_LOSS_REGISTRY
-    assert registry["vanilla"] is len
+    assert registry["kl_cov"] is len
     assert registry["fused_vanilla"] is verl.policy_losses["vanilla"]
     assert len(registry) == 1 + len(verl.policy_losses)
     verl.unpatch()
     verl.unpatch()
     assert a_verl.kernel.linear_cross_entropy is before[0]
     assert a_verl.functional.FusedLinearForPPO is a_verl.models.Head is before[1]
-    assert registry == {"vanilla": len}
+    assert a_verl.models.late is before[0]
+    assert registry == {"kl_cov": len}
+
+
+def test_a_verl_that_calls_otherwise_is_an_error_and_stays_as_it_is(a_verl):
+    """Each of the three places, with an argument that we do not know."""
+
+    def forward(ctx, hidden, weight, labels, temperature, dist_process_group):
+        """Without a reduction."""
+
+    def loss(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, weights):
+        """With another name at the end."""
+
+    theirs = a_verl.functional.FusedLinearForPPO
+    a_verl.core.POLICY_LOSS_REGISTRY["vanilla"] = loss
+    with pytest.raises(RuntimeError, match=r"verl 9.9.9 .*'vanilla' takes .* weights\), not"):
+        verl.patch()
+    a_verl.Function.forward = staticmethod(forward)
+    with pytest.raises(RuntimeError, match=r"linear_cross_entropy takes \(hidden.*0.9.1 are known"):
+        verl.patch()
+    assert a_verl.functional.FusedLinearForPPO is theirs
+    assert len(a_verl.core.POLICY_LOSS_REGISTRY) == 2
 
 
 def test_a_verl_that_moved_is_an_error_and_stays_as_it_is(a_verl):

@@ -1,0 +1,56 @@
+"""verl's names on our functions; and those of OpenRLHF and prime-rl, which have a seam like it.
+
+```python
+from fused_rl.integrations import verl
+
+logprobs, entropy = verl.linear_cross_entropy(hidden, weight, labels, 0.7)
+logprobs = logprobs.view_as(labels)
+kl = verl.kl_penalty(logprobs, ref_logprobs, "k3+")
+pg_loss, metrics = verl.policy_losses["vanilla"](
+    old_logprobs, logprobs, advantages, response_mask, "token-mean", config
+)
+```
+
+With verl installed, `patch()` puts our head in the place of both of its fused ones and adds our
+losses to its registry as "fused_vanilla", "fused_gspo" and so on; `unpatch()` takes all of it back.
+Nothing of verl is imported before. verl's workers are processes of their own: what its
+configuration has to say so that they are patched is in `fused_rl.integrations.verl.worker`.
+
+What differs from verl, on purpose: logits and entropies are float32 throughout; k3 keeps its value
+and its gradient where log(ref / policy) exceeds 2.6, where verl's clamp at 10 has neither, up to
+a log-ratio of 20; a log-ratio beyond 20 keeps its gradient, and GSPO's beyond 10 its value too; a
+batch without a counted token has loss 0, not NaN; a masked token may be anything; a vocabulary that
+is split over tensor-parallel ranks is an error.
+
+Signatures, means and metrics are those of verl 0.9.1: verl/utils/kernel/linear_cross_entropy.py,
+verl/utils/experimental/torch_functional.py and verl/trainer/ppo/core_algos.py. The tests run verl's
+own functions beside ours, its forwards on a small model, and a Ray worker; no training job was run.
+openrlhf/models/utils.py and prime_rl/trainer/models/layers/lm_head.py were not run.
+"""
+
+from fused_rl.integrations.verl.heads import (
+    FusedLinearForPPO,
+    FusedOutputLinear,
+    linear_cross_entropy,
+    log_probs_from_logits,
+)
+from fused_rl.integrations.verl.losses import (
+    PolicyLossFn,
+    kl_penalty,
+    policy_loss_fn,
+    policy_losses,
+)
+from fused_rl.integrations.verl.patching import patch, unpatch
+
+__all__ = [
+    "FusedLinearForPPO",
+    "FusedOutputLinear",
+    "PolicyLossFn",
+    "kl_penalty",
+    "linear_cross_entropy",
+    "log_probs_from_logits",
+    "patch",
+    "policy_loss_fn",
+    "policy_losses",
+    "unpatch",
+]
