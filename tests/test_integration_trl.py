@@ -247,7 +247,7 @@ def test_the_seam_of_every_known_version(monkeypatch, version):
     assert found[2:] == ((None,) * 3 if version == "1.16" else ())
 
 
-def test_what_we_do_not_compute_is_theirs(monkeypatch):
+def test_a_sharded_head_is_theirs_whatever_is_asked_for(monkeypatch):
     original, utils, _ = a_trl(monkeypatch, *SIGNATURES["1.16"])
     hidden, weight, targets = torch.randn(5, 4), torch.randn(9, 4), torch.randint(0, 9, (5,))
 
@@ -258,13 +258,69 @@ def test_what_we_do_not_compute_is_theirs(monkeypatch):
     sharded = torch.nn.Parameter(weight)
     sharded.ds_id = 0
     with integration.patched():
-        assert call("log_sum_sq_probs", "entropy") == call(weight=sharded) == "theirs"
-        assert call("is_top1", "mean_logits", softcap=2.0) == "theirs"
-        assert call().shape == call("entropy").shape == call("mean_logits").shape == (5,)
-        assert call("is_top1").shape == call("is_top1", softcap=2.0).shape == (5,)
+        assert call(weight=sharded) == call("log_sum_sq_probs", weight=sharded) == "theirs"
+        alone = call()
+        for outputs in (("entropy",), ("log_sum_sq_probs", "entropy"), ("mean_logits",)):
+            assert torch.equal(call(*outputs), alone)
+        capped = call(softcap=2.0)
+        for outputs in (("is_top1", "mean_logits"), ("log_sum_sq_probs",)):
+            assert torch.equal(call(*outputs, softcap=2.0), capped)
         default = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 3)
-    assert default[0] == "theirs"
+    assert torch.equal(default[0], alone) and all(t is not None for t in default)
     assert call()[0] == "t"
+    assert utils._ChunkedLogProbFunction is original
+
+
+@pytest.mark.parametrize("logits", [1, 7, 40, 2**24])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_what_needs_all_logits(monkeypatch, softcap, logits):
+    """log sum p^2 and the mean logit, from parts of the vocabulary of any size; no gradient."""
+    monkeypatch.setattr(integration, "_LOGITS", logits)
+    _, utils, _ = a_trl(monkeypatch, *SIGNATURES["1.16"])
+    hidden, weight, bias = torch.randn(5, 4), torch.randn(9, 4), torch.randn(9)
+    hidden.requires_grad_()
+    args = (weight, bias, torch.randint(0, 9, (5,)), 0.7, 3, softcap, 0.5)
+    outputs = ("log_probs", "log_sum_sq_probs", "mean_logits")
+    with integration.patched():
+        apply = utils._ChunkedLogProbFunction.apply
+        _, entropy, squares, mean, top = apply(hidden, *args, outputs)
+        assert apply(hidden, *args, outputs[:2])[3] is None
+        assert apply(hidden, *args, (outputs[0], outputs[2]))[2] is None
+        assert apply(hidden[:0], weight, bias, args[2][:0], *args[3:], outputs)[2].shape == (0,)
+    z = LMHead(weight, bias, 0.5, softcap).logits(hidden.detach()) / 0.7
+    torch.testing.assert_close(squares, torch.log_softmax(z, -1).exp().square().sum(-1).log())
+    torch.testing.assert_close(mean, z.mean(-1))
+    assert entropy is None and top is None
+    assert not squares.requires_grad and not mean.requires_grad
+
+
+def test_trainers_with_a_reference_from_before_stay_with_theirs(monkeypatch):
+    """All that they do, in `_compute_loss` and where references are made; others are ours."""
+    original, utils, _ = a_trl(monkeypatch, *SIGNATURES["1.16"])
+    args = (torch.randn(5, 4), torch.randn(9, 4), None, torch.randint(0, 9, (5,)), 1.0, 3)
+
+    class Trainer:
+        def __init__(self, precomputed: bool) -> None:
+            self.precompute_ref_logps = precomputed
+
+        def _compute_loss(self, name: str) -> object:
+            """The first log-prob."""
+            assert name == "given"
+            return utils._ChunkedLogProbFunction.apply(*args)[0]
+
+        def _precompute_ref_logps(self) -> object:
+            return self._compute_loss("given")
+
+    theirs = dict(vars(Trainer))
+    sys.modules["trl"].DPOTrainer = Trainer
+    with integration.patched():
+        precomputed, other = Trainer(True), Trainer(False)
+        assert precomputed._compute_loss("given") == "theirs"
+        assert precomputed._precompute_ref_logps() == "theirs"
+        assert other._compute_loss(name="given").shape == (5,)
+        assert utils._ChunkedLogProbFunction.apply(*args)[0].shape == (5,)
+        assert Trainer._compute_loss.__doc__ == "The first log-prob."
+    assert dict(vars(Trainer)) == theirs
     assert utils._ChunkedLogProbFunction is original
 
 

@@ -316,8 +316,8 @@ def test_gmpo_takes_the_geometric_mean_of_rollout_weights():
 
 
 def ratios(name: str, **options) -> dict[str, float]:
-    """Metrics at the ratios 1.5, 0.5, 1, 4 and 0.5, with A = 1, -1, 1, -1, 1, and a token of ratio 9
-    that does not count.
+    """Metrics at the ratios 1.5, 0.5, 1, 4 and 0.5 with A = 1, -1, 1, -1, 1; a token of ratio 9
+    does not count.
     """
     new = torch.tensor([[1.5, 0.5, 1.0, 4.0, 0.5, 9.0]]).log()
     advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, 1.0]])

@@ -15,10 +15,13 @@ is the object itself. Which trainers call it is TRL's choice:
     TRL 1.14           DPO, KTO and GRPO with use_liger_kernel=True; asynchronous GRPO
     TRL 1.12, 1.13     asynchronous GRPO
 
-A call stays with TRL's own function where it asks for what we do not compute: `log_sum_sq_probs`
-(the policy of DPO with use_weighting), or `mean_logits` of a model with a softcap (the policy of
-DPO, of a Gemma 2); and where the head's weight is sharded by ZeRO-3, which TRL gathers again in its
-backward pass. All others are ours, in every one of these trainers.
+Policy and reference are always computed by one head: TRL's rounds logits to bfloat16 where ours
+does not, and between the two equal weights would differ by some 3e-3 nats per token. So two things
+stay with TRL's own function, as a whole: models whose head ZeRO-3 has sharded, which TRL gathers
+again in its backward pass; and a DPO or KTO trainer with precompute_ref_log_probs=True, since its
+reference log-probs may be from before patch(), or from a file. All other calls are ours. What only
+DPO and KTO ask for, `log_sum_sq_probs` (use_weighting) and the `mean_logits` of a model with a
+softcap (Gemma 2), takes a second pass over the weight, without gradient.
 
 `is_top1`, from which SFT and DPO take their token accuracy, compares float32 logits, where TRL's
 function compares those it rounded to the dtype of the model; and words that tie are all the most
@@ -62,6 +65,7 @@ from fused_rl.head import LMHead
 from fused_rl.logprobs import linear_top_logprobs
 from fused_rl.losses import Loss, LossOutput, linear_policy_loss
 from fused_rl.means import TokenMean
+from fused_rl.reference import logits
 
 _SEAM = "_ChunkedLogProbFunction"
 _OPTIONS = ("targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
@@ -72,10 +76,14 @@ _KNOWN = (
     ("weight", "bias", *_OPTIONS, "outputs"),
 )
 _OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+# Logits that are held at once for what needs all of them: 64 MiB of float32.
+_LOGITS = 2**24
 
 # What a trainer of ours does in place of log-probs: (hidden [N, H], head, temperature) -> [N].
 _InHead = Callable[[Tensor, LMHead, float], Tensor]
 _in_head: ContextVar[_InHead | None] = ContextVar("fused_rl_in_head", default=None)
+# Whether calls go to TRL's function meanwhile.
+_with_theirs: ContextVar[bool] = ContextVar("fused_rl_with_theirs", default=False)
 
 
 class _FusedHead:
@@ -92,7 +100,8 @@ class _FusedHead:
         softcap = given.get("final_logit_softcapping")
         scale = given.get("logit_scale", 1.0)
         outputs = given.get("outputs", _OUTPUTS if "outputs" in self.names else _OUTPUTS[:2])
-        if not _ours(given["weight"], outputs, softcap):
+        # A weight that ZeRO-3 has sharded has a ds_id.
+        if _with_theirs.get() or hasattr(given["weight"], "ds_id"):
             return self.original.apply(*args)
         head = LMHead(given["weight"], given.get("bias"), scale, softcap)
         if in_head := _in_head.get():
@@ -105,16 +114,15 @@ class _FusedHead:
         if "outputs" not in self.names:
             return logprobs, entropy
         entropy = entropy if "entropy" in outputs else None
-        mean = _mean_logits(hidden, head) / temperature if "mean_logits" in outputs else None
         is_top1 = logprobs == top if "is_top1" in outputs else None
-        return logprobs, entropy, None, mean, is_top1
-
-
-def _ours(weight: Tensor, outputs: tuple[str, ...], softcap: float | None) -> bool:
-    """Whether we have what a call asks for; see the module's docstring."""
-    computed = {"log_probs", "entropy", "is_top1"}
-    computed |= {"mean_logits"} if softcap is None else set()
-    return set(outputs) <= computed and not hasattr(weight, "ds_id")
+        squares = mean = None
+        if "log_sum_sq_probs" in outputs or ("mean_logits" in outputs and softcap is not None):
+            squares, mean = _of_all_logits(hidden, head, temperature)
+        elif "mean_logits" in outputs:
+            mean = _mean_logits(hidden, head) / temperature
+        squares = squares if "log_sum_sq_probs" in outputs else None
+        mean = mean if "mean_logits" in outputs else None
+        return logprobs, entropy, squares, mean, is_top1
 
 
 @torch.no_grad()
@@ -125,7 +133,32 @@ def _mean_logits(hidden: Tensor, head: LMHead) -> Tensor:
     return head.scale * (mean if head.bias is None else mean + head.bias.float().mean())
 
 
+@torch.no_grad()
+def _of_all_logits(hidden: Tensor, head: LMHead, temperature: float) -> tuple[Tensor, Tensor]:
+    """log sum_v p_v^2 and the mean of the logits at temperature, [N] each.
+
+    log sum p^2 = logsumexp(2 z) - 2 logsumexp(z); both, and the sum of z, are of parts of the
+    vocabulary first.
+    """
+    V = len(head.weight)
+    step = max(_LOGITS // max(len(hidden), 1), 1)
+    at = torch.full(hidden.shape[:1], temperature, dtype=torch.float64, device=hidden.device)
+    once, twice, total = [], [], 0.0
+    for start in range(0, V, step):
+        rows = slice(start, start + step)
+        bias = None if head.bias is None else head.bias[rows]
+        with torch.autocast(hidden.device.type, enabled=False):
+            z = logits(hidden, head.weight[rows], bias, at, head.scale, head.softcap or 0.0)
+        once.append(z.logsumexp(-1))
+        twice.append((2 * z).logsumexp(-1))
+        total = total + z.sum(-1)
+    squares = torch.stack(twice).logsumexp(0) - 2 * torch.stack(once).logsumexp(0)
+    return squares, total / V
+
+
 _active: _FusedHead | None = None
+# (class, name of a method, TRL's own), while patched.
+_guarded: list[tuple[type, str, Callable]] = []
 
 
 def patch() -> None:
@@ -141,6 +174,7 @@ def patch() -> None:
     if _active is None:
         _active = _find_seam()
         _swap(_active.original, _active)
+        _guard_precomputed()
 
 
 def unpatch() -> None:
@@ -149,6 +183,9 @@ def unpatch() -> None:
     if _active is not None:
         _swap(_active, _active.original)
         _active = None
+        for owner, name, theirs in _guarded:
+            setattr(owner, name, theirs)
+        _guarded.clear()
 
 
 @contextmanager
@@ -189,6 +226,34 @@ def _swap(old: object, new: object) -> None:
                     setattr(module, attribute, new)
 
 
+def _guard_precomputed() -> None:
+    """Trainers that compare with log-probs from a file do so with the head that made the file."""
+    import trl
+
+    for name in ("DPOTrainer", "KTOTrainer"):
+        owner = getattr(trl, name, None)
+        if not hasattr(owner, "_precompute_ref_logps"):
+            continue
+        for method in ("_precompute_ref_logps", "_compute_loss"):
+            theirs = getattr(owner, method)
+            _guarded.append((owner, method, theirs))
+            setattr(owner, method, _by_trainer(theirs))
+
+
+def _by_trainer(method: Callable) -> Callable:
+    """The method, with TRL's own head throughout where the trainer's reference is precomputed."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        reset = _with_theirs.set(self.precompute_ref_logps)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            _with_theirs.reset(reset)
+
+    return call
+
+
 # TRL's names for our metrics; the others keep theirs.
 _LOGGED_AS = {
     "clip_fraction_low": "clip_ratio/low_mean",
@@ -216,7 +281,8 @@ class FusedLoss:
 
     Logged are `entropy`, `kl`, `clip_ratio/low_mean`, `clip_ratio/high_mean` and
     `clip_ratio/region_mean`, TRL's extremes over sequences not; and `ratio_mean`, `ratio_max` and
-    `zero_gradient_fraction`, which TRL has not.
+    `zero_gradient_fraction`, which TRL has not. The load-balancing loss of a mixture of experts is
+    the model's, not policy_loss's: it is added and logged as `aux_loss` where TRL would.
 
     Args:
         policy_loss: a PolicyLoss, or any function (TokenStats, TokenBatch) -> LossOutput.
@@ -224,8 +290,8 @@ class FusedLoss:
 
     Raises:
         ValueError: a KL penalty without a reference model; an option of GRPOConfig that adds to
-            the loss or masks it (entropy bonus, top_entropy_quantile, off_policy_mask_threshold,
-            router loss): those would be lost.
+            the loss or masks it (entropy bonus, top_entropy_quantile, off_policy_mask_threshold):
+            those would be lost.
         RuntimeError: at the first step, a GRPOTrainer that does not call its fused head (TRL before
             1.15), or whose head ZeRO-3 has sharded.
     """
@@ -237,7 +303,6 @@ class FusedLoss:
             "entropy_coef": getattr(self, "_entropy_bonus_enabled", False),
             "top_entropy_quantile": self.top_entropy_quantile < 1,
             "off_policy_mask_threshold": self.off_policy_mask_threshold is not None,
-            "router_aux_loss_coef": self.aux_loss_enabled,
         }
         if lost := [name for name, is_set in unsupported.items() if is_set]:
             raise ValueError(f"FusedGRPOTrainer takes its loss from policy_loss, without {lost}")
@@ -268,7 +333,7 @@ class FusedLoss:
 
         reset = _in_head.set(in_head)
         try:
-            carried = self._logprobs_of(model, inputs)
+            carried, balance = self._logprobs_of(model, inputs)
         finally:
             _in_head.reset(reset)
         if len(formed) != 1:
@@ -280,22 +345,37 @@ class FusedLoss:
                 "head that ZeRO-3 has not sharded"
             )
         self._log_metrics(formed[0].metrics, batch.num_tokens)
-        return carried.sum() / divisor
+        return carried.sum() / divisor + self._balance(balance)
 
-    def _logprobs_of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """[B, T]: what TRL takes for the log-probs of the completions."""
+    def _balance(self, loss: Tensor | None) -> Tensor | float:
+        """The load-balancing loss of a mixture of experts, as TRL adds it: a mean over the
+        micro-batches.
+        """
+        if loss is None:
+            return 0.0
+        training = self.model.training
+        log = self._metrics["train" if training else "eval"]
+        log["aux_loss"].append(self.accelerator.gather_for_metrics(loss).mean().item())
+        accumulated = self.current_gradient_accumulation_steps if training else 1
+        return self.router_aux_loss_coef * loss / accumulated
+
+    def _logprobs_of(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """[B, T]: what TRL takes for the log-probs of the completions; the load-balancing loss."""
         prompt, completion = inputs["prompt_ids"], inputs["completion_ids"]
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         # Pictures and what belongs to them go by the same names in the batch.
         names = inspect.signature(super()._get_per_token_logps_and_entropies).parameters
-        return self._get_per_token_logps_and_entropies(
+        more = {"compute_aux_loss": True} if self.aux_loss_enabled else {}
+        found = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([prompt, completion], dim=1),
             mask,
             completion.shape[1],
             compute_entropy=True,
+            **more,
             **{name: inputs[name] for name in names if name in inputs},
-        )[0]
+        )
+        return found[0], found[2] if self.aux_loss_enabled else None
 
     def _of_step(self, inputs: dict[str, Any]) -> tuple[Loss, float]:
         """The loss of a micro-batch, and what it is divided by."""
