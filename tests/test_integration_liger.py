@@ -21,6 +21,7 @@ pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
 
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss as TheirLoss
 from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction as TheirFunction
+from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as TheirCrossEntropy
 from liger_kernel.transformers import grpo_loss as their_triton
 from parity import CLIPPED, ITEMS, LENGTH, LEVELS, LOSS_TYPES
 from test_liger_parity import COMBINATIONS, KLS, Problem, naive, relative
@@ -29,7 +30,9 @@ from fused_rl.integrations import liger
 from fused_rl.integrations.liger import (
     LigerFusedLinearGRPOFunction,
     LigerFusedLinearGRPOLoss,
+    LigerFusedLinearScaledCrossEntropyFunction,
     fused_selective_log_softmax,
+    liger_fused_linear_grpo,
     triton_grpo_loss,
 )
 
@@ -61,6 +64,10 @@ PAIRS = {
         their_triton.fused_selective_log_softmax,
     ),
     "apply": (LigerFusedLinearGRPOFunction.apply, TheirFunction.forward),
+    "scaled cross-entropy": (
+        LigerFusedLinearScaledCrossEntropyFunction.apply,
+        TheirCrossEntropy.apply,
+    ),
 }
 
 
@@ -326,6 +333,70 @@ def test_weights_of_vespo_at_padding():
     assert relative(wrong[0], right) > 0.1
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_of_two_references_the_given_log_probs_are_taken_with_a_warning(beta):
+    """As theirs says too; the values are those of ref_per_token_logps alone."""
+    problem = Problem()
+    values = {}
+    for Loss in (LigerFusedLinearGRPOLoss, TheirLoss):
+        loss_fn = Loss(beta=beta, temperature=problem.temperature, compiled=False)
+        given = (problem.hidden, problem.weight, problem.labels, problem.mask, problem.advantages)
+        references = {"ref_per_token_logps": problem.ref, "bias": problem.bias}
+        alone = loss_fn(*given, **references)[0]
+        other = {"ref_input": problem.hidden.detach(), "ref_weight": 0 * problem.weight.detach()}
+        with pytest.warns(UserWarning, match=r"Using ref_per_token_logps"):
+            values[Loss] = loss_fn(*given, **references, **other)[0]
+        assert torch.equal(values[Loss], alone)
+    torch.testing.assert_close(*values.values(), rtol=1e-4, atol=1e-5)
+
+
+def test_temperatures_of_sapo_are_checked_where_they_are_used():
+    """An older caller's positional arguments put a False there; the module checks as Liger's."""
+    problem = Problem()
+    given = (problem.hidden, problem.weight, problem.labels, problem.mask, problem.advantages)
+    options = {"use_ref_model": False, "beta": 0.0, "sapo_temperature_neg": False}
+    loss, _ = liger_fused_linear_grpo(*given, loss_type="grpo", **options)
+    assert loss.isfinite()
+    with pytest.raises(ValueError, match="sapo_temperature_neg must be positive, got False"):
+        liger_fused_linear_grpo(*given, loss_type="sapo", **options)
+    for Loss in (LigerFusedLinearGRPOLoss, TheirLoss):
+        with pytest.raises(ValueError, match="sapo_temperature_neg must be positive, got 0"):
+            Loss(loss_type="grpo", sapo_temperature_neg=0)
+
+
+def test_the_functional_name_is_the_function():
+    assert liger_fused_linear_grpo is LigerFusedLinearGRPOFunction.apply
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scaled_cross_entropy(temperature, ignore_index):
+    """nll, entropy and the gradients of both, beside theirs; ignored tokens are 0."""
+    target = torch.randint(0, 11, (21,))
+    target[::4] = ignore_index
+    hidden = torch.randn(21, 8, requires_grad=True)
+    weight = torch.randn(11, 8, requires_grad=True)
+    coefficients = torch.randn(2, 21)
+    found = []
+    for function in (LigerFusedLinearScaledCrossEntropyFunction, TheirCrossEntropy):
+        options = (temperature, ignore_index, 2, True)
+        both = function.apply(hidden, weight, target, *options)
+        gradients = torch.autograd.grad(both, (hidden, weight), tuple(coefficients))
+        found.append((*both, *gradients))
+        alone = function.apply(hidden, weight, target, temperature, ignore_index)
+        assert torch.equal(alone, both[0])
+        assert not both[0][target == ignore_index].any()
+    torch.testing.assert_close(*found)
+
+
+def test_scaled_cross_entropy_without_further_ids():
+    given = (torch.randn(3, 8), torch.randn(11, 8), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="selected_token_ids is not there yet"):
+        LigerFusedLinearScaledCrossEntropyFunction.apply(
+            *given, selected_token_ids=torch.tensor([1, 2])
+        )
+
+
 def test_a_label_outside_the_vocabulary():
     """Theirs has the log-prob -lse; ours is an error."""
     problem = Problem()
@@ -340,7 +411,10 @@ def test_a_label_outside_the_vocabulary():
     [
         ({"loss_type": "ppo"}, "loss_type must be one of grpo, bnpo, .* got 'ppo'"),
         ({"importance_sampling_level": "word"}, "must be 'token' or 'sequence', got 'word'"),
-        ({"loss_type": "cispo", "importance_sampling_level": "sequence"}, "'cispo' has .*'token'"),
+        (
+            {"loss_type": "cispo", "importance_sampling_level": "sequence"},
+            "Sequence-level importance sampling is not supported: loss_type 'cispo' has .*'token'",
+        ),
         ({"loss_type": "dr_grpo", "max_completion_length": None}, "needs max_completion_length"),
         ({"sapo_temperature_pos": 0.0}, "sapo_temperature_pos must be positive, got 0.0"),
         ({"sapo_temperature_neg": -1.0}, "sapo_temperature_neg must be positive, got -1.0"),
