@@ -33,6 +33,9 @@ def group_zscore_advantages(
     Raises:
         ValueError: rewards that are not finite, or not [B] floats with B a multiple of group_size.
     """
+    checks.is_not_negative("eps", eps)
+    checks.is_integer("ddof", ddof)
+    checks.at_least("ddof", ddof, 0)
     groups = _groups(rewards, group_size)
     centred = groups - groups.mean(-1, keepdim=True)
     degrees = max(group_size - ddof, 1)
@@ -73,8 +76,9 @@ def length_weighted_advantages(rewards: Tensor, lengths: Tensor, group_size: int
     Raises:
         ValueError: as group_zscore_advantages; lengths that are not [B].
     """
-    checks.same_shape("lengths", lengths, "rewards", rewards)
     groups = _groups(rewards, group_size)
+    checks.is_tensor("lengths", lengths)
+    checks.same_shape("lengths", lengths, "rewards", rewards)
     weight = lengths.to(groups.dtype).reshape(-1, group_size)
     total = weight.sum(-1, keepdim=True)
     baseline = (weight * groups).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1)
@@ -96,6 +100,7 @@ def pass_at_k_advantages(rewards: Tensor, group_size: int, k: int) -> Tensor:
         ValueError: as group_zscore_advantages; k outside 2 to group_size.
     """
     groups = _groups(rewards, group_size)
+    checks.is_integer("k", k)
     checks.require(
         2 <= k <= group_size, lambda: f"k must be 2 to group_size = {group_size}, got {k}"
     )
@@ -121,6 +126,7 @@ def discounted_returns(
     Raises:
         ValueError: shapes that do not fit; a counted reward that is not finite.
     """
+    checks.is_not_negative("gamma", gamma)
     rows, follows, (counted,) = _steps(loss_mask, cu_seqlens, rewards=rewards)
     return _placed(suffix_scan(counted, gamma * follows), rows, rewards)
 
@@ -158,6 +164,8 @@ def gae(
     Raises:
         ValueError: shapes that do not fit; a counted reward or value that is not finite.
     """
+    checks.is_not_negative("gamma", gamma)
+    checks.is_not_negative("lam", lam)
     rows, follows, (r, v) = _steps(loss_mask, cu_seqlens, rewards=rewards, values=values)
     delta = r + gamma * follows * v.roll(-1) - v
     advantages = suffix_scan(delta, gamma * lam * follows)
@@ -209,6 +217,7 @@ def reinforce_plus_plus_baseline_advantages(
     Raises:
         ValueError: as group_zscore_advantages; rewards that are not one per sequence.
     """
+    checks.is_tensor("loss_mask", loss_mask)
     sequence, B = sequence_ids(loss_mask.shape, cu_seqlens, loss_mask.device)
     centred = group_mean_advantages(rewards, group_size)
     checks.require(
@@ -239,8 +248,8 @@ def clipped_value_loss(
     """
     for name, tensor in (("values", values), ("old_values", old_values), ("returns", returns)):
         checks.is_floating(name, tensor)
-    checks.same_shape("old_values", old_values, "values", values)
-    checks.same_shape("returns", returns, "values", values)
+        checks.same_shape(name, tensor, "values", values)
+    checks.is_bound("clip", clip)
     checks.require(clip > 0, lambda: f"clip must be positive, got {clip}")
     values, old, target = promoted(values, old_values.detach(), returns.detach())
     near = torch.maximum(torch.minimum(values, old + clip), old - clip)
@@ -249,6 +258,7 @@ def clipped_value_loss(
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
     checks.is_floating("rewards", rewards)
+    checks.is_integer("group_size", group_size)
     checks.require(
         rewards.dim() == 1 and group_size > 0 and len(rewards) % group_size == 0,
         lambda: (
@@ -270,13 +280,15 @@ def _steps(
     loss_mask: Tensor, cu_seqlens: Tensor | None, **tensors: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Counted tokens alone: their rows [M]; 1 where the next is of the same sequence; values."""
+    checks.is_tensor("loss_mask", loss_mask)
     sequence, _ = sequence_ids(loss_mask.shape, cu_seqlens, loss_mask.device)
     rows = loss_mask.reshape(-1).nonzero()[:, 0]
-    wide = acc_dtype(*tensors.values())
-    counted = []
     for name, tensor in tensors.items():
         checks.is_floating(name, tensor)
         checks.same_shape(name, tensor, "loss_mask", loss_mask)
+    wide = acc_dtype(*tensors.values())
+    counted = []
+    for name, tensor in tensors.items():
         is_finite(name, tensor.where(loss_mask.bool(), 0.0))
         counted.append(tensor.reshape(-1)[rows].to(wide))
     return rows, has_next(sequence[rows]).to(wide), counted

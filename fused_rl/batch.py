@@ -86,6 +86,7 @@ class TokenBatch:
         checks.require(
             labels.dim() == 2, lambda: f"labels must be [B, T], got {list(labels.shape)}"
         )
+        checks.is_floating("advantages", advantages)
         sequence, B = sequence_ids(labels.shape, None, labels.device)
         per_token = advantages
         if advantages.shape == (B,):
@@ -122,6 +123,8 @@ class TokenBatch:
         """
         checks.is_labels(labels)
         checks.require(labels.dim() == 1, lambda: f"labels must be [N], got {list(labels.shape)}")
+        checks.is_floating("advantages", advantages)
+        checks.is_tensor("cu_seqlens", cu_seqlens)
         sequence, B = sequence_ids(labels.shape, cu_seqlens, labels.device)
         if loss_mask is None:
             loss_mask = torch.ones_like(labels, dtype=torch.bool)
@@ -133,12 +136,12 @@ class TokenBatch:
 
     @classmethod
     def _build(cls, labels, loss_mask, advantages, sequence, num_sequences, *given) -> TokenBatch:
+        checks.is_tensor("loss_mask", loss_mask)
         checks.same_shape("loss_mask", loss_mask, "labels", labels)
         checks.require(
             loss_mask.dtype in (torch.bool, torch.int32, torch.int64, torch.uint8),
             lambda: f"loss_mask must be bool or 0/1 integers, got {loss_mask.dtype}",
         )
-        checks.is_floating("advantages", advantages)
         checks.require(
             advantages.shape == labels.shape,
             lambda: (
@@ -192,6 +195,7 @@ class TokenBatch:
         Raises:
             ValueError: keep that is not one bool per token, [N] or in the batch's shape.
         """
+        checks.is_tensor("keep", keep)
         checks.require(
             keep.dtype == torch.bool, lambda: f"keep must be torch.bool, got {keep.dtype}"
         )
@@ -221,6 +225,8 @@ class TokenBatch:
 
     def at_level(self, log_ratio: Tensor, level: Level) -> Tensor:
         """[N]: the log-ratio of each token, of its sequence, or the mean over its sequence."""
+        checks.is_floating("log_ratio", log_ratio)
+        checks.is_one_of("level", level, Level)
         if level is Level.TOKEN:
             return log_ratio
         total = self.sequence_sum(log_ratio)
@@ -242,6 +248,16 @@ class TokenBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
+
+
+def is_batch(batch: object) -> None:
+    checks.require(
+        isinstance(batch, TokenBatch),
+        lambda: (
+            "batch must be a TokenBatch (TokenBatch.padded, TokenBatch.packed), "
+            f"got {checks.shown(batch)}"
+        ),
+    )
 
 
 def _neutral(name: str, tensor: Tensor | None, mask: Tensor) -> Tensor | None:

@@ -1,9 +1,18 @@
-"""Errors that name the tensor, its shape, dtype and value. Users' mistakes end here."""
+"""Errors that name the tensor or option, its shape, dtype and value. Users' mistakes end here."""
 
+import math
 from collections.abc import Callable
+from enum import Enum
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+# What torch.export hands over for a size is a symbol.
+_REAL = (Real, torch.SymInt, torch.SymFloat)
+_INTEGRAL = (Integral, torch.SymInt)
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def require(condition: bool, message: Callable[[], str]) -> None:
@@ -12,25 +21,128 @@ def require(condition: bool, message: Callable[[], str]) -> None:
         raise ValueError(message())
 
 
-def is_floating(name: str, tensor: Tensor) -> None:
+def shown(value: object) -> str:
+    """What was given, short enough for a line."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {value.dtype}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{type(value).__name__} {text[:50]}..."
+
+
+def is_real(name: str, value: object) -> None:
+    """An int or a float, be it NaN; a bool is one to Python, and a mistake here."""
+    require(
+        isinstance(value, _REAL) and not isinstance(value, bool),
+        lambda: f"{name} must be a number, got {shown(value)}",
+    )
+
+
+def is_bound(name: str, value: object) -> None:
+    """A number, infinite where there is to be no bound; not NaN."""
+    is_real(name, value)
+    require(value == value, lambda: f"{name} must be a number, got {value}")
+
+
+def is_number(name: str, value: object) -> None:
+    is_real(name, value)
+    require(-math.inf < value < math.inf, lambda: f"{name} must be finite, got {value}")
+
+
+def is_positive(name: str, value: object) -> None:
+    is_real(name, value)
+    require(value > 0, lambda: f"{name} must be positive, got {value}")
+    require(value < math.inf, lambda: f"{name} must be finite, got {value}")
+
+
+def is_not_negative(name: str, value: object) -> None:
+    is_number(name, value)
+    at_least(name, value, 0)
+
+
+def is_weight(name: str, value: object) -> None:
+    """A number, or a tensor [] whose value may be changed between steps; not negative."""
+    if not isinstance(value, Tensor):
+        is_not_negative(name, value)
+        return
+    require(
+        value.dim() == 0,
+        lambda: f"{name} must be a number or a tensor [], got {list(value.shape)}",
+    )
+    is_floating(name, value)
+
+
+def is_integer(name: str, value: object) -> None:
+    """One that fits into int64."""
+    require(
+        isinstance(value, _INTEGRAL) and not isinstance(value, bool) and -(2**63) <= value < 2**63,
+        lambda: f"{name} must be a 64-bit integer, got {shown(value)}",
+    )
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    require(value >= least, lambda: f"{name} must be at least {least}, got {value}")
+
+
+def is_one_of(name: str, value: object, kind: type[Enum]) -> None:
+    """A member of the Enum `kind`."""
+    require(
+        isinstance(value, kind),
+        lambda: f"{name} must be a {kind.__name__} ({_members(kind)}), got {shown(value)}",
+    )
+
+
+def _members(kind: type[Enum]) -> str:
+    return ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
+
+
+def is_callable(name: str, value: object, such_as: str) -> None:
+    require(
+        callable(value),
+        lambda: f"{name} must be a function or an object like {such_as}, got {shown(value)}",
+    )
+
+
+def is_tensor(name: str, tensor: object) -> None:
+    """A torch.Tensor of real numbers, with strides: what every formula here can index."""
     require(
         isinstance(tensor, Tensor),
         lambda: f"{name} must be a torch.Tensor, got {type(tensor).__name__}",
     )
+    require(not tensor.is_complex(), lambda: f"{name} must be real, got {tensor.dtype}")
     require(
-        tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        tensor.layout == torch.strided and not tensor.is_nested,
+        lambda: (
+            f"{name} must be strided, got {'nested' if tensor.is_nested else tensor.layout}: give "
+            + ("its values, packed, or pad it" if tensor.is_nested else "to_dense() of it")
+        ),
+    )
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are numbers behind it: not on the device meta, nor under FakeTensorMode."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+
+
+def is_floating(name: str, tensor: Tensor) -> None:
+    is_tensor(name, tensor)
+    require(
+        tensor.dtype in _FLOATING,
         lambda: f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}",
     )
 
 
-def is_labels(labels: Tensor) -> None:
+def is_indices(name: str, tensor: Tensor) -> None:
+    """int64 or int32."""
+    given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
     require(
-        isinstance(labels, Tensor) and labels.dtype in (torch.int64, torch.int32),
-        lambda: (
-            "labels must be an int64 or int32 tensor, got "
-            f"{labels.dtype if isinstance(labels, Tensor) else type(labels).__name__}"
-        ),
+        given in (torch.int64, torch.int32),
+        lambda: f"{name} must be an int64 or int32 tensor, got {given}",
     )
+    is_tensor(name, tensor)
+
+
+def is_labels(labels: Tensor) -> None:
+    is_indices("labels", labels)
 
 
 def same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -62,16 +174,16 @@ def leading_shape(name: str, tensor: Tensor, labels: Tensor) -> None:
 
 
 def chunk_bytes_is_positive(chunk_bytes: int | None) -> None:
-    require(
-        chunk_bytes is None or chunk_bytes > 0,
-        lambda: f"chunk_bytes must be positive, got {chunk_bytes}",
-    )
+    if chunk_bytes is not None:
+        is_integer("chunk_bytes", chunk_bytes)
+        is_positive("chunk_bytes", chunk_bytes)
 
 
 def grad_filter_is_possible(grad_filter: float | None, device: torch.device) -> None:
     """ValueError unless grad_filter is None, or within (0, 1) on a device that has it."""
     if grad_filter is None:
         return
+    is_real("grad_filter", grad_filter)
     require(0 < grad_filter < 1, lambda: f"grad_filter must be within (0, 1), got {grad_filter}")
     require(
         device.type != "cuda",

@@ -18,7 +18,7 @@ et al. (arXiv 2210.10760) for over-optimisation; Singhal et al., "A long way to 
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -66,6 +66,13 @@ class Thresholds:
     idle_tokens: float = 0.95
     clipped_tokens: float = 0.3
     unknown_tokens: float = 0.01
+
+    def __post_init__(self) -> None:
+        checks.is_integer("window", self.window)
+        for field in fields(self):
+            checks.is_bound(field.name, getattr(self, field.name))
+            if field.name != "length_correlation":
+                checks.at_least(field.name, getattr(self, field.name), 0)
 
 
 class _Run:
@@ -132,6 +139,13 @@ def diagnose(
         ValueError: a window below 2.
     """
     limits = thresholds or Thresholds()
+    checks.require(
+        isinstance(limits, Thresholds),
+        lambda: f"thresholds must be Thresholds(), got {checks.shown(limits)}",
+    )
+    if kl_peak is not None:
+        checks.is_bound("kl_peak", kl_peak)
+        checks.at_least("kl_peak", kl_peak, 0)
     checks.require(limits.window >= 2, lambda: f"window must be at least 2, got {limits.window}")
     broken = _not_finite(history)
     if broken is not None:

@@ -5,7 +5,6 @@ z = softcap(scale * (hidden . weight^T + bias))        softcap(x) = c * tanh(x /
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +43,11 @@ class LMHead:
                 "a sharded parameter must be gathered first"
             ),
         )
+        checks.is_number("scale", self.scale)
+        if self.softcap is not None:
+            checks.is_number("softcap", self.softcap)
         checks.require(
-            -math.inf < self.scale < math.inf, lambda: f"scale must be finite, got {self.scale}"
-        )
-        checks.require(
-            self.softcap is None or 0 < self.softcap < math.inf,
+            self.softcap is None or self.softcap > 0,
             lambda: f"softcap must be positive or None, got {self.softcap}",
         )
         if self.bias is not None:
@@ -67,9 +66,33 @@ class LMHead:
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     @classmethod
-    def of(cls, head: LMHead | Tensor) -> LMHead:
-        """head itself, or a head of that weight alone."""
-        return head if isinstance(head, LMHead) else cls(head)
+    def of(cls, head: LMHead | Tensor | torch.nn.Linear) -> LMHead:
+        """head itself, a head of that weight alone, or of that layer's weight and bias.
+
+        Raises:
+            ValueError: a layer that is no plain torch.nn.Linear, or that has forward hooks or a
+                forward of its own: its output need not be hidden @ weight.T + bias.
+        """
+        if isinstance(head, LMHead):
+            return head
+        if isinstance(head, Tensor):
+            return cls(head)
+        checks.require(
+            type(head) is torch.nn.Linear,
+            lambda: (
+                "head must be an LMHead, a weight [V, H] or a torch.nn.Linear, "
+                f"got {type(head).__module__}.{type(head).__qualname__}"
+            ),
+        )
+        own = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+        checks.require(
+            not own,
+            lambda: (
+                "head is a torch.nn.Linear with forward hooks or a forward of its own, so that its "
+                "weight need not tell what it does: give LMHead(weight, bias) if it does"
+            ),
+        )
+        return cls(head.weight, head.bias)
 
     @classmethod
     def from_model(cls, model: Any) -> LMHead:

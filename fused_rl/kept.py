@@ -10,8 +10,7 @@ differ, divide by the mass of another set.
 
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_rl import checks, kept_ops, ops
 from fused_rl.derivatives import call
@@ -29,7 +28,7 @@ class KeptStats(NamedTuple):
 
 def linear_kept_logprobs(
     hidden: Tensor,
-    head: LMHead | Tensor,
+    head: LMHead | Tensor | nn.Linear,
     labels: Tensor,
     kept: Tensor,
     cu_kept: Tensor,
@@ -47,7 +46,7 @@ def linear_kept_logprobs(
 
     Args:
         hidden: [..., H], float16, bfloat16, float32 or float64: the states that predict labels.
-        head: LMHead, or a weight [V, H].
+        head: LMHead, a weight [V, H], or a torch.nn.Linear.
         labels: [...], int64 or int32, in [0, V) or ignore_index; each in its own kept set.
         kept: [M], int64 or int32: the kept words of one token after another, each at most once
             per token and in any order.
@@ -69,6 +68,7 @@ def linear_kept_logprobs(
     """
     head = LMHead.of(head)
     flat, weight, bias, y, t, scale, softcap = flat_arguments(hidden, head, labels, temperature)
+    checks.is_integer("ignore_index", ignore_index)
     checks.chunk_bytes_is_positive(chunk_bytes)
     _check_sets(kept, cu_kept, labels)
     logprobs, entropy, _, kept_logprobs, _ = call(
@@ -81,13 +81,7 @@ def linear_kept_logprobs(
 
 def _check_sets(kept: Tensor, cu_kept: Tensor, labels: Tensor) -> None:
     for name, tensor, shape in (("kept", kept, "[M]"), ("cu_kept", cu_kept, "[N + 1]")):
-        checks.require(
-            isinstance(tensor, Tensor) and tensor.dtype in (torch.int64, torch.int32),
-            lambda name=name, tensor=tensor: (
-                f"{name} must be an int64 or int32 tensor, got "
-                f"{tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__}"
-            ),
-        )
+        checks.is_indices(name, tensor)
         checks.require(
             tensor.dim() == 1,
             lambda name=name, tensor=tensor, shape=shape: (

@@ -69,6 +69,9 @@ def kl_penalty(
     """
     checks.is_floating("logprobs", logprobs)
     checks.is_floating("ref_logprobs", ref_logprobs)
+    if weight is not None:
+        checks.is_floating("weight", weight)
+        checks.same_shape("weight", weight, "logprobs", logprobs)
     checks.same_shape("ref_logprobs", ref_logprobs, "logprobs", logprobs)
     checks.same_device(logprobs=logprobs, ref_logprobs=ref_logprobs, weight=weight)
     checks.require(isinstance(value, KL), lambda: f"value must be a KL, got {value!r}")
@@ -77,7 +80,4 @@ def kl_penalty(
     )
     d = log_ratio(logprobs, ref_logprobs)
     penalty, _ = call(ops.kl, d, value.value, (grad or value).value)
-    if weight is None:
-        return penalty
-    checks.same_shape("weight", weight, "logprobs", logprobs)
-    return weight * penalty
+    return penalty if weight is None else weight * penalty

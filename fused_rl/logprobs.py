@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_rl import checks, filter_ops, ops
 from fused_rl.chunked import kept_dtype
@@ -41,7 +41,7 @@ class TopStats(NamedTuple):
 
 def linear_logprobs(
     hidden: Tensor,
-    head: LMHead | Tensor,
+    head: LMHead | Tensor | nn.Linear,
     labels: Tensor,
     *,
     temperature: float | Tensor = 1.0,
@@ -60,7 +60,7 @@ def linear_logprobs(
 
     Args:
         hidden: [..., H], float16, bfloat16, float32 or float64: the states that predict labels.
-        head: LMHead, or a weight [V, H].
+        head: LMHead, a weight [V, H], or a torch.nn.Linear.
         labels: [...], int64 or int32, in [0, V) or ignore_index.
         temperature: a number, or a tensor that broadcasts to labels; positive. No gradient.
         ignore_index: tokens with this label give 0 and 0, and no gradient.
@@ -91,7 +91,7 @@ def linear_logprobs(
 
 def linear_top_logprobs(
     hidden: Tensor,
-    head: LMHead | Tensor,
+    head: LMHead | Tensor | nn.Linear,
     labels: Tensor,
     *,
     temperature: float | Tensor = 1.0,
@@ -107,7 +107,7 @@ def linear_top_logprobs(
 
     Args:
         hidden: [..., H], float16, bfloat16, float32 or float64: the states that predict labels.
-        head: LMHead, or a weight [V, H].
+        head: LMHead, a weight [V, H], or a torch.nn.Linear.
         labels: [...], int64 or int32, in [0, V) or ignore_index.
         temperature: a number, or a tensor that broadcasts to labels; positive. No gradient.
         ignore_index: tokens with this label give 0, 0 and 0, and no gradient; the comparison is
@@ -124,6 +124,7 @@ def linear_top_logprobs(
     """
     head = LMHead.of(head)
     args = flat_arguments(hidden, head, labels, temperature)
+    checks.is_integer("ignore_index", ignore_index)
     checks.chunk_bytes_is_positive(chunk_bytes)
     checks.grad_filter_is_possible(grad_filter, hidden.device)
     options = [ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes)]
@@ -169,6 +170,7 @@ def logprobs_from_logits(
     checks.is_labels(labels)
     checks.leading_shape("logits", logits, labels)
     checks.same_device(logits=logits, labels=labels)
+    checks.is_integer("ignore_index", ignore_index)
     checks.require(
         logits.shape[-1] > 0, lambda: f"logits have no vocabulary, got {list(logits.shape)}"
     )
@@ -197,7 +199,7 @@ def flat_arguments(
     checks.same_device(hidden=hidden, weight=head.weight, labels=labels)
     weight = head.weight
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         hidden, weight = (_autocast(t, torch.get_autocast_dtype(kind)) for t in (hidden, weight))
     flat = hidden.reshape(-1, hidden.shape[-1])
     t = flat_temperature(temperature, labels, ops.acc_dtype(hidden, weight))
@@ -212,8 +214,9 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def flat_temperature(temperature: float | Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
     """One temperature per token, [N]."""
     if not isinstance(temperature, Tensor):
-        checks.require(temperature > 0, lambda: f"temperature must be positive, got {temperature}")
+        checks.is_positive("temperature", temperature)
         return labels.new_full((labels.numel(),), float(temperature), dtype=dtype)
+    checks.is_floating("temperature", temperature)
     checks.require(
         not temperature.requires_grad,
         lambda: "temperature gets no gradient here, but the tensor requires one: detach it",

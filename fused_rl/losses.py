@@ -4,10 +4,10 @@ What a policy loss is stands in policy.py, the losses that have a name in named.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_rl import checks, ops
-from fused_rl.batch import TokenBatch
+from fused_rl.batch import TokenBatch, is_batch
 from fused_rl.derivatives import transformed
 from fused_rl.head import LMHead
 from fused_rl.logprobs import (
@@ -40,7 +40,7 @@ __all__ = [
 
 def linear_policy_loss(
     hidden: Tensor,
-    head: LMHead | Tensor,
+    head: LMHead | Tensor | nn.Linear,
     batch: TokenBatch,
     loss: Loss,
     *,
@@ -54,12 +54,13 @@ def linear_policy_loss(
     or 4 NHV if the head is not trained; tokens outside loss_mask cost nothing, those whose gradient
     is 0 (clipped, zero advantage) only their logits. Otherwise it takes two passes through
     linear_logprobs, 8 NHV, with the same values and gradients: for a loss that is not separable,
-    inside torch.compile or torch.func, and where a trained head would need several chunks whose
-    dweight costs more to add up than the logits to form again (on CPUs: more than one chunk).
+    inside torch.compile or torch.func, without values (the device meta, FakeTensorMode), and where
+    a trained head would need several chunks whose dweight costs more to add up than the logits to
+    form again (on CPUs: more than one chunk).
 
     Args:
         hidden: [*batch.shape, H]: the states that predict the batch's labels.
-        head: LMHead, or a weight [V, H].
+        head: LMHead, a weight [V, H], or a torch.nn.Linear.
         batch: the tokens.
         loss: a PolicyLoss, or any function (TokenStats, TokenBatch) -> LossOutput of flat tensors;
             with an attribute `token_separable = True` it takes the one pass, and must then be a sum
@@ -76,11 +77,13 @@ def linear_policy_loss(
         ValueError: as for linear_logprobs, and as the loss raises.
     """
     head = LMHead.of(head)
+    _are_arguments(hidden, batch, loss)
     labels = batch.labels.reshape(batch.shape)
     checks.chunk_bytes_is_positive(chunk_bytes)
     trained = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     separable = getattr(loss, "token_separable", False) and not torch.compiler.is_compiling()
     one_pass = trained and separable and grad_filter is None and not transformed()
+    one_pass = one_pass and checks.has_values(hidden)
     if not (one_pass and _one_pass_pays(hidden, head, batch, chunk_bytes)):
         options = {"chunk_bytes": chunk_bytes, "grad_filter": grad_filter}
         stats = linear_logprobs(hidden, head, labels, temperature=temperature, **options)
@@ -89,6 +92,16 @@ def linear_policy_loss(
     metrics: dict[str, Tensor] = {}
     value = _OnePass.apply(*args[:3], args, batch, loss, metrics, chunk_bytes)
     return LossOutput(value, metrics)
+
+
+def _are_arguments(hidden: Tensor, batch: TokenBatch, loss: Loss) -> None:
+    checks.is_floating("hidden", hidden)
+    is_batch(batch)
+    checks.is_callable("loss", loss, "fused_rl.grpo()")
+    checks.require(
+        not any(loss is maker for maker in NAMES.values()),
+        lambda: f"loss must be a loss, got the function that makes one: give {loss.__name__}(...)",
+    )
 
 
 def _one_pass_pays(

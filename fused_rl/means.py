@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_rl import checks
 from fused_rl.batch import TokenBatch
 
 Count = int | float | Tensor
@@ -38,6 +39,9 @@ class TokenMean:
     """
 
     num_tokens: Count | None = None
+
+    def __post_init__(self) -> None:
+        is_count("num_tokens", self.num_tokens)
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         return batch.loss_mask / _count(self.num_tokens, batch.num_tokens, batch)
@@ -60,6 +64,9 @@ class SequenceMean:
 
     num_sequences: Count | None = None
 
+    def __post_init__(self) -> None:
+        is_count("num_sequences", self.num_sequences)
+
     def __call__(self, batch: TokenBatch) -> Tensor:
         per_sequence = batch.sequence_tokens.clamp(min=1).to(batch.advantages.dtype)
         return batch.loss_mask / (per_sequence * _sequences(self.num_sequences, batch))
@@ -76,6 +83,9 @@ class SequenceSumMean:
 
     num_sequences: Count | None = None
 
+    def __post_init__(self) -> None:
+        is_count("num_sequences", self.num_sequences)
+
     def __call__(self, batch: TokenBatch) -> Tensor:
         return batch.loss_mask / _sequences(self.num_sequences, batch)
 
@@ -88,8 +98,13 @@ class FixedLengthMean:
     num_sequences: sequences of the whole step; None: of the batch.
     """
 
-    length: int
+    length: float
     num_sequences: Count | None = None
+
+    def __post_init__(self) -> None:
+        checks.is_number("length", self.length)
+        checks.at_least("length", self.length, 1)
+        is_count("num_sequences", self.num_sequences)
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         return batch.loss_mask / (_sequences(self.num_sequences, batch) * self.length)
@@ -103,8 +118,13 @@ class LengthWeightedMean:
     num_sequences: sequences of the whole step; None: of the batch.
     """
 
-    length: int
+    length: float
     num_sequences: Count | None = None
+
+    def __post_init__(self) -> None:
+        checks.is_number("length", self.length)
+        checks.at_least("length", self.length, 1)
+        is_count("num_sequences", self.num_sequences)
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         tokens = batch.sequence_tokens.where(batch.loss_mask, 0)
@@ -123,9 +143,40 @@ class RolloutMean:
     rollout_tokens: Tensor
     num_rollouts: Count
 
+    def __post_init__(self) -> None:
+        checks.is_indices("rollout_tokens", self.rollout_tokens)
+        checks.require(
+            self.num_rollouts is not None, lambda: "num_rollouts must be a number, got None"
+        )
+        is_count("num_rollouts", self.num_rollouts)
+
     def __call__(self, batch: TokenBatch) -> Tensor:
         per_rollout = self.rollout_tokens.clamp(min=1).to(batch.advantages.dtype)[batch.sequence]
         return batch.loss_mask / (per_rollout * _count(self.num_rollouts, 1, batch))
+
+
+def is_count(name: str, count: Count | None) -> None:
+    """A number, or a tensor of one, whose value is not looked at; 0 where nothing counts.
+
+    Less than one is no count, not even of a rank: it is a beta or a rate in the wrong place.
+    """
+    if count is None:
+        return
+    if isinstance(count, Tensor):
+        checks.is_tensor(name, count)
+        checks.require(
+            count.numel() == 1 and count.dtype != torch.bool,
+            lambda: f"{name} must be a number or a tensor of one, got {checks.shown(count)}",
+        )
+        return
+    checks.is_not_negative(name, count)
+    checks.require(
+        count == 0 or count >= 1,
+        lambda: (
+            f"{name} must be 0, or 1 or more, got {count}: it is the count of the whole step; a "
+            f"weight of the KL goes by its name, beta={count}"
+        ),
+    )
 
 
 def _sequences(given: Count | None, batch: TokenBatch) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
-from fused_rl.batch import TokenBatch
+from fused_rl.batch import TokenBatch, is_batch
 from fused_rl.log_ratios import BOUND, difference
 from fused_rl.sequences import Level, segment_min
 
@@ -107,6 +107,7 @@ def veto_mask(batch: TokenBatch, *, floor: float = 1e-4, logprobs: Tensor | None
 
     Args and errors: as truncated_weights.
     """
+    checks.is_not_negative("floor", floor)
     ratio = _ratio(batch, Level.TOKEN, logprobs).where(batch.loss_mask, 1.0)
     least = segment_min(ratio, batch.sequence, batch.num_sequences)
     return (least >= floor)[batch.sequence] | ~batch.loss_mask
@@ -127,6 +128,8 @@ def off_policy_sequence_mask(logprobs: Tensor, batch: TokenBatch, *, delta: floa
     Raises:
         ValueError: old_logprobs that are missing, logprobs that do not fit.
     """
+    checks.is_bound("delta", delta)
+    is_batch(batch)
     old = _present("old_logprobs", batch.old_logprobs)
     gap = difference(old, _flat("logprobs", logprobs, batch))
     known = batch.loss_mask & ~gap.isnan()
@@ -149,6 +152,8 @@ def top_entropy_mask(entropy: Tensor, batch: TokenBatch, *, fraction: float = 0.
     Raises:
         ValueError: a fraction outside 0 to 1; entropy that does not fit.
     """
+    is_batch(batch)
+    checks.is_bound("fraction", fraction)
     checks.require(0 < fraction <= 1, lambda: f"fraction must be in (0, 1], got {fraction}")
     entropy = _flat("entropy", entropy, batch)
     ranked = entropy.where(batch.loss_mask & ~entropy.isnan(), -torch.inf)
@@ -164,6 +169,7 @@ def _ratio(
     batch: TokenBatch, level: Level, logprobs: Tensor | None, unknown: float = torch.nan
 ) -> Tensor:
     """r at that level; `unknown` is the log-ratio of a token of which one log-prob is NaN."""
+    is_batch(batch)
     rollout = _present("rollout_logprobs", batch.rollout_logprobs)
     if logprobs is None:
         current = _present("old_logprobs, or logprobs=", batch.old_logprobs)
@@ -189,4 +195,7 @@ def _flat(name: str, tensor: Tensor, batch: TokenBatch) -> Tensor:
 
 
 def _bounds(low: float, high: float) -> None:
+    for name, bound in (("low", low), ("high", high)):
+        checks.is_bound(name, bound)
+        checks.at_least(name, bound, 0)
     checks.require(low <= high, lambda: f"low must not exceed high, got {low} and {high}")

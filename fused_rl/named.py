@@ -13,6 +13,7 @@ from collections.abc import Callable
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
+from fused_rl import checks
 from fused_rl.batch import TokenBatch
 from fused_rl.kl import KL
 from fused_rl.means import Count, FixedLengthMean, SequenceMean, SequenceSumMean, TokenMean
@@ -121,7 +122,7 @@ def dapo(
 
 
 def dr_grpo(
-    length: int,
+    length: float,
     num_sequences: Count | None = None,
     *,
     clip_low: float = 0.2,
@@ -237,6 +238,11 @@ def vespo(
     log-probs as old_logprobs. Mean over all tokens of the step, as TRL has it. Advantages:
     group_zscore_advantages.
     """
+    for name, pair in (("positive", positive), ("negative", negative)):
+        checks.require(
+            isinstance(pair, (tuple, list)) and len(pair) == 2,
+            lambda name=name, pair=pair: f"{name} must be (k, lambda), got {checks.shown(pair)}",
+        )
     surrogate = VESPO(*positive, *negative)
     return compose(surrogate, FullProductRatio(), TokenMean(num_tokens), **terms)
 
@@ -252,7 +258,12 @@ def dppo(
     trust_region: DPPOTV(...), the default, or DPPOKL(...). Mean over all tokens of the step.
     Advantages: group_mean_advantages.
     """
-    return compose(trust_region or DPPOTV(), TokenRatio(), TokenMean(num_tokens), **terms)
+    region = DPPOTV() if trust_region is None else trust_region
+    checks.require(
+        isinstance(region, TrustRegion),
+        lambda: f"trust_region must be DPPOTV(...) or DPPOKL(...), got {checks.shown(region)}",
+    )
+    return compose(region, TokenRatio(), TokenMean(num_tokens), **terms)
 
 
 def gpg(num_tokens: Count | None = None, **terms: Unpack[Terms]) -> PolicyLoss:
@@ -340,7 +351,12 @@ def clip_cov(
     group_zscore_advantages.
     """
     # Clip by name: torch.compile cannot follow a default_factory in what it traces.
-    return compose(selection or ClipCov(Clip()), TokenRatio(), TokenMean(num_tokens), **terms)
+    chosen = ClipCov(Clip()) if selection is None else selection
+    checks.require(
+        isinstance(chosen, ClipCov),
+        lambda: f"selection must be a ClipCov, got {checks.shown(chosen)}",
+    )
+    return compose(chosen, TokenRatio(), TokenMean(num_tokens), **terms)
 
 
 def kl_cov(

@@ -11,7 +11,7 @@ section 3). R is relative to the reference policy, whose gold reward is the base
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -83,11 +83,15 @@ def fit_reward_curve(
         ValueError: lengths that differ; a KL below 0; anything not finite; fewer different positive
             KLs than there is to fit.
     """
+    kl, gold_rewards = _numbers("kl", kl), _numbers("gold_rewards", gold_rewards)
     checks.require(
         len(kl) == len(gold_rewards),
         lambda: f"kl and gold_rewards must be as many, got {len(kl)} and {len(gold_rewards)}",
     )
-    pairs = [(float(x), float(y)) for x, y in zip(kl, gold_rewards, strict=True)]
+    checks.is_one_of("form", form, RewardForm)
+    if baseline is not None:
+        checks.is_number("baseline", baseline)
+    pairs = list(zip(kl, gold_rewards, strict=True))
     for x, y in pairs:
         checks.require(
             x >= 0 and math.isfinite(x) and math.isfinite(y),
@@ -105,3 +109,14 @@ def fit_reward_curve(
     target = rewards - (baseline or 0.0)
     alpha, beta, *start = torch.linalg.lstsq(columns, target[:, None]).solution[:, 0].tolist()
     return RewardCurve(form, alpha, beta, start[0] if start else baseline)
+
+
+def _numbers(name: str, values: object) -> list[float]:
+    """As floats, be they in a list, a tensor or an array."""
+    checks.require(
+        isinstance(values, Iterable), lambda: f"{name} must be numbers, got {checks.shown(values)}"
+    )
+    numbers = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
+    for i, number in enumerate(numbers):
+        checks.is_real(f"{name}[{i}]", number)
+    return [float(number) for number in numbers]

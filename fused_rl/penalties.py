@@ -54,10 +54,10 @@ class KLPenalty:
     attached: bool = True
 
     def __post_init__(self) -> None:
-        checks.require(
-            not isinstance(self.beta, Tensor) or self.beta.dim() == 0,
-            lambda: f"beta must be a number or a tensor [], got {list(self.beta.shape)}",
-        )
+        checks.is_weight("beta", self.beta)
+        checks.is_one_of("kl (value)", self.value, KL)
+        if self.grad is not None:
+            checks.is_one_of("kl_grad (grad)", self.grad, KL)
         checks.require(
             self.level in (Level.TOKEN, Level.SEQUENCE),
             lambda: f"level must be Level.TOKEN or Level.SEQUENCE, got {self.level!r}",

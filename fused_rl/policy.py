@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fused_rl import checks
 from fused_rl.batch import TokenBatch
 from fused_rl.derivatives import transformed
 from fused_rl.logprobs import TokenStats
@@ -51,6 +52,14 @@ class PolicyLoss:
     kl: KLPenalty | None = None
     entropy_coef: float = 0.0
     mean: Callable[[TokenBatch], Tensor] = field(default_factory=TokenMean)
+
+    def __post_init__(self) -> None:
+        checks.is_callable("surrogate", self.surrogate, "Clip()")
+        checks.is_callable("ratio", self.ratio, "TokenRatio()")
+        checks.is_callable("mean", self.mean, "TokenMean()")
+        if self.kl is not None:
+            checks.is_callable("kl", self.kl, "KLPenalty(0.1)")
+        checks.is_number("entropy_coef", self.entropy_coef)
 
     @property
     def token_separable(self) -> bool:

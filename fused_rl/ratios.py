@@ -20,6 +20,7 @@ from torch import Tensor
 from fused_rl.batch import TokenBatch
 from fused_rl.reference import promoted
 from fused_rl.sequences import Level
+from fused_rl.surrogates import is_clip
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ class ClippedSequenceRatio:
     high: float = 0.4
 
     token_separable = False
+
+    def __post_init__(self) -> None:
+        is_clip(self.low, self.high)
 
     def __call__(self, log_ratio: Tensor, batch: TokenBatch) -> Tensor:
         (log_ratio,) = promoted(log_ratio)

@@ -20,6 +20,8 @@ from fused_rl.sequences import Level, has_next, segment_sum, sequence_ids
 
 def is_finite(name: str, values: Tensor) -> None:
     """ValueError with the place of the first NaN or inf."""
+    if not checks.has_values(values):
+        return
     bad = (~values.isfinite()).nonzero()
     checks.require(
         len(bad) == 0,
@@ -67,8 +69,15 @@ def shape_rewards(
         ValueError: shapes that do not fit; rewards that are not finite.
     """
     checks.is_floating("rewards", rewards)
+    checks.is_floating("logprobs", logprobs)
+    checks.is_floating("ref_logprobs", ref_logprobs)
+    checks.is_tensor("loss_mask", loss_mask)
     checks.same_shape("loss_mask", loss_mask, "logprobs", logprobs)
     checks.same_shape("ref_logprobs", ref_logprobs, "logprobs", logprobs)
+    checks.is_weight("beta", beta)
+    checks.is_one_of("kind", kind, KL)
+    if clamp_min is not None:
+        checks.is_bound("clamp_min", clamp_min)
     checks.require(
         level in (Level.TOKEN, Level.SEQUENCE),
         lambda: f"level must be Level.TOKEN or Level.SEQUENCE, got {level!r}",
@@ -108,8 +117,10 @@ def moments(values: Tensor, loss_mask: Tensor | None = None) -> Moments:
     Raises:
         ValueError: a counted value that is not finite.
     """
+    checks.is_tensor("values", values)
     counted = values.double().reshape(-1)
     if loss_mask is not None:
+        checks.is_tensor("loss_mask", loss_mask)
         checks.same_shape("loss_mask", loss_mask, "values", values)
         is_finite("values", values.where(loss_mask.bool(), 0.0))
         counted = counted[loss_mask.reshape(-1).bool()]
@@ -134,6 +145,12 @@ def merge_moments(parts: Sequence[Moments]) -> Moments:
         squares = a.squares + b.squares + gap.square() * a.count * share
         return Moments(count, a.mean + gap * share, squares)
 
+    checks.require(
+        isinstance(parts, Sequence)
+        and len(parts) > 0
+        and all(isinstance(part, Moments) for part in parts),
+        lambda: f"parts must be Moments, one or more, got {checks.shown(parts)}",
+    )
     return reduce(merged, parts)
 
 
@@ -165,6 +182,14 @@ def whiten(
     Raises:
         ValueError: a counted value that is not finite.
     """
+    checks.is_tensor("values", values)
+    checks.is_not_negative("eps", eps)
+    checks.is_integer("ddof", ddof)
+    checks.at_least("ddof", ddof, 0)
+    checks.require(
+        statistics is None or isinstance(statistics, Moments),
+        lambda: f"statistics must be Moments or None, got {checks.shown(statistics)}",
+    )
     count, mean, squares = moments(values, loss_mask) if statistics is None else statistics
     deviation = (squares / (count - ddof).clamp(min=1) + eps).sqrt()
     white = (values.double() - mean) / deviation + (mean if keep_mean else 0.0)
@@ -186,6 +211,9 @@ def length_rewards(lengths: Tensor, correct: Tensor, group_size: int) -> Tensor:
     Raises:
         ValueError: lengths and correct that do not fit each other or the groups.
     """
+    checks.is_tensor("lengths", lengths)
+    checks.is_tensor("correct", correct)
+    checks.is_integer("group_size", group_size)
     checks.same_shape("correct", correct, "lengths", lengths)
     checks.require(
         lengths.dim() == 1 and group_size > 0 and len(lengths) % group_size == 0,
@@ -212,6 +240,9 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:
     Raises:
         ValueError: cache outside 1 to max_length.
     """
+    checks.is_tensor("lengths", lengths)
+    checks.is_integer("max_length", max_length)
+    checks.is_integer("cache", cache)
     checks.require(
         0 < cache <= max_length,
         lambda: f"cache must be 1 to max_length = {max_length}, got {cache}",

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
+from torch import Tensor
+
 from fused_rl import checks
 
 
@@ -16,6 +18,9 @@ class FixedBeta:
     """beta, whatever the KL does."""
 
     beta: float
+
+    def __post_init__(self) -> None:
+        checks.is_not_negative("beta", self.beta)
 
     def update(self, kl: float, n: int = 1) -> float:
         """beta."""
@@ -48,14 +53,22 @@ class AdaptiveBeta:
     highest: float = math.inf
 
     def __post_init__(self) -> None:
-        for name in ("target", "horizon"):
-            value = getattr(self, name)
-            checks.require(value > 0, lambda n=name, v=value: f"{n} must be positive, got {v}")
+        for name in ("target", "horizon", "bound"):
+            checks.is_positive(name, getattr(self, name))
+        checks.is_number("beta", self.beta)
+        for name in ("beta", "lowest", "highest"):
+            checks.is_bound(name, getattr(self, name))
+            checks.at_least(name, getattr(self, name), 0)
+        checks.require(
+            self.lowest <= self.highest,
+            lambda: f"lowest must not exceed highest, got {self.lowest} and {self.highest}",
+        )
 
-    def update(self, kl: float, n: int = 1) -> float:
+    def update(self, kl: float | Tensor, n: int = 1) -> float:
         """beta after n steps at this KL: a number, or a tensor [], of any dtype."""
-        kl = float(kl)
-        checks.require(not math.isnan(kl), lambda: f"kl must be a number, got {kl}")
+        kl = kl.item() if isinstance(kl, Tensor) and kl.numel() == 1 else kl
+        checks.is_bound("kl", kl)
+        checks.is_integer("n", n)
         checks.require(
             0 <= n <= self.horizon, lambda: f"n must be 0 to horizon = {self.horizon}, got {n}"
         )
@@ -92,7 +105,13 @@ class AnnealedBeta:
     done: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        checks.require(self.steps > 0, lambda: f"steps must be positive, got {self.steps}")
+        for name in ("start", "end"):
+            checks.is_not_negative(name, getattr(self, name))
+        for name in ("steps", "done"):
+            checks.is_integer(name, getattr(self, name))
+        checks.is_positive("steps", self.steps)
+        checks.at_least("done", self.done, 0)
+        checks.is_one_of("shape", self.shape, Anneal)
         checks.require(
             self.shape is not Anneal.EXPONENTIAL or min(self.start, self.end) > 0,
             lambda: f"an exponential way needs start, end > 0, got {self.start}, {self.end}",
@@ -110,5 +129,7 @@ class AnnealedBeta:
 
     def update(self, kl: float, n: int = 1) -> float:
         """beta after n more steps; the KL does not matter."""
+        checks.is_integer("n", n)
+        checks.at_least("n", n, 0)
         self.done += n
         return self.beta

@@ -37,12 +37,17 @@ def sequence_ids(
         checks.require(len(shape) == 2, lambda: f"padded tokens must be [B, T], got {list(shape)}")
         B, T = shape
         return torch.arange(B, device=device).repeat_interleave(T), B
+    checks.is_tensor("cu_seqlens", cu_seqlens)
     checks.require(len(shape) == 1, lambda: f"packed tokens must be [N], got {list(shape)}")
     checks.require(
         cu_seqlens.dim() == 1 and len(cu_seqlens) > 0 and not cu_seqlens.is_floating_point(),
         lambda: (
             f"cu_seqlens must be [B + 1] integers, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
         ),
+    )
+    checks.require(
+        checks.has_values(cu_seqlens) and device.type != "meta",
+        lambda: "packed sequences need the values of cu_seqlens, and a meta tensor has none: pad",
     )
     lengths = cu_seqlens.long().diff()
     bounds = [int(cu_seqlens[0]), int(cu_seqlens[-1])]

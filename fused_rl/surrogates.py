@@ -56,6 +56,14 @@ class Surrogate:
         return torch.zeros_like(log_ratio, dtype=torch.bool)
 
 
+def is_clip(low: object, high: object) -> None:
+    """Distances from 1, or 0 for logarithms, that bounds lie at; inf: no bound on that side."""
+    # Named losses give them as clip_low and clip_high.
+    for name, value in (("low (clip_low)", low), ("high (clip_high)", high)):
+        checks.is_bound(name, value)
+        checks.at_least(name, value, 0)
+
+
 @dataclass(frozen=True)
 class Clip(Surrogate):
     """-min(r A, clip(r, 1 - low, 1 + high) A): PPO (arXiv 1707.06347, eq. 7).
@@ -73,6 +81,10 @@ class Clip(Surrogate):
     delta: float | None = None
 
     def __post_init__(self) -> None:
+        is_clip(self.low, self.high)
+        for name in ("dual", "delta"):
+            if getattr(self, name) is not None:
+                checks.is_number(name, getattr(self, name))
         checks.require(
             self.dual is None or self.dual > 1, lambda: f"dual must exceed 1, got {self.dual}"
         )
@@ -140,6 +152,17 @@ class CISPO(Surrogate):
     ratio_min: float = 0.0
     ratio_max: float = 5.0
 
+    def __post_init__(self) -> None:
+        checks.is_bound("ratio_min", self.ratio_min)
+        checks.is_bound("ratio_max", self.ratio_max)
+        checks.require(
+            self.ratio_max >= max(self.ratio_min, 0),
+            lambda: (
+                "ratio_max must be at least 0 and ratio_min, "
+                f"got {self.ratio_max} and {self.ratio_min}"
+            ),
+        )
+
     @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         ratio = torch.exp(bounded(log_ratio)).detach()
@@ -164,6 +187,10 @@ class SAPO(Surrogate):
     tau_positive: float = 1.0
     tau_negative: float = 1.05
 
+    def __post_init__(self) -> None:
+        checks.is_positive("tau_positive", self.tau_positive)
+        checks.is_positive("tau_negative", self.tau_negative)
+
     @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         ratio = torch.exp(bounded(log_ratio))
@@ -184,6 +211,10 @@ class ASPO(Surrogate):
     low: float = 0.2
     high: float = 0.2
     dual: float = 3.0
+
+    def __post_init__(self) -> None:
+        is_clip(self.low, self.high)
+        checks.is_positive("dual", self.dual)
 
     @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -217,6 +248,10 @@ class VESPO(Surrogate):
     k_negative: float = 3.0
     lambda_negative: float = 2.0
 
+    def __post_init__(self) -> None:
+        for name in ("k_positive", "lambda_positive", "k_negative", "lambda_negative"):
+            checks.is_not_negative(name, getattr(self, name))
+
     @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         log_r = log_ratio.detach().clamp(math.log(1e-8), 20.0)
@@ -237,6 +272,9 @@ class DRO(Surrogate):
 
     penalty: float = 0.05
 
+    def __post_init__(self) -> None:
+        checks.is_not_negative("penalty", self.penalty)
+
     @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         return 0.5 * self.penalty * log_ratio.square() - advantages * logprobs
@@ -254,7 +292,7 @@ class Kimi(Surrogate):
     tau: float
 
     def __post_init__(self) -> None:
-        checks.require(self.tau > 0, lambda: f"tau must be positive, got {self.tau}")
+        checks.is_positive("tau", self.tau)
 
     @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:

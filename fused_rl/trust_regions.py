@@ -29,7 +29,15 @@ def probabilities(log_ratio: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor, 
 class TrustRegion(Surrogate):
     """-A sg(min(r, ratio_max)) l where `clipped` marks no bound, else 0."""
 
+    low: float
+    high: float
     ratio_max: float
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high", "ratio_max"):
+            checks.is_bound(name, getattr(self, name))
+            checks.at_least(name, getattr(self, name), 0)
+        checks.require(self.ratio_max > 0, lambda: "ratio_max must be positive, got 0")
 
     @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -97,6 +105,7 @@ def share(fraction: float, tokens: int) -> int:
 
 
 def fraction_is_valid(fraction: float) -> None:
+    checks.is_number("fraction", fraction)
     checks.require(0 < fraction <= 1, lambda: f"fraction must lie in (0, 1], got {fraction}")
 
 
@@ -123,7 +132,18 @@ class ClipCov(Surrogate):
     token_separable = False
 
     def __post_init__(self) -> None:
+        checks.require(
+            isinstance(self.clip, Clip), lambda: f"clip must be a Clip, got {self.clip!r}"
+        )
+        checks.is_bound("cov_low", self.cov_low)
+        checks.is_bound("cov_high", self.cov_high)
+        checks.require(
+            self.cov_low < self.cov_high,
+            lambda: f"cov_low must be below cov_high, got {self.cov_low} and {self.cov_high}",
+        )
         fraction_is_valid(self.fraction)
+        if self.seed is not None:
+            checks.is_integer("seed", self.seed)
 
     @promoting
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -168,6 +188,7 @@ class KLCov(Surrogate):
     token_separable = False
 
     def __post_init__(self) -> None:
+        checks.is_not_negative("coef", self.coef)
         fraction_is_valid(self.fraction)
 
     @promoting

@@ -103,13 +103,12 @@ class Options:
 
     @property
     def _surrogate(self) -> Clip | CISPO | SAPO | VESPO:
-        others = {
-            "cispo": CISPO(0.0, self.high),
-            "sapo": SAPO(*self.sapo),
-            "vespo": VESPO(*self.vespo),
-        }
-        if self.loss_type in others:
-            return others[self.loss_type]
+        if self.loss_type == "cispo":
+            return CISPO(0.0, self.high)
+        if self.loss_type == "sapo":
+            return SAPO(*self.sapo)
+        if self.loss_type == "vespo":
+            return VESPO(*self.vespo)
         return Clip(self.low, self.high, delta=self.delta)
 
     def _ratio(self, log_weights: Tensor | None):
@@ -169,10 +168,11 @@ class Options:
         """[N] bool: beyond a bound, in the direction in which the bound holds; delta is none."""
         if self.loss_type in ("sapo", "vespo"):
             return torch.zeros_like(batch.loss_mask)
-        bounds = Clip(self.low, self.high)
+        given = (_log_ratio(policy, logprobs, batch), logprobs, batch.advantages)
         if self.loss_type == "cispo":
-            bounds = Clip(torch.inf, self.high - 1)
-        low, high = bounds.clipped(_log_ratio(policy, logprobs, batch), logprobs, batch.advantages)
+            _, high = CISPO(0.0, self.high).clipped(*given)
+            return high & (batch.advantages > 0) & batch.loss_mask
+        low, high = Clip(self.low, self.high).clipped(*given)
         return (low | high) & batch.loss_mask
 
 

@@ -145,7 +145,7 @@ def mean_of(
     means = {
         "token-mean": lambda: TokenMean(count("batch_num_tokens", batch_num_tokens, None)),
         # Gradients are averaged over the ranks afterwards, and are to be summed.
-        "token-sum": lambda: TokenSum() if dp_size == 1 else TokenMean(1 / dp_size),
+        "token-sum": lambda: lambda batch: dp_size * TokenSum()(batch),
         "seq-mean-token-mean": lambda: SequenceMean(sequences()),
         "seq-mean-token-sum": lambda: SequenceSumMean(sequences()),
         "seq-mean-token-sum-norm": lambda: FixedLengthMean(
