@@ -7,8 +7,9 @@ import dataclasses
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -199,6 +200,29 @@ def test_where_the_completions_are():
     assert at.tolist() == [1, 2, 3, 5] and rows.tolist() == [0, 1, 2, 3]
     with pytest.raises(RuntimeError, match="gave its head 7 tokens for 2 completions of 3"):
         integration._scored(7, completion)
+
+
+def test_what_is_logged_of_a_clip():
+    """TRL counts the upper bound where A > 0 alone: a dual-clipped token is none of it."""
+    old = torch.zeros(1, 4)
+    new = torch.tensor([[1.5, 0.5, 1.0, 4.0]]).log()
+    batch = fused_rl.TokenBatch.padded(
+        torch.zeros(1, 4, dtype=torch.int64),
+        torch.ones(1, 4, dtype=torch.bool),
+        torch.tensor([[1.0, -1.0, 1.0, -1.0]]),
+        old_logprobs=old,
+    )
+    metrics = fused_rl.ppo(dual=3.0)(TokenStats(new, old), batch).metrics
+    log = defaultdict(list)
+    trainer = SimpleNamespace(
+        _metrics={"train": log},
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(reduce=lambda t, reduction: t, gather=lambda t: t[None]),
+    )
+    integration.FusedLoss._log_metrics(trainer, metrics, batch.num_tokens)
+    found = {name: values[0] for name, values in log.items()}
+    assert found["clip_ratio/low_mean"] == found["clip_ratio/high_mean"] == 0.25
+    assert found["clip_fraction_dual"] == 0.25 and found["clip_ratio/region_mean"] == 0.5
 
 
 def a_trl(monkeypatch, *names: str) -> tuple[type, ModuleType, ModuleType]:

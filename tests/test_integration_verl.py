@@ -315,6 +315,19 @@ def test_gmpo_takes_the_geometric_mean_of_rollout_weights():
     assert loss.item() == pytest.approx(-2 * math.exp(0.15))
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_a_token_whose_old_log_prob_is_not_known(name):
+    """It is as if nothing had moved there, in the loss and in what is reported."""
+    given = rollout()
+    options = {"config": config(), "rollout_is_weights": torch.ones(B, T, dtype=torch.float64)}
+    given["old_log_prob"][0, 1] = given["log_prob"][0, 1].detach()
+    expected, metrics = verl.policy_losses[name](**given, **options)
+    given["old_log_prob"][0, 1] = options["rollout_is_weights"][0, 1] = torch.nan
+    loss, found = verl.policy_losses[name](**given, **options)
+    torch.testing.assert_close(loss, expected)
+    assert found == pytest.approx(metrics)
+
+
 def ratios(name: str, **options) -> dict[str, float]:
     """Metrics at the ratios 1.5, 0.5, 1, 4 and 0.5 with A = 1, -1, 1, -1, 1; a token of ratio 9
     does not count.

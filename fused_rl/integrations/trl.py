@@ -280,9 +280,11 @@ class FusedLoss:
     become the weights of the tokens.
 
     Logged are `entropy`, `kl`, `clip_ratio/low_mean`, `clip_ratio/high_mean` and
-    `clip_ratio/region_mean`, TRL's extremes over sequences not; and `ratio_mean`, `ratio_max` and
-    `zero_gradient_fraction`, which TRL has not. The load-balancing loss of a mixture of experts is
-    the model's, not policy_loss's: it is added and logged as `aux_loss` where TRL would.
+    `clip_ratio/region_mean`, TRL's extremes over sequences not; and `ratio_mean`, `ratio_max`,
+    `clip_fraction_dual`, `unknown_fraction` and `zero_gradient_fraction`, which TRL has not.
+
+    The load-balancing loss of a mixture of experts is the model's, not policy_loss's: it is added,
+    and logged as `aux_loss`, as TRL does.
 
     Args:
         policy_loss: a PolicyLoss, or any function (TokenStats, TokenBatch) -> LossOutput.
@@ -399,6 +401,9 @@ class FusedLoss:
         values = torch.stack([*metrics.values(), torch.ones_like(count)]).float() * count
         totals = self.accelerator.reduce(values, reduction="sum")
         means = dict(zip(metrics, (totals[:-1] / totals[-1].clamp(min=1)).tolist(), strict=True))
+        # TRL's upper bound is that of gaining tokens; the losing ones have a name of their own.
+        if "clip_fraction_dual" in means:
+            means["clip_fraction_high"] -= means["clip_fraction_dual"]
         if "ratio_max" in means:
             means["ratio_max"] = self.accelerator.gather(metrics["ratio_max"]).max().item()
         for name, value in means.items():

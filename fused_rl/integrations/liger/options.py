@@ -168,7 +168,8 @@ class Options:
         """[N] bool: beyond a bound, in the direction in which the bound holds; delta is none."""
         if self.loss_type in ("sapo", "vespo"):
             return torch.zeros_like(batch.loss_mask)
-        given = (_log_ratio(policy, logprobs, batch), logprobs, batch.advantages)
+        log_ratio = policy.ratio(batch.log_ratio(logprobs), batch)
+        given = (log_ratio, logprobs, batch.advantages)
         if self.loss_type == "cispo":
             _, high = CISPO(0.0, self.high).clipped(*given)
             return high & (batch.advantages > 0) & batch.loss_mask
@@ -193,11 +194,6 @@ class Reported:
     def __call__(self, stats: TokenStats, batch: TokenBatch) -> LossOutput:
         metrics = self.options.reported(self.policy, stats, batch)
         return LossOutput(self.objective(stats, batch), metrics)
-
-
-def _log_ratio(policy: PolicyLoss, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-    return policy.ratio(logprobs - old, batch)
 
 
 def _tokens_per_process(batch: TokenBatch, num_items: float | Tensor | None) -> Tensor:

@@ -19,8 +19,9 @@ configuration has to say so that they are patched is in `fused_rl.integrations.v
 What differs from verl, on purpose: logits and entropies are float32 throughout; k3 keeps its value
 and its gradient where log(ref / policy) exceeds 2.6, where verl's clamp at 10 has neither, up to
 a log-ratio of 20; a log-ratio beyond 20 keeps its gradient, and GSPO's beyond 10 its value too; a
-batch without a counted token has loss 0, not NaN; a masked token may be anything; a vocabulary that
-is split over tensor-parallel ranks is an error.
+batch without a counted token has loss 0, not NaN; a masked token may be anything; a NaN among old
+log-probs or rollout weights is a token of ratio 1 or weight 1; a vocabulary that is split over
+tensor-parallel ranks is an error.
 
 Signatures, means and metrics are those of verl 0.9.1: verl/utils/kernel/linear_cross_entropy.py,
 verl/utils/experimental/torch_functional.py and verl/trainer/ppo/core_algos.py. The tests run verl's

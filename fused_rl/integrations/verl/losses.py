@@ -172,8 +172,8 @@ def _rows(_: str, mask: Tensor, **info: Any) -> Mean:
 
 
 def _geometric(weights: Tensor, mask: Tensor) -> Tensor:
-    """[B, T]: the geometric mean of a sequence's weights, at each of its tokens."""
-    logs = torch.log(weights + 1e-10).where(mask, 0.0).sum(-1, keepdim=True)
+    """[B, T]: the geometric mean of a sequence's weights, at each of its tokens; NaN is a 1."""
+    logs = torch.log(weights + 1e-10).where(mask & ~weights.isnan(), 0.0).sum(-1, keepdim=True)
     return (logs / mask.sum(-1, keepdim=True).clamp(min=1)).exp().expand(mask.shape)
 
 

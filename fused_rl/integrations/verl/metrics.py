@@ -40,7 +40,7 @@ class Moved:
     def of(cls, policy: PolicyLoss, logprobs: Tensor, batch: TokenBatch) -> "Moved":
         """logprobs: [N], of the policy."""
         logprobs = logprobs.detach().reshape(-1).where(batch.loss_mask, 0.0)
-        log_ratio = logprobs - batch.old_logprobs
+        log_ratio = batch.log_ratio(logprobs)
         every = (log_ratio, policy.ratio(log_ratio, batch), logprobs, batch.advantages)
         return cls(*(t[batch.loss_mask] for t in every))
 
