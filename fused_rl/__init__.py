@@ -1,5 +1,7 @@
 """Fused log-probs, entropies, KL terms and policy losses for RL on language models."""
 
+import torch
+
 from fused_rl import ops_cuda as _ops_cuda  # noqa: F401 - registers the kernels for CUDA
 from fused_rl.advantages import (
     GAEOutput,
@@ -209,3 +211,8 @@ __all__ = [
     "veto_mask",
     "whiten",
 ]
+
+# What holds numbers alone may be read again: torch.load takes only types that it knows.
+torch.serialization.add_safe_globals(
+    [public for public in map(globals().get, __all__) if isinstance(public, type)]
+)

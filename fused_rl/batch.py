@@ -7,6 +7,7 @@ at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -155,7 +156,8 @@ class TokenBatch:
                 checks.is_floating(name, tensor)
                 checks.same_shape(name, tensor, "labels", labels)
         checks.same_device(labels=labels, loss_mask=loss_mask, advantages=advantages, **optional)
-        mask = loss_mask.reshape(-1).bool()
+        # A copy: what becomes of the caller's mask is not the batch's business.
+        mask = loss_mask.reshape(-1) != 0
         tokens = torch.zeros(num_sequences, dtype=torch.int64, device=labels.device)
         tokens = tokens.index_add(0, sequence, mask.long())
         # A counted label below 0 becomes -1, which no op ignores: a mistake stays an error.
@@ -243,6 +245,17 @@ class TokenBatch:
             ),
         )
 
+    def parts(self) -> tuple[list[Tensor | None], list[object]]:
+        """Its tensors and its other values, each [len(fields)], None where it is of the other."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        tensors = [v if isinstance(v, Tensor) else None for v in values]
+        return tensors, [None if isinstance(v, Tensor) else v for v in values]
+
+    @classmethod
+    def of_parts(cls, tensors: Sequence[Tensor | None], others: Sequence[object]) -> TokenBatch:
+        """The batch whose parts these are."""
+        return cls(*(b if a is None else a for a, b in zip(tensors, others, strict=True)))
+
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -258,6 +271,11 @@ def is_batch(batch: object) -> None:
             f"got {checks.shown(batch)}"
         ),
     )
+
+
+def outside_inference(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or where it was made under torch.inference_mode a copy that autograd may save."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
 def _neutral(name: str, tensor: Tensor | None, mask: Tensor) -> Tensor | None:

@@ -3,6 +3,10 @@
 What a policy loss is stands in policy.py, the losses that have a name in named.py.
 """
 
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +62,9 @@ def linear_policy_loss(
     a trained head would need several chunks whose dweight costs more to add up than the logits to
     form again (on CPUs: more than one chunk).
 
+    Until its backward pass a loss of one pass keeps its gradients, dhidden and dweight; afterwards
+    nothing, as any loss. What it was formed of must not be changed in place in between.
+
     Args:
         hidden: [*batch.shape, H]: the states that predict the batch's labels.
         head: LMHead, a weight [V, H], or a torch.nn.Linear.
@@ -88,10 +95,10 @@ def linear_policy_loss(
         options = {"chunk_bytes": chunk_bytes, "grad_filter": grad_filter}
         stats = linear_logprobs(hidden, head, labels, temperature=temperature, **options)
         return loss(TokenStats(*(t.reshape(-1) for t in stats)), batch)
-    args = flat_arguments(hidden, head, labels, temperature)
+    *operands, scale, softcap = flat_arguments(hidden, head, labels, temperature)
     metrics: dict[str, Tensor] = {}
-    value = _OnePass.apply(*args[:3], args, batch, loss, metrics, chunk_bytes)
-    return LossOutput(value, metrics)
+    formed = _Formed(loss, scale, softcap, chunk_bytes)
+    return LossOutput(_OnePass.apply(*operands, batch, formed, metrics), metrics)
 
 
 def _are_arguments(hidden: Tensor, batch: TokenBatch, loss: Loss) -> None:
@@ -113,31 +120,47 @@ def _one_pass_pays(
     return len(sizes) <= 1 or sizes[0] >= enough or not head.requires_grad
 
 
+class _Formed(NamedTuple):
+    """How a loss and its gradients are formed, apart from the tensors that they are formed of."""
+
+    loss: Loss
+    scale: float
+    softcap: float
+    chunk_bytes: int | None
+
+    def gradients(
+        self, operands: Sequence[Tensor | None], batch: TokenBatch, needs: tuple[bool, ...]
+    ) -> HeadGradients:
+        """Of the operands hidden, weight, bias, labels and temperature."""
+
+        def upstream(stats: TokenStats, rows: Tensor) -> tuple[Tensor, Tensor]:
+            return token_gradients(self.loss, stats, batch.select(rows))
+
+        detached = (None if t is None else t.detach() for t in operands)
+        args = (*detached, self.scale, self.softcap)
+        return chunked_gradients(args, batch.loss_mask, upstream, needs, self.chunk_bytes)
+
+
 class _OnePass(torch.autograd.Function):
     """The loss, with its gradients already formed; backward hands them over, scaled.
 
     They are handed over themselves, not copies: dweight is as large as the head. A second backward
     through a retained graph forms them again.
+
+    Every tensor that outlives the forward pass is saved as torch saves them: it goes with the first
+    backward pass, offloading hooks see it, and one that was changed in place meanwhile is an error,
+    those of the loss (a beta, say) included.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, args, batch, loss, metrics, chunk_bytes):
-        ops.check_tokens(args[3], args[4], weight.shape[0], IGNORE_INDEX)
-        needs = tuple(ctx.needs_input_grad[:3])
-
-        def upstream(stats: TokenStats, rows: Tensor) -> tuple[Tensor, Tensor]:
-            return token_gradients(loss, stats, batch.select(rows))
-
-        def form(*operands: Tensor | None) -> HeadGradients:
-            detached = (None if t is None else t.detach() for t in operands)
-            flat = (*detached, *args[3:])
-            return chunked_gradients(flat, batch.loss_mask, upstream, needs, chunk_bytes)
-
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.form = form
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        stats, *ctx.gradients = form(hidden, weight, bias)
-        output = loss(stats, batch)
+    def forward(ctx, hidden, weight, bias, labels, temperature, batch, formed, metrics):
+        ops.check_tokens(labels, temperature, weight.shape[0], IGNORE_INDEX)
+        operands = (hidden, weight, bias, labels, temperature)
+        stats, *gradients = formed.gradients(operands, batch, ctx.needs_input_grad[:3])
+        tensors, ctx.of_batch = batch.parts()
+        ctx.save_for_backward(*operands, *gradients, *tensors, *_tensors(formed.loss))
+        ctx.formed, ctx.spent = formed, False
+        output = formed.loss(stats, batch)
         metrics.update(output.metrics)
         return output.loss.detach()
 
@@ -147,12 +170,26 @@ class _OnePass(torch.autograd.Function):
             raise RuntimeError(
                 "linear_policy_loss has no second derivative: call backward without create_graph"
             )
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            _, *gradients = ctx.form(*ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        operands, gradients = saved[:5], saved[5:8]
+        if ctx.spent:
+            batch = TokenBatch.of_parts(saved[8 : 8 + len(ctx.of_batch)], ctx.of_batch)
+            _, *gradients = ctx.formed.gradients(operands, batch, ctx.needs_input_grad[:3])
+        ctx.spent = True
+        # Without their version counters: a second backward pass may read what else was saved.
+        gradients = [None if g is None else g.data for g in gradients]
         scale_([g for g in gradients if g is not None], dloss)
-        pairs = zip(gradients, ctx.dtypes, strict=True)
-        return (*(None if g is None else g.to(dtype) for g, dtype in pairs), *(None,) * 5)
+        pairs = zip(gradients, operands, strict=False)
+        return (*(None if g is None else g.to(t.dtype) for g, t in pairs), *(None,) * 5)
+
+
+def _tensors(part: object) -> list[Tensor]:
+    """Those that a loss is made with."""
+    if isinstance(part, Tensor):
+        return [part]
+    if not is_dataclass(part):
+        return []
+    return [t for f in fields(part) for t in _tensors(getattr(part, f.name))]
 
 
 def scale_(gradients: list[Tensor], dloss: Tensor) -> None:

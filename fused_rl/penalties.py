@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
-from fused_rl.batch import TokenBatch
+from fused_rl.batch import TokenBatch, outside_inference
 from fused_rl.kl import KL, kl_penalty
 from fused_rl.log_ratios import log_ratio
 from fused_rl.reference import acc_dtype
@@ -86,7 +86,8 @@ class KLPenalty:
         Raises:
             ValueError: a batch without ref_logprobs; as kl_penalty raises.
         """
-        return self.beta * self._terms(logprobs, batch)
+        beta = outside_inference(self.beta) if isinstance(self.beta, Tensor) else self.beta
+        return beta * self._terms(logprobs, batch)
 
     def estimate(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         """The same without beta and without gradient, for monitoring."""

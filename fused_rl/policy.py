@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad
 
 from fused_rl import checks
-from fused_rl.batch import TokenBatch
+from fused_rl.batch import TokenBatch, outside_inference
 from fused_rl.derivatives import transformed
 from fused_rl.logprobs import TokenStats
 from fused_rl.means import TokenMean
@@ -212,10 +213,17 @@ def _placed(part: Tensor, rows: Tensor | None, N: int) -> Tensor:
 Loss = Callable[[TokenStats, TokenBatch], LossOutput]
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def token_gradients(loss: Loss, stats: TokenStats, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """dlogprobs and dentropy [N] of a loss."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in stats]
+    """dlogprobs and dentropy [N] of a loss, under torch.inference_mode too."""
+    # What is saved in here is used in here: hooks that offload or recompute have no part in it.
+    with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
+        leaves = [outside_inference(t.detach()).requires_grad_() for t in stats]
+        tensors, others = batch.parts()
+        batch = TokenBatch.of_parts([outside_inference(t) for t in tensors], others)
         objective = getattr(loss, "objective", None)
         of = TokenStats(*leaves)
         value = objective(of, batch) if objective else loss(of, batch).loss
