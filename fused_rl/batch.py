@@ -212,10 +212,11 @@ class TokenBatch:
 
         Finite where logprobs is no NaN; see log_ratios.py.
         """
-        old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs
-        gap = log_ratio(logprobs, old)
+        if self.old_logprobs is None:
+            return log_ratio(logprobs, logprobs.detach())
+        gap = log_ratio(logprobs, self.old_logprobs)
         # A token that the old policy could not sample has no gradient: it would be exp(20) A.
-        return gap.where(~old.isinf(), gap.detach())
+        return gap.detach().where(self.old_logprobs.isinf(), gap)
 
     def sequence_sum(self, values: Tensor) -> Tensor:
         """[num_sequences]: the sums of values [N] over each sequence's tokens in loss_mask.

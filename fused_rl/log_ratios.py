@@ -36,12 +36,12 @@ def log_ratio(logprobs: Tensor, other: Tensor) -> Tensor:
 
     float32, or float64 for float64 inputs.
     """
-    gap = difference(logprobs, other).nan_to_num(nan=0.0, posinf=BOUND, neginf=-BOUND)
-    gap = gap.where(~logprobs.isnan(), torch.nan)
-    return gap + _step(logprobs, gap.dtype) - _step(other, gap.dtype)
-
-
-def _step(logprobs: Tensor, dtype: torch.dtype) -> Tensor:
-    """0, with the gradient of logprobs."""
-    finite = logprobs.to(dtype).where(logprobs.isfinite(), 0.0)
-    return finite - finite.detach()
+    logprobs, other = promoted(logprobs, other)
+    gap = (logprobs.detach() - other.detach()).nan_to_num(nan=0.0, posinf=BOUND, neginf=-BOUND)
+    # 0 with the gradient, NaN where the policy is; in few operations, for many call this.
+    own = logprobs.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0)
+    gap = gap + (own - own.detach())
+    if not other.requires_grad:
+        return gap
+    other = other.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return gap - (other - other.detach())

@@ -111,7 +111,8 @@ class PolicyLoss:
         args = _chosen(rows, log_ratio, logprobs, batch.advantages)
         losses = _placed(self.surrogate(*args), rows, len(logprobs))
         if batch.weights is not None:
-            losses = batch.weights.where(~batch.weights.isnan(), 1.0) * losses
+            known = batch.weights.nan_to_num(nan=1.0, posinf=torch.inf, neginf=-torch.inf)
+            losses = known * losses
         if self._pulls:
             losses = losses + self.kl(logprobs, batch)
         if self.entropy_coef:
@@ -161,31 +162,27 @@ class PolicyLoss:
 
     def _metrics(self, stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
         logprobs, entropy = stats
-        count = batch.num_tokens.clamp(min=1)
-
-        def mean(x: Tensor) -> Tensor:
-            return x.where(batch.loss_mask, 0).sum() / count
-
         log_ratio = self._log_ratio(logprobs, batch)
         ratio = torch.exp(bounded(log_ratio))
-        low, high, dual = self._clipped(log_ratio, logprobs, batch).to(ratio.dtype)
-        metrics = {
-            "entropy": mean(entropy),
-            "ratio_mean": mean(ratio),
-            # Padded, so that an empty batch has a maximum too.
-            "ratio_max": pad(ratio.where(batch.loss_mask, 0.0), (0, 1)).max(),
-            "clip_fraction_low": mean(low),
-            "clip_fraction_high": mean(high),
-            "clip_fraction_dual": mean(dual),
-            "unknown_fraction": mean(_unknown(batch).to(ratio.dtype)),
+        means = {
+            "entropy": entropy,
+            "ratio_mean": ratio,
+            **dict(zip(_CLIP_FRACTIONS, self._clipped(log_ratio, logprobs, batch), strict=True)),
+            "unknown_fraction": _unknown(batch),
         }
         if batch.ref_logprobs is not None:
-            metrics["kl"] = mean((self.kl or KLPenalty(1.0)).estimate(logprobs, batch))
+            means["kl"] = (self.kl or KLPenalty(1.0)).estimate(logprobs, batch)
         if not (torch.compiler.is_compiling() or transformed()):
             dlogprobs, dentropy = token_gradients(self, stats, batch)
-            idle = (dlogprobs == 0) & (dentropy == 0)
-            metrics["zero_gradient_fraction"] = mean(idle.to(ratio.dtype))
-        return metrics
+            means["zero_gradient_fraction"] = (dlogprobs == 0) & (dentropy == 0)
+        counted = torch.stack(promoted(*means.values())).where(batch.loss_mask, 0.0)
+        metrics = counted.sum(-1) / batch.num_tokens.clamp(min=1)
+        # Padded, so that an empty batch has a maximum too.
+        largest = pad(ratio.where(batch.loss_mask, 0.0), (0, 1)).max()
+        return {**dict(zip(means, metrics.unbind(), strict=True)), "ratio_max": largest}
+
+
+_CLIP_FRACTIONS = ("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual")
 
 
 def _separable(part: object) -> bool:
@@ -195,8 +192,8 @@ def _separable(part: object) -> bool:
 def _unknown(batch: TokenBatch) -> Tensor:
     """[N] bool: tokens of which something that was given is NaN."""
     given = (batch.old_logprobs, batch.ref_logprobs, batch.rollout_logprobs, batch.weights)
-    nothing = torch.zeros_like(batch.loss_mask)
-    return torch.stack([nothing, *(t.isnan() for t in given if t is not None)]).any(0)
+    given = [t for t in given if t is not None]
+    return torch.stack(given).isnan().any(0) if given else torch.zeros_like(batch.loss_mask)
 
 
 def _chosen(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:

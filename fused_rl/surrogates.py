@@ -25,7 +25,7 @@ from fused_rl.reference import promoted
 def bounded(log_ratio: Tensor) -> Tensor:
     """log_ratio within +-BOUND, so that its exp is finite; the gradient is that of the identity."""
     # An infinite log-ratio, of a token that one policy cannot sample, is at the bound for good.
-    finite = log_ratio.where(log_ratio.isfinite() | log_ratio.isnan(), log_ratio.sign() * BOUND)
+    finite = log_ratio.nan_to_num(nan=torch.nan, posinf=BOUND, neginf=-BOUND)
     return finite + (finite.clamp(-BOUND, BOUND) - finite).detach()
 
 
@@ -112,13 +112,15 @@ class Clip(Surrogate):
         """(below 1 - low while A < 0, above the bound for A's sign): the gradient there is 0."""
         ratio = torch.exp(bounded(log_ratio))
         gaining = (ratio > min(1 + self.high, self.delta or math.inf)) & (advantages > 0)
-        losing = self.dual_clipped(log_ratio, logprobs, advantages)
+        losing = self._losing(ratio, advantages)
         return (ratio < 1 - self.low) & (advantages < 0), gaining | losing
 
     @promoting
     def dual_clipped(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         """Above dual, or delta, while A < 0: the gradient there is 0."""
-        ratio = torch.exp(bounded(log_ratio))
+        return self._losing(torch.exp(bounded(log_ratio)), advantages)
+
+    def _losing(self, ratio: Tensor, advantages: Tensor) -> Tensor:
         delta = max(1 + self.high, self.delta or math.inf)
         return (ratio > min(self.dual or math.inf, delta)) & (advantages < 0)
 
