@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rl import checks, reference
+from fused_rl import asked, checks, models, reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,8 @@ class LMHead:
 
     Raises:
         ValueError: a shape, dtype or value that is not as above; a weight without elements, as
-            sharded training leaves it when the parameter is not gathered.
+            sharded training leaves it when the parameter is not gathered; a DTensor or a quantised
+            tensor.
     """
 
     weight: Tensor
@@ -36,6 +37,7 @@ class LMHead:
 
     def __post_init__(self) -> None:
         checks.is_floating("weight", self.weight)
+        models.is_whole("weight", self.weight)
         checks.require(
             self.weight.dim() == 2 and self.weight.numel() > 0,
             lambda: (
@@ -52,6 +54,7 @@ class LMHead:
         )
         if self.bias is not None:
             checks.is_floating("bias", self.bias)
+            models.is_whole("bias", self.bias)
             checks.require(
                 self.bias.shape == self.weight.shape[:1],
                 lambda: (
@@ -95,27 +98,34 @@ class LMHead:
         return cls(head.weight, head.bias)
 
     @classmethod
-    def from_model(cls, model: Any) -> LMHead:
+    def from_model(cls, model: Any, *, ask: bool = True) -> LMHead:
         """The head of a transformers causal language model: weight, bias, scale and softcap.
 
-        The hidden states it fits are those that the model's own lm_head receives:
-        `model.base_model(...).last_hidden_state`.
+        The hidden states it fits are those that the model's own output embeddings receive:
+        `integrations.transformers.backbone(model)(...).last_hidden_state`, for nearly every model
+        `model.base_model(...).last_hidden_state`. Of a PeftModel it is the head of the model
+        inside, whose adapters stay in place.
+
+        The model is asked: the first call runs it three times on ten tokens, without gradient and
+        without a trace, and compares its own logits with this head's. The answer is remembered as
+        long as the output embeddings, the hooks on them and the numbers in the config stay the
+        same. A scale, a softcap, a vocabulary that is cut or tokens that are ruled out are found
+        whatever their names; whatever else is done to logits is an error.
+
+        Args:
+            model: as above; in any mode, on any device.
+            ask: False takes scale and softcap from the config by their usual names, and believes
+                them.
 
         Raises:
-            ValueError: the model has no output embeddings, or they are not a plain linear layer
-                (an adapter on lm_head, a quantised head): their product is not hidden @ weight.T.
+            ValueError: the model's logits are not those of any such head, by how much, in nats; an
+                encoder-decoder, prompt learning, a wrapper such as DistributedDataParallel; output
+                embeddings that are not a plain linear layer with a plain weight (an adapter on
+                them, quantised, sharded, offloaded).
         """
-        layer = model.get_output_embeddings()
-        if type(layer) is not torch.nn.Linear:
-            raise ValueError(
-                "LMHead.from_model needs a model whose output embeddings are a torch.nn.Linear, "
-                f"got {type(layer).__name__} from {type(model).__name__}"
-            )
-        config = model.config
-        if hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(layer.weight, layer.bias, _logit_scale(config), softcap)
+        recipe = asked.answer(model, ask=ask).recipe
+        layer = models.output_layer(models.unwrap(model))
+        return cls(*recipe.parts(layer.weight, layer.bias))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [..., V] at temperature 1, in float32 (float64 for float64 inputs).
@@ -126,20 +136,3 @@ class LMHead:
         ones = torch.ones(flat.shape[0], dtype=torch.float64, device=flat.device)
         z = reference.logits(flat, self.weight, self.bias, ones, self.scale, self.softcap or 0.0)
         return z.reshape(*hidden.shape[:-1], -1)
-
-
-def _logit_scale(config: Any) -> float:
-    """What multiplies the logits, under the names that models have for it."""
-    if config.model_type == "mpt":
-        # Its config has a logit_scale that the transformers model never applies.
-        return 1.0
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
-        scale *= getattr(config, name, None) or 1.0
-    if divisor := getattr(config, "logits_scaling", None):
-        # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by.
-        scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
-    elif base := getattr(config, "dim_model_base", None):
-        # MiniCPM's own code: hidden states are divided by the width relative to the base model's.
-        scale *= base / config.hidden_size
-    return float(scale)

@@ -297,6 +297,9 @@ def test_a_forward_that_someone_else_put_there_is_kept():
         return inner(*args, **kwargs)
 
     model.forward = outer
+    # The model is asked through it, once.
+    logprobs(model, tokens())
+    calls.clear()
     with patched(model):
         model(input_ids=tokens())
         model(input_ids=tokens(), return_logprobs=True)

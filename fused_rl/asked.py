@@ -1,0 +1,325 @@
+"""A language model is asked, once, what it does to its hidden states; its config is a hint.
+
+    1  the model's own forward on a few tokens                               -> its logits
+    2  again, with wide numbers where its output layer's product would be    -> scale, softcap, ...
+    3  its backbone alone, and the product of its output layer               -> our logits
+
+Our logits must be the model's. The second pass shows what the logits of a fresh model are too small
+to show: a softcap bends numbers of 30000. Parameters that are read between the hidden states and
+the logits are noted, because a norm or a bias may be there that changes nothing yet.
+
+Afterwards nothing of the model is different: training flags, attributes, buffers, the generators of
+random numbers. No gradient is formed, and compiled parts run eagerly.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from fused_rl import models, recipes
+from fused_rl.recipes import Recipe
+
+_SHAPE = (2, 5)  # of the tokens: few, and more than one of everything
+_SMALL = 2**20  # elements: counters, statistics, tables of positions; not weights kept as buffers
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model does to its hidden states, and the autocast that its own forward turns on."""
+
+    recipe: Recipe
+    autocast: torch.dtype | None = None
+
+    def around(self, device: torch.device) -> AbstractContextManager:
+        """The context in which the model's own forward runs its backbone."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast)
+
+
+_answers: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Answer]] = weakref.WeakKeyDictionary()
+
+
+def answer(model: Any, *, ask: bool = True, within: bool = False) -> Answer:
+    """What the model says, from memory unless something that it depends on has changed.
+
+    Args:
+        model: as models.unwrap takes it.
+        ask: False believes the config's names.
+        within: whether this is called inside the model's own forward, around which its hooks are.
+
+    Raises:
+        ValueError: as models.unwrap and models.output_layer; a model whose logits no scale,
+            softcap, cut or mask of its output layer's product gives, or that cannot be asked.
+    """
+    inner = models.unwrap(model)
+    layer = models.output_layer(inner)
+    if not ask:
+        return Answer(models.described(inner))
+    if torch.compiler.is_compiling():
+        # The number makes the compiled code that of this model alone.
+        return _constant(model, id(inner), within)
+    if layer.weight.is_meta or isinstance(layer.weight, FakeTensor):
+        return Answer(models.described(inner))
+    state = _depends_on(inner, layer)
+    known = _answers.get(model)
+    if known is None or known[0] != state:
+        known = (state, _ask(model, inner, layer, within))
+        _answers[model] = known
+    return known[1]
+
+
+def _constant(model: Any, identity: int, within: bool) -> Answer:
+    """answer, called while a graph is traced, and a constant in it."""
+    with torch.compiler.set_stance("force_eager"):
+        return answer(model, within=within)
+
+
+# What torch.compiler.assume_constant_result sets; to call it would import triton.
+_constant._dynamo_marked_constant = True
+
+
+def _depends_on(inner: Any, layer: nn.Linear) -> tuple:
+    """What an answer depends on: quickly made, quickly compared, and no reference to the model."""
+    config = inner.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    forwards = (vars(layer).get("forward"), own_forward(inner), type(inner).forward)
+    return (
+        weakref.ref(layer),
+        *(layer.weight.shape, layer.bias is None),
+        *(tuple(m._forward_hooks) for m in (layer, inner)),
+        *(tuple(m._forward_pre_hooks) for m in (layer, inner)),
+        *(id(forward) for forward in forwards),
+        *(_numbers(thing) for thing in (config, text, inner)),
+    )
+
+
+def _numbers(thing: object) -> tuple:
+    return tuple(item for item in vars(thing).items() if type(item[1]) in (int, float))
+
+
+def own_forward(inner: Any) -> Any:
+    """The forward that the instance has in place of its class's, beneath a patch of ours."""
+    forward = vars(inner).get("forward")
+    function = getattr(forward, "__func__", forward)
+    return getattr(function, "fused_rl_own", forward)
+
+
+def accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those inputs that the module's forward has a name for, or all where it takes any."""
+    parameters = inspect.signature(module.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return inputs
+    return {name: value for name, value in inputs.items() if name in parameters}
+
+
+@dataclass
+class _Seen:
+    """What was seen of one forward."""
+
+    logits: Any = None
+    hidden: Tensor | None = None  # what the backbone gave
+    into: Tensor | None = None  # what the output layer received
+    product: Tensor | None = None  # what it gave, or what was put in its place
+    calls: int = 0  # of the output layer
+    autocast: torch.dtype | None = None  # inside the backbone
+
+
+def _ask(model: Any, inner: Any, layer: nn.Linear, within: bool) -> Answer:
+    name, device = type(inner).__name__, layer.weight.device
+    body, hint = models.backbone(inner), models.described(inner)
+    inputs = {"input_ids": _tokens(inner, layer), "use_cache": False, "return_dict": True}
+    reads = _Reads(model, layer)
+
+    def own(put: Tensor | None = None) -> _Seen:
+        run = model.forward if within else model._call_impl
+        with reads, _watched(layer, body, reads, put) as seen:
+            output = run(**accepted(inner, inputs))
+        seen.logits = output.logits if hasattr(output, "logits") else output[0]
+        return seen
+
+    try:
+        with undisturbed(model, device):
+            plain = own()
+            wide = own(recipes.wide_numbers(plain.product)) if plain.calls == 1 else None
+            with Answer(hint, plain.autocast).around(device):
+                hidden = body(**accepted(body, inputs)).last_hidden_state
+                recipe, proved = _recipe(layer, wide, hidden, hint)
+                y = (recipe.before * hidden).to(layer.weight.dtype)
+                y = linear(y, layer.weight, layer.bias)
+            gap, allowed = recipes.difference(recipe.logits(_at_least_float(y)), plain.logits)
+    except Exception as error:
+        raise ValueError(
+            f"{name} was asked for the logits of a few tokens, and raised "
+            f"{type(error).__name__}: {error}. ask=False believes its config instead"
+        ) from error
+    if reads.found or not proved or gap > allowed:
+        raise ValueError(
+            f"the logits of {models.name_of(inner)} are not those of its output embeddings and its "
+            f"config, {recipe}: log-probabilities of a few tokens differ by up to {gap:.3g} nats"
+            + ("" if proved else ", and more where the product of its output embeddings is large")
+            + (f"; it also reads {', '.join(sorted(reads.found))}" if reads.found else "")
+            + ". Use its own logits with logprobs_from_logits; or ask=False, if it is the model "
+            "that is wrong"
+        )
+    return Answer(recipe, plain.autocast)
+
+
+def _recipe(
+    layer: nn.Linear, wide: _Seen | None, hidden: Tensor, hint: Recipe
+) -> tuple[Recipe, bool]:
+    """The recipe that the wide numbers show, or the hint; and whether they prove it."""
+    if wide is None:
+        return hint, True
+    before = recipes.factor(hidden if wide.hidden is None else wide.hidden, wide.into)
+    shown = recipes.found(wide.product, wide.logits)
+    if before is None or shown is None:
+        return hint, False
+    exact = torch.finfo(wide.into.dtype).eps < 1e-5
+    shown = recipes.like(
+        replace(shown, before=before), hint, layer.weight.shape[0], 1e-5 if exact else 1e-2
+    )
+    # What a hook does need not be what it does tomorrow: with one there, only the config's recipe.
+    if has_hooks(layer) and shown != hint:
+        return hint, False
+    return shown, recipes.agrees(shown, wide.product, wide.logits)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+
+
+def _at_least_float(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+@contextmanager
+def _watched(
+    layer: nn.Linear, body: nn.Module, reads: _Reads, put: Tensor | None
+) -> Iterator[_Seen]:
+    """Sees what the backbone gives and what the output layer receives and gives.
+
+    Where `put` is to stand in the place of the layer's product, the hidden states are widened to
+    float32, so that what scales them is seen without rounding.
+    """
+    seen = _Seen()
+
+    def gives(module: nn.Module, args: tuple, output: Any) -> None:
+        seen.hidden = getattr(output, "last_hidden_state", None)
+        if put is not None and isinstance(seen.hidden, Tensor):
+            seen.hidden = output.last_hidden_state = _at_least_float(seen.hidden)
+        kind = layer.weight.device.type
+        if torch.is_autocast_enabled(kind):
+            seen.autocast = torch.get_autocast_dtype(kind)
+        reads.open = True
+
+    def receives(module: nn.Module, args: tuple) -> tuple | None:
+        if not args:
+            return None
+        seen.into = args[0]
+        return args[0].to(layer.weight.dtype), *args[1:]
+
+    def makes(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        seen.calls += 1
+        seen.product = output if put is None else put
+        # The model may write into it.
+        return seen.product.clone()
+
+    handles = [
+        body.register_forward_hook(gives),
+        layer.register_forward_pre_hook(receives),
+        # Before the hooks of others, which are then seen as what the model does.
+        layer.register_forward_hook(makes, prepend=True),
+    ]
+    try:
+        yield seen
+    finally:
+        reads.open = False
+        for handle in handles:
+            handle.remove()
+
+
+class _Reads(TorchFunctionMode):
+    """Notes which parameters and floating buffers torch's functions are given while it is open."""
+
+    def __init__(self, model: nn.Module, layer: nn.Linear) -> None:
+        super().__init__()
+        self.open = False
+        self.found: set[str] = set()
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self.names = {id(tensor): name for name, tensor in named if tensor.is_floating_point()}
+        for own in (layer.weight, layer.bias):
+            self.names.pop(id(own), None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Reading a dtype or a device is a function too.
+        if self.open and getattr(func, "__name__", "") != "__get__":
+            given = (id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            self.found |= {self.names[i] for i in given if i in self.names}
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation without gradient, compilation or autocast, of which no trace remains."""
+    modules = list(model.modules())
+    kept = [(m, dict(vars(m)), dict(m._buffers)) for m in modules]
+    buffers = {id(b): b for b in model.buffers() if b.numel() <= _SMALL and not b.is_inference()}
+    values = [(b, b._version, b.clone()) for b in buffers.values()]
+    devices = [] if device.type in ("cpu", "meta") else [device]
+    for module in modules:
+        vars(module)["training"] = False
+    try:
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
+            # A weight that is cast here must not be found in the cache by a forward with gradients.
+            torch.autocast(device.type, enabled=False, cache_enabled=False),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            yield
+    finally:
+        for module, attributes, own_buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(own_buffers)
+        with torch.no_grad():
+            for buffer, version, value in values:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def _tokens(inner: Any, layer: nn.Linear) -> Tensor:
+    """Some ids from within the vocabulary, none of them special."""
+    embeddings = inner.get_input_embeddings()
+    known = [getattr(embeddings, "weight", layer.weight).shape[0], layer.weight.shape[0]]
+    size, special = min(known), _special(inner.config)
+    ids = [i for i in (*range(size // 3, size), *range(size // 3)) if i not in special]
+    wanted = _SHAPE[0] * _SHAPE[1]
+    ids = (ids or [0]) * wanted
+    return torch.tensor(ids[:wanted], device=layer.weight.device).reshape(_SHAPE)
+
+
+def _special(config: Any) -> set[int]:
+    """Every number in a config, and in the configs inside it, that may be the id of a token."""
+    found: set[int] = set()
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            found |= _special(value)
+        elif "token" in name or name.endswith(("_id", "_ids", "_index")):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            found |= {v for v in values if type(v) is int}
+    return found
