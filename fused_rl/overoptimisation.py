@@ -102,7 +102,8 @@ def fit_reward_curve(
         len({x for x, _ in pairs if x > 0}) >= unknowns,
         lambda: f"a fit of {unknowns} numbers needs as many positive KLs, got {list(kl)}",
     )
-    x, rewards = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
+    # Whatever the default device: a few numbers, in a float64 that not every device has.
+    x, rewards = torch.tensor(pairs, dtype=torch.float64, device="cpu").unbind(-1)
     d = x.sqrt()
     loss = d * d if form is RewardForm.BEST_OF_N else torch.xlogy(d, d)
     columns = torch.stack([d, -loss, torch.ones_like(d)], dim=-1)[:, :unknowns]

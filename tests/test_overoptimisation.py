@@ -80,6 +80,15 @@ def test_a_noisy_fit_is_the_least_of_squares(form):
             assert squares(got) < squares(got._replace(**{name: getattr(got, name) + step}))
 
 
+@pytest.mark.parametrize("form", list(RewardForm))
+def test_a_fit_does_not_follow_the_default_device(form):
+    gold = [RewardCurve(form, 1.5, 0.7, 2.0).reward(kl) for kl in KLS]
+    expected = fit_reward_curve(KLS, gold, form=form)
+    with torch.device("meta"):
+        got = fit_reward_curve(KLS, gold, form=form)
+    assert got[1:] == pytest.approx(expected[1:], rel=1e-9)
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"3 numbers needs as many .* got \[0.0, 1.0, 2.0\]"):
         fit_reward_curve([0.0, 1.0, 2.0], [0.0, 1.0, 1.0])
