@@ -19,13 +19,13 @@ from torch import Tensor
 
 from fused_rl import ops
 from fused_rl.logprobs import chunks, round_up
+from fused_rl.plan_config import head_shape, size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Where a config of several models keeps that of the language model.
-NESTED = ("text_config", "language_config", "llm_config")
-WIDTHS = ("hidden_size", "n_embd", "d_model")
+# Of the one pass; a plan with more is a slip of the pen, and its list would fill the memory.
+MOST_CHUNKS = 2**20
 
 # The C++ kernels' tiles: rows of a super-block of the vocabulary, tokens in one product over it,
 # columns in a panel of dweight, partial softmaxes of three numbers per token.
@@ -83,16 +83,6 @@ class _Sizes(NamedTuple):
         return Way(name, nhv, nhv * self.N * self.H * self.V, phases)
 
 
-def head_shape(config: Mapping[str, Any]) -> tuple[int, int]:
-    """H and V from the config.json of a transformers model, nested or not."""
-    inner = next((config[name] for name in NESTED if name in config), {})
-    merged = {**config, **inner}
-    width = next((merged[name] for name in WIDTHS if name in merged), None)
-    if width is None or "vocab_size" not in merged:
-        raise ValueError(f"config must have vocab_size and {WIDTHS[0]}, got {', '.join(merged)}")
-    return int(width), int(merged["vocab_size"])
-
-
 def plan(
     config: Mapping[str, Any],
     tokens: int,
@@ -113,13 +103,21 @@ def plan(
         device: "cpu" or "cuda"; without one here, chunks are not fitted to its multiprocessors.
 
     Raises:
-        ValueError: a config without sizes, or tokens that are not positive.
+        ValueError: a config without sizes; a size that is no number of a head; tokens, or
+            chunk_bytes, that are not positive or beyond counting; chunk_bytes that are too few for
+            so many tokens.
     """
     H, V = head_shape(config)
-    if tokens <= 0:
-        raise ValueError(f"tokens must be positive, got {tokens}")
+    size("tokens", tokens)
+    if chunk_bytes is not None and not 0 < chunk_bytes < 2**48:
+        raise ValueError(f"chunk_bytes must be positive and less than 2**48, got {chunk_bytes}")
     hidden, weight = _stand_ins(tokens, H, V, dtype, device)
     scratch = ops.scratch_bytes(torch.device(device), chunk_bytes)
+    most = min(tokens, ops.chunk_tokens(hidden, weight, scratch))
+    if tokens > MOST_CHUNKS * most:
+        raise ValueError(
+            f"chunk_bytes must allow chunks of more than {most} of {tokens} tokens, got {scratch}"
+        )
     sizes = chunks(tokens, hidden, weight, scratch)
     s = _Sizes(
         *(tokens, H, V, dtype.itemsize, ops.acc_dtype(hidden, weight).itemsize),
@@ -127,7 +125,6 @@ def plan(
         kept=4 if dtype == torch.float16 else dtype.itemsize,
         device=device,
     )
-    most = min(tokens, ops.chunk_tokens(hidden, weight, scratch))
     any_loss = _frozen(s, most) if frozen else _two_passes(s, "linear_logprobs", scratch)
     pays = len(sizes) <= 1 or sizes[0] >= ops.one_pass_tokens(torch.device(device)) or frozen
     loss = _one_pass(s, sizes, frozen) if pays else _two_passes(s, "linear_policy_loss", scratch)

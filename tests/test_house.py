@@ -19,6 +19,9 @@ FLOORS = {
     "log_ratios": 1,
     "derivatives": 0,
     "recipes": 0,
+    "children": 0,
+    "outputs": 0,
+    "signals": 0,
     "kernels": 0,
     "checkout": 0,
     "chunked": 1,
@@ -60,10 +63,12 @@ FLOORS = {
     "bench": 11,
     "bench_ops": 12,
     "bench_run": 12,
+    "plan_config": 10,
     "plan": 11,
     "hub": 11,
     "demo": 11,
     "demo_task": 11,
+    "demo_rollout": 11,
     "demo_report": 11,
     "cli": 13,
 }
@@ -89,6 +94,15 @@ def test_imports_only_go_down(path):
     for name in imported_modules(path):
         same_room = path.stem.startswith("demo") and name.startswith("demo")
         assert FLOORS[name] < FLOORS[path.stem] or same_room, f"{path.stem} imports {name}"
+
+
+def test_child_processes_begin_in_one_place():
+    """children.py keeps the code of the current folder out of them."""
+    for path in (ROOT / "fused_rl").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.Attribute) and node.attr == "executable") or (
+                path.stem == "children"
+            ), path
 
 
 def test_kernels_import_torch_and_triton_only():
