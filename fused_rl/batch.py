@@ -110,6 +110,9 @@ class TokenBatch:
     ) -> TokenBatch:
         """Sequences one after another, without padding.
 
+        cu_seqlens is read on the host: build the batch outside a function that torch.compile traces
+        as one graph.
+
         Args:
             labels: [N] int64 or int32.
             cu_seqlens: [B + 1] int: where sequences begin; the first is 0, the last N.

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fused_rl.reference import promoted
 
-# In nats: beyond it no ratio is told apart, and exp(20) is 5e8.
-BOUND = 20.0
+# In nats: beyond it no ratio is told apart, and exp(20) is 5e8. An int: torch.compile with dynamic
+# shapes would compile twice for a float that lives in a module.
+BOUND = 20
 
 
 def difference(logprobs: Tensor, other: Tensor) -> Tensor:

@@ -314,3 +314,42 @@ def test_advantages_of_another_dtype_than_log_probs(name, dtype):
     (got,) = torch.autograd.grad(found, logprobs)
     (slope,) = torch.autograd.grad(right, wide)
     torch.testing.assert_close(got.double(), slope, rtol=1e-4, atol=1e-6)
+
+
+def from_hidden_states(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Values and gradients of the other half."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    n = Numbers(lambda x: x.to(dtype))
+    hidden, weight, bias = (normal(*s).requires_grad_() for s in ((B, T, 8), (19, 8), (19,)))
+    head = fused_rl.LMHead(weight, bias, scale=0.7, softcap=5.0)
+    labels = torch.randint(0, 19, (B, T), generator=generator)
+    kept, cu_kept = labels.reshape(-1), torch.arange(B * T + 1)
+    stats = (
+        *fused_rl.linear_logprobs(hidden, head, labels, temperature=0.8),
+        *fused_rl.linear_top_logprobs(hidden, head, labels),
+        *fused_rl.linear_kept_logprobs(hidden, head, labels, kept, cu_kept)[:2],
+        *fused_rl.logprobs_from_logits(hidden @ weight.T, labels, temperature=1.3),
+        fused_rl.linear_policy_loss(hidden, head, n.batch, fused_rl.grpo(beta=0.1)).loss,
+        fused_rl.linear_policy_loss(hidden, head, n.batch, fused_rl.gspo(beta=0.1)).loss,
+    )
+    gradients = torch.autograd.grad(sum(s.sum() for s in stats), (hidden, weight, bias))
+    return [*stats, *gradients]
+
+
+@pytest.mark.parametrize("default", [*HALVES, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_the_default_dtype_changes_nothing_from_hidden_states_on(dtype, default):
+    right = from_hidden_states(dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = from_hidden_states(dtype)
+    finally:
+        torch.set_default_dtype(before)
+    for got, expected in zip(found, right, strict=True):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
