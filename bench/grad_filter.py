@@ -27,6 +27,7 @@ import fused_rl
 from fused_rl.bench import environment
 from fused_rl.bench_clock import Clock, interleaved
 from fused_rl.bench_peers import eager
+from fused_rl.outputs import try_folder, write_json
 
 WORDS, WIDTH, LENGTH, BATCH = 32768, 512, 256, 4
 FILTERS = (1e-3, 2.0**-12, 1e-4, 1e-5)
@@ -48,6 +49,7 @@ def main() -> None:
         lines = page(json.loads(args.readme.read_text()), args.readme)
         replace_block(Path("README.md"), "filter", lines)
         return
+    try_folder(args.out.parent, args.out.name)
     words = corpus(args.text)
     model = small_model()
     if args.checkpoint.exists():
@@ -63,8 +65,7 @@ def main() -> None:
         tried += [{"temperature": temperature, **r} for r in alternatives(hidden, weight)]
     content = {"environment": environment(), "steps": args.steps, "text": args.text}
     content["alternatives"] = tried
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**content, "records": records}, indent=1) + "\n")
+    write_json(args.out, {**content, "records": records})
     print("\n".join(table(records)))
 
 

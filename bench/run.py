@@ -11,7 +11,6 @@ curves:end for the pictures. Options of `fused-rl bench` are taken as well; --ou
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -19,7 +18,17 @@ from pathlib import Path
 
 from fused_rl import cli
 from fused_rl.bench_figures import write_figures
-from fused_rl.bench_records import MIB, PRODUCTS, Content, cases_of, error_of, of_first_shape
+from fused_rl.bench_records import (
+    MIB,
+    PRODUCTS,
+    Content,
+    cases_of,
+    error_of,
+    of_first_shape,
+    read_result,
+)
+from fused_rl.outputs import replacing, try_folder
+from fused_rl.signals import stoppable
 
 RESULTS = "bench/results"
 # Words of a processor's name that do not tell it from others.
@@ -36,14 +45,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, metavar="RESULT.json", help="measure nothing")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.readme:
-        content = json.loads(arguments.readme.read_text())
-        publish(content, arguments.readme, arguments.page)
+        publish(read_result(arguments.readme), arguments.readme, arguments.page)
         return 0
-    return measure(rest, arguments.name, arguments.page)
+    with stoppable():
+        return measure(rest, arguments.name, arguments.page)
 
 
 def measure(options: list[str], name: str | None, page: Path) -> int:
-    """Runs the sweep, writes the results and, if ours are right, the page."""
+    """Runs the sweep, writes the results and, if ours are right and all is there, the page.
+
+    What was measured until Ctrl-C or SIGTERM goes into a file of its own, beside an earlier result.
+    """
     from rich.console import Console
 
     from fused_rl.bench_report import show, write_data
@@ -52,17 +64,23 @@ def measure(options: list[str], name: str | None, page: Path) -> int:
     parsed = cli.build_parser().parse_args(["bench", "--sweep", "--out", RESULTS, *options])
     try:
         config = BenchConfig(**cli.bench_options(parsed))
+        try_folder(Path(config.out))
     except ValueError as error:
         return cli.usage_error("bench", str(error))
-    console = Console(width=118)
+    console = Console(width=118, markup=False)
     content = measured(config, console)
-    show(console, content)
     stem = Path(config.out) / f"{name or machine(content['environment'])}-{config.dtype}"
+    if "interrupted" in content:
+        stem = stem.with_name(f"{stem.name}-interrupted")
+    if not content["records"]:
+        return status(content)
     for path in write_data(stem, content):
         print(f"written to {path}")
-    if status(content):
-        print(f"one of our ways is wrong or failed: {page} stays as it is")
-        return 1
+    show(console, content)
+    if code := status(content):
+        why = "interrupted" if "interrupted" in content else "one of our ways is wrong or failed"
+        print(f"{why}: {page} stays as it is")
+        return code
     publish(content, stem.with_name(f"{stem.name}.json"), page)
     return 0
 
@@ -97,7 +115,8 @@ def replace_block(page: Path, name: str, lines: list[str]) -> None:
         return
     before, rest = text.split(begin)
     block = "\n".join(lines)
-    page.write_text(f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}")
+    with replacing(page) as partial:
+        partial.write_text(f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}")
     print(f"{name} written to {page}")
 
 

@@ -35,6 +35,7 @@ from fused_rl.bench import environment
 from fused_rl.bench_clock import status
 from fused_rl.bench_records import MIB, Record
 from fused_rl.integrations import trl as integration
+from fused_rl.outputs import try_folder, write_json
 
 WAYS = ("TRL", "TRL, patched()", "FusedGRPOTrainer")
 GENERATIONS = 8  # completions of a prompt
@@ -66,6 +67,7 @@ def main() -> int:
         lines = table(json.loads(args.readme.read_text()), args.readme)
         replace_block(Path("README.md"), "trl", lines)
         return 0
+    try_folder(args.out.parent, args.out.name)
     shape = SMALL if args.small else Shape(hidden=args.hidden)
     shape = shape._replace(dtype=args.dtype, tied=not args.untied)
     found: dict[str, list[Record]] = {way: [] for way in WAYS}
@@ -76,8 +78,7 @@ def main() -> int:
             print(f"{way}: {time.monotonic() - began:.0f} s", flush=True)
     records = [merged(way, results) for way, results in found.items()]
     content = {"environment": environment(), "shape": shape._asdict(), "records": records}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(args.out, content)
     show(content)
     print(f"written to {args.out}")
     return int(not agree(records, SAME[shape.dtype]))

@@ -139,9 +139,11 @@ def step_gradients(case: Case, batch: TokenBatch, dtype: torch.dtype) -> tuple[T
 
 
 def gradient_error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """The largest relative error of the gradients, by norm. found: as many as there are."""
+    """The largest relative error of the gradients, by norm; absolute where they are to be 0, as if
+    no token counts. found: as many as there are.
+    """
     pairs = [(a.to(b.dtype), b) for a, b in zip(found, exact, strict=False)]
-    errors = [((a - b).norm() / b.norm()).item() for a, b in pairs]
+    errors = [(a - b).norm().item() / (b.norm().item() or 1.0) for a, b in pairs]
     return max(errors) if all(e == e for e in errors) else float("nan")
 
 

@@ -24,6 +24,7 @@ from fused_rl.bench_records import (
     on_axis,
     shape_of,
 )
+from fused_rl.outputs import replacing
 
 INK = "#767c85"
 STRONG = "#2f81f7"
@@ -263,5 +264,6 @@ def save(figure, path: Path) -> None:
     import matplotlib
 
     metadata = {"Date": None} if path.suffix == ".svg" else {}
-    with matplotlib.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):
-        figure.savefig(path, dpi=130, metadata=metadata)
+    settings = {"svg.hashsalt": path.name, "svg.fonttype": "none"}
+    with replacing(path) as partial, matplotlib.rc_context(settings):
+        figure.savefig(partial, dpi=130, metadata=metadata)

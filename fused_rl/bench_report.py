@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fused_rl import outputs
 from fused_rl.bench_figures import write_bars, write_figures
 from fused_rl.bench_records import (
     MIB,
@@ -16,6 +17,7 @@ from fused_rl.bench_records import (
     Record,
     error_of,
     of_first_shape,
+    read_result,
     shape_of,
 )
 
@@ -83,6 +85,10 @@ def row_of(record: Record) -> tuple[str, ...]:
     )
 
 
+# Of every run; a sweep adds pictures.
+FILES = ("bench.json", "bench.csv", "bench.png")
+
+
 def write(folder: Path, content: Content) -> list[Path]:
     """bench.json, bench.csv and the pictures; returns their paths."""
     paths = [*write_data(folder / "bench", content), folder / "bench.png"]
@@ -92,10 +98,9 @@ def write(folder: Path, content: Content) -> list[Path]:
 
 def write_data(stem: Path, content: Content) -> list[Path]:
     """JSON and CSV at `stem` with their suffixes; returns their paths."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("json", "csv")]
-    paths[0].write_text(json.dumps(content, indent=1) + "\n")
-    with paths[1].open("w", newline="") as file:
+    outputs.write_json(paths[0], content)
+    with outputs.replacing(paths[1]) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, LIGER_COLUMNS)
         writer.writeheader()
         writer.writerows(csv_rows(content))
@@ -210,12 +215,12 @@ def show_changes(console: Console, changes: list[Record]) -> None:
 def compare_files(before: Path, after: Path) -> int:
     """Prints what changed between two bench.json; 1 if one of our ways is slower or wrong.
 
-    ValueError if they have no shape in common.
+    OSError or ValueError if one is no result, or they have no shape in common.
     """
     from rich.console import Console
 
-    changes = compare(*(json.loads(Path(p).read_text()) for p in (before, after)))
+    changes = compare(read_result(before), read_result(after))
     if all(c["verdict"] in ("new", "gone") for c in changes):
         raise ValueError(f"{before} and {after} measured no provider at the same shape")
-    show_changes(Console(width=140), changes)
+    show_changes(Console(width=140, markup=False), changes)
     return int(bool(regressions(changes)))

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fused_rl import bench_report
+from fused_rl import bench_report, outputs
 from fused_rl.bench import KINDS, NO_GRAD, STEP, Kind, environment, head_task, measure, usable
 from fused_rl.bench_peers import PEERS, SEQUENCES, Case
 from fused_rl.bench_records import OURS, Content, Record
+from fused_rl.signals import status_of, stop_behind, stoppable, stops
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,25 +85,49 @@ def in_eights(tokens: int) -> int:
 
 
 def run(config: BenchConfig) -> int:
-    """Measures, shows and writes; 1 if one of our ways is wrong or fails, else 0."""
+    """Measures, shows and writes.
+
+    Ctrl-C, SIGTERM and SIGHUP end the measuring; what is there by then is shown and written.
+
+    Returns:
+        The exit status: 1 if one of our ways is wrong or fails, else 0; or 130, 143 or 129 after
+        one of these.
+
+    Raises:
+        UnusableFolder: a ValueError; config.out cannot be written to.
+        Unwritable: it could be, at the start.
+    """
     from rich.console import Console
 
-    console = Console(width=118)
-    content = measured(config, console)
-    bench_report.show(console, content)
-    for path in bench_report.write(Path(config.out), content):
-        console.print(f"written to {path}")
+    folder = Path(config.out)
+    outputs.try_folder(folder, *bench_report.FILES)
+    console = Console(width=118, markup=False)
+    with stoppable():
+        content = measured(config, console)
+        if content["records"]:
+            try:
+                paths = bench_report.write(folder, content)
+            finally:
+                bench_report.show(console, content)
+            for path in paths:
+                console.print(f"written to {path}")
+        if "interrupted" in content:
+            console.print(f"Interrupted with {len(content['records'])} figures.")
     return status(content)
 
 
 def status(content: Content) -> int:
-    """1 if one of our ways is wrong or fails, else 0."""
+    """That of the stop; else 1 if one of our ways is wrong or fails, else 0."""
     ours = [r for r in content["records"] if r["provider"].startswith(OURS)]
-    return int(any(r["verdict"] != "right" for r in ours))
+    return content.get("interrupted") or int(any(r["verdict"] != "right" for r in ours))
 
 
 def measured(config: BenchConfig, console: Console) -> Content:
-    """The environment, the configuration with the peers that are here, and the records."""
+    """The environment, the configuration with the peers that are here, and the records.
+
+    A run that a signal ends has the records until then, and its exit status as "interrupted". From
+    here on signals wait, where they are handled: what was measured is to be written.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     peers, reasons = usable(config.peers, config.device)
@@ -110,15 +135,28 @@ def measured(config: BenchConfig, console: Console) -> Content:
         console.print(f"left out: {reason}")
     config = replace(config, peers=peers)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    records: list[Record] = []
+    stopped = {}
     # What lives by now will go on living: no collection, also none within a call that is timed,
     # needs to look through it again.
     gc.freeze()
-    with Progress(*columns, console=console, transient=True) as progress:
-        records = list(collect(config, progress))
-    gc.unfreeze()
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            for record in collect(config, progress):
+                records.append(record)
+        stops.held = True
+    except BaseException as error:
+        stops.held = True
+        stop = stop_behind(error)
+        if stop is None:
+            raise
+        stopped = {"interrupted": status_of(stop)}
+    finally:
+        gc.unfreeze()
     return {
         "environment": environment(config.device),
         "shape": asdict(config),
+        **stopped,
         "records": records,
     }
 

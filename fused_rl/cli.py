@@ -6,7 +6,6 @@ Nothing heavier than torch is imported before a command needs it.
 """
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -17,18 +16,46 @@ from pathlib import Path
 import torch
 
 import fused_rl
-from fused_rl import bench_peers
+from fused_rl import bench_peers, outputs, signals
+from fused_rl.cli_numbers import not_negative, positive, seed
 
 DEMO_NEEDS = ("transformers", "rich", "matplotlib")
 BENCH_NEEDS = ("rich", "matplotlib")
 DTYPES = ("bfloat16", "float16", "float32")
-USAGE_ERROR = 2
+FAILURE, USAGE_ERROR = 1, 2
+# What a shell reports of a process that wrote to a pipe that nobody reads any more.
+BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status; argv without the program's name."""
-    arguments = build_parser().parse_args(argv)
-    return arguments.command(arguments)
+    """Runs a command and returns its exit status; argv without the program's name.
+
+    1 after a result that could not be written, 2 after a mistake in the options; 130, 143 or 129
+    after Ctrl-C, SIGTERM or SIGHUP; 141 where stdout was closed (`fused-rl doctor | head -1`).
+    """
+    with signals.stoppable():
+        try:
+            return run(argv)
+        except BrokenPipeError:
+            return BROKEN_PIPE
+        except outputs.Unwritable as error:
+            return complain("", str(error), FAILURE)
+        except BaseException as error:
+            if stop := signals.stop_behind(error):
+                return signals.status_of(stop)
+            # What rich makes of a broken pipe.
+            if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+                return BROKEN_PIPE
+            raise
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """What main does if nothing comes in between."""
+    try:
+        arguments = build_parser().parse_args(argv)
+        return arguments.command(arguments)
+    finally:
+        outputs.flush()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,7 +84,7 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     )
     add = demo_parser.add_argument
     add("--steps", type=positive, default=400, help="rollouts to train on")
-    add("--seed", type=int, default=0, help="the same seed gives the same run")
+    add("--seed", type=seed, default=0, help="the same seed gives the same run")
     add("--beta", type=not_negative, default=0.02, help="weight of the KL penalty")
     add("--kl", choices=estimators, default="k3", help="estimator of the KL that is logged")
     add(
@@ -132,21 +159,6 @@ def add_export_hub(commands: argparse._SubParsersAction) -> None:
     export_parser.set_defaults(command=export_hub)
 
 
-def positive(text: str) -> int:
-    """argparse: an integer above 0."""
-    if (value := int(text)) <= 0:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """argparse: a finite number that is not below 0."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number that is not negative, got {text}")
-    return value
-
-
 def doctor(arguments: argparse.Namespace) -> int:
     """Prints the kernel of each device, and versions."""
     for backend in fused_rl.backends():
@@ -179,7 +191,7 @@ def demo(arguments: argparse.Namespace) -> int:
     options = {name: value for name, value in vars(arguments).items() if name != "command"}
     try:
         return run(DemoConfig(**options))
-    except UnusableModel as error:
+    except (outputs.UnusableFolder, UnusableModel) as error:
         return usage_error("demo", str(error))
 
 
@@ -193,7 +205,10 @@ def bench(arguments: argparse.Namespace) -> int:
         config = BenchConfig(**bench_options(arguments))
     except ValueError as error:
         return usage_error("bench", str(error))
-    return run(config)
+    try:
+        return run(config)
+    except outputs.UnusableFolder as error:
+        return usage_error("bench", str(error))
 
 
 def bench_options(arguments: argparse.Namespace) -> dict:
@@ -235,7 +250,7 @@ def plan(arguments: argparse.Namespace) -> int:
         "device": arguments.device,
     }
     try:
-        config = json.loads(arguments.model_config.read_text())
+        config = outputs.read_json(arguments.model_config)
         planned = planner.plan(config, arguments.tokens, **options)
     except (OSError, ValueError) as error:
         return usage_error("plan", str(error))
@@ -263,8 +278,13 @@ def missing_of(names: Sequence[str]) -> str:
 
 def usage_error(command: str, message: str) -> int:
     """Says on stderr why a command does not run."""
-    print(f"fused-rl {command}: {message}", file=sys.stderr)
-    return USAGE_ERROR
+    return complain(command, message, USAGE_ERROR)
+
+
+def complain(command: str, message: str, status: int) -> int:
+    """Says one line on stderr and returns the status."""
+    print(f"{f'fused-rl {command}'.strip()}: {outputs.one_line(message)}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

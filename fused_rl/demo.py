@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,19 +27,22 @@ from fused_rl import (
     TokenBatch,
     group_zscore_advantages,
     grpo,
-    linear_logprobs,
     linear_policy_loss,
 )
 from fused_rl.demo_report import (
     Record,
     compare_loss_steps,
     print_comparison,
+    summarise,
     write_figure,
     write_log,
 )
-from fused_rl.demo_task import Problem, reward, sample_problems, start
+from fused_rl.demo_rollout import Rollout, answer_logprobs, answer_states, sample, try_out
+from fused_rl.demo_task import sample_problems, start
+from fused_rl.outputs import try_folder
+from fused_rl.signals import status_of, stop_behind, stoppable, stops
 
-INTERRUPTED = 130
+LOG, CURVES = "log.json", "curves.png"
 
 
 @dataclass(frozen=True)
@@ -88,65 +92,6 @@ class DemoConfig:
         """Linear warm-up, then constant; step counts from 1."""
         peak = self.learning_rate or (1e-5 if self.model else 4e-4)
         return peak * min(1.0, step / self.warmup_steps)
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """B sampled answers, each behind its prompt of P columns, T columns long.
-
-    Attributes:
-        sequences: [B, P + T] int64; prompts are padded on the left.
-        attention_mask: [B, P + T] int64; 0 at padding and after the end of the answer.
-        labels: [B, T] int64; the answers.
-        loss_mask: [B, T] bool; True up to the end-of-sequence token, and there.
-        rewards: [B] float32.
-    """
-
-    sequences: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    rewards: Tensor
-
-
-@torch.no_grad()
-def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
-) -> Rollout:
-    """One answer per problem, and its reward."""
-    encoded = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True)
-    prompts, prompt_mask = encoded.input_ids, encoded.attention_mask
-    sequences = model.generate(input_ids=prompts, attention_mask=prompt_mask)
-    labels = sequences[:, prompts.shape[1] :]
-    ended = (labels == tokenizer.eos_token_id).int()
-    loss_mask = ended.cumsum(-1) - ended == 0
-    text = [
-        tokenizer.decode(row[keep])
-        for row, keep in zip(labels, loss_mask & (ended == 0), strict=True)
-    ]
-    rewards = torch.tensor([reward(p, t) for p, t in zip(problems, text, strict=True)])
-    attention_mask = torch.cat([prompt_mask, loss_mask.to(prompt_mask.dtype)], -1)
-    return Rollout(sequences, attention_mask, labels, loss_mask, rewards)
-
-
-def answer_states(model: PreTrainedModel, rollout: Rollout, rows: Tensor) -> Tensor:
-    """Hidden states [b, T, H] that predict labels[rows]: each stands one place before its token."""
-    attention_mask = rollout.attention_mask[rows]
-    hidden = model.base_model(
-        input_ids=rollout.sequences[rows],
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
-        use_cache=False,
-    ).last_hidden_state
-    return hidden[:, -rollout.labels.shape[1] - 1 : -1]
-
-
-@torch.no_grad()
-def answer_logprobs(model: PreTrainedModel, rollout: Rollout, temperature: float) -> Tensor:
-    """Log-probabilities [B, T] of the answers."""
-    hidden = answer_states(model, rollout, torch.arange(len(rollout.labels)))
-    head = LMHead.from_model(model)
-    return linear_logprobs(hidden, head, rollout.labels, temperature=temperature).logprobs
 
 
 def update(
@@ -233,10 +178,14 @@ def progress_bar(console: Console) -> Progress:
     return Progress(*columns, console=console, expand=True)
 
 
-def train_with_progress(config: DemoConfig, console: Console, records: list[Record]) -> None:
-    """Appends to records as it goes, so that they outlive a KeyboardInterrupt."""
-    torch.manual_seed(config.seed)
-    model, tokenizer = start(config.model, config.temperature)
+def train_with_progress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DemoConfig,
+    console: Console,
+    records: list[Record],
+) -> None:
+    """Appends to records as it goes, so that they outlive whatever ends it."""
     fields = dict.fromkeys(("reward", "kl", "entropy", "clip_fraction", "tokens_per_second"), 0.0)
     with progress_bar(console) as progress:
         task = progress.add_task("", total=config.steps, **fields)
@@ -248,16 +197,20 @@ def train_with_progress(config: DemoConfig, console: Console, records: list[Reco
 def run(config: DemoConfig) -> int:
     """Trains; writes log.json and curves.png into config.out; compares the loss step, in a table.
 
-    Ctrl-C ends what is going on; the steps done until then are written.
+    Ctrl-C, SIGTERM and SIGHUP end what is going on; the steps done until then are written.
 
     Returns:
-        The exit status: 0, or 130 after Ctrl-C.
+        The exit status: 0; or 130, 143 or 129 after one of these.
 
     Raises:
         UnusableModel: a ValueError; see demo_task.load.
+        UnusableFolder: a ValueError; config.out cannot be written to.
+        Unwritable: it could be, at the start.
     """
-    with threads(torch.get_num_threads() if config.model else 1):
-        return train_and_report(config, Console(highlight=False))
+    try_folder(Path(config.out), LOG, CURVES)
+    console = Console(highlight=False, markup=False)
+    with threads(torch.get_num_threads() if config.model else 1), stoppable():
+        return train_and_report(config, console)
 
 
 @contextmanager
@@ -273,34 +226,59 @@ def threads(count: int) -> Iterator[None]:
 
 def train_and_report(config: DemoConfig, console: Console) -> int:
     """What run does; returns the exit status."""
-    out, records = Path(config.out), []
+    torch.manual_seed(config.seed)
+    model, tokenizer = start(config.model, config.temperature)
+    if config.model:
+        try_out(model, tokenizer, config.model, config.temperature)
+    records: list[Record] = []
+    stop = None
     try:
-        train_with_progress(config, console, records)
-    except KeyboardInterrupt:
-        report(config, console, records, interrupted=True)
-        return INTERRUPTED
-    report(config, console, records, interrupted=False)
+        train_with_progress(model, tokenizer, config, console, records)
+        stops.held = True
+    except BaseException as error:
+        stops.held = True
+        stop = stop_behind(error)
+        if stop is None:
+            save(config, records)
+            raise
+    save(config, records)
+    if stop:
+        console.print(f"Interrupted after {len(records)} of {config.steps} steps.")
+    say(config, console, records)
+    if stop:
+        return status_of(stop)
     try:
+        stops.release()
         with console.status("Measuring the loss step at a vocabulary of 150k words"):
             comparison = compare_loss_steps()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        stops.held = True
         console.print("Interrupted while measuring; the log and the curves are complete.")
-        return INTERRUPTED
-    write_log(out / "log.json", config, records, interrupted=False, loss_step=comparison)
+        return status_of(stop)
+    stops.held = True
+    save_log(config, records, comparison)
     print_comparison(console, comparison)
     return 0
 
 
-def report(
-    config: DemoConfig, console: Console, records: list[Record], *, interrupted: bool
-) -> None:
-    """Writes the log and the curves, and says what they say."""
-    out = Path(config.out)
-    summary = write_log(out / "log.json", config, records, interrupted=interrupted)["summary"]
-    write_figure(out / "curves.png", records, config.kl)
-    if interrupted:
-        console.print(f"Interrupted after {len(records)} of {config.steps} steps.")
+def save(config: DemoConfig, records: list[Record]) -> None:
+    """Writes the log and the curves."""
+    save_log(config, records)
+    write_figure(Path(config.out) / CURVES, records, config.kl)
+
+
+def save_log(config: DemoConfig, records: list[Record], comparison: Any = None) -> None:
+    """Writes the log; the run is over if it has all its steps."""
+    interrupted = len(records) < config.steps
+    path = Path(config.out) / LOG
+    write_log(path, config, records, interrupted=interrupted, loss_step=comparison)
+
+
+def say(config: DemoConfig, console: Console, records: list[Record]) -> None:
+    """How the rewards went, and where the files are."""
     if records:
+        summary = summarise(records)
         first, last = summary["first_mean_reward"], summary["last_mean_reward"]
         console.print(f"Mean reward: {first:.3f} at the start, {last:.3f} at the end.")
-    console.print(f"Wrote {out / 'log.json'} and {out / 'curves.png'}.", soft_wrap=True)
+    log, curves = (Path(config.out) / name for name in (LOG, CURVES))
+    console.print(f"Wrote {log} and {curves}.", soft_wrap=True)

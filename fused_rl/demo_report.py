@@ -22,7 +22,15 @@ import torch
 import torch.nn.functional as F
 
 import fused_rl
-from fused_rl import LossOutput, TokenBatch, TokenStats, grpo, linear_policy_loss
+from fused_rl import (
+    LossOutput,
+    TokenBatch,
+    TokenStats,
+    children,
+    grpo,
+    linear_policy_loss,
+    outputs,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +65,7 @@ def write_log(
         path: the file; its directory is made.
         config: a dataclass.
         records: one per step.
-        interrupted: whether Ctrl-C ended the run.
+        interrupted: whether the run ended before its last step.
         loss_step: what compare_loss_steps returned, or None.
     """
     log = {
@@ -74,8 +82,7 @@ def write_log(
         "loss_step": loss_step,
         "steps": records,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(log, indent=1) + "\n")
+    outputs.write_json(path, log)
     return log
 
 
@@ -110,7 +117,8 @@ def write_figure(path: Path, records: list[Record], kl: str) -> None:
         axes.margins(x=0.01)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with outputs.replacing(path) as partial:
+        figure.savefig(partial, dpi=150)
 
 
 def plain_policy_loss(
@@ -194,22 +202,22 @@ def compare_loss_steps(
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     sizes = [str(n) for n in (tokens, hidden_size, vocabulary)]
     with ExitStack() as stack:
-        children = {}
+        measured = {}
         for way in WAYS:
             # A session of its own: Ctrl-C reaches the parent alone, which then ends its children.
-            children[way] = stack.enter_context(
+            measured[way] = stack.enter_context(
                 subprocess.Popen(
-                    [sys.executable, "-m", "fused_rl.demo_report", way, *sizes],
+                    **children.python("-m", "fused_rl.demo_report", way, *sizes),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,
                     start_new_session=True,
                 )
             )
-            stack.callback(children[way].kill)
-            _ask(children[way])
+            stack.callback(measured[way].kill)
+            _ask(measured[way])
         for _ in range(REPEATS):
-            for way, child in children.items():
+            for way, child in measured.items():
                 runs[way].append(_ask(child))
     return {
         "tokens": tokens,

@@ -6,6 +6,8 @@ Nothing is downloaded: the tokenizer has one token per digit and a few more, and
 Qwen2 with random weights. `load` takes both from a directory instead.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from fused_rl.outputs import one_line
 
 DIGITS = 4
 
@@ -93,12 +97,28 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     )
 
 
+@contextmanager
+def explained(path: str | Path) -> Iterator[None]:
+    """What goes wrong within, on account of a directory of the user's, becomes UnusableModel."""
+    try:
+        yield
+    except (UnusableModel, KeyboardInterrupt, SystemExit):
+        raise
+    # A tokenizer that panics raises no Exception.
+    except BaseException as error:
+        reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2])
+        name = type(error).__name__
+        raise UnusableModel(one_line(f"{path} cannot be used: {name}: {reason}")) from error
+
+
 def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in float32 and its tokenizer, from a directory of save_pretrained.
 
+    Code that lies in the directory is not run.
+
     Raises:
-        UnusableModel: no such directory; no model or no tokenizer in it; a tokenizer without an
-            end-of-sequence token.
+        UnusableModel: no such directory; no model or no tokenizer in it, or none that transformers
+            loads without code of theirs; a tokenizer without an end-of-sequence token.
     """
     path = Path(path)
     if not path.is_dir():
@@ -107,12 +127,14 @@ def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UnusableModel(f"{path} has no model: there is no config.json")
     if not (path / "tokenizer_config.json").exists():
         raise UnusableModel(f"{path} has no tokenizer: there is no tokenizer_config.json")
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    if tokenizer.eos_token_id is None:
-        raise UnusableModel(f"the tokenizer of {path} has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    here = {"local_files_only": True, "trust_remote_code": False}
+    with explained(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, **here)
+        if tokenizer.eos_token_id is None:
+            raise UnusableModel(f"the tokenizer of {path} has no end-of-sequence token")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **here)
     return model, tokenizer
 
 

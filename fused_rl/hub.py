@@ -16,9 +16,10 @@ import base64
 import hashlib
 import json
 import platform
+import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import distribution
 from importlib.resources import files
@@ -29,6 +30,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 import fused_rl
+from fused_rl import children
+from fused_rl.signals import stops
 
 NAME = "fused-rl"
 # Of the interface, for `get_kernel(..., version=...)`: raised when a caller would have to change.
@@ -71,14 +74,30 @@ def export(directory: Path) -> list[Path]:
         raise ValueError(f"DIR must be new or empty, and {directory} is not")
     sources = package_sources()
     contents = {v.name: variant_files(v, sources) for v in variants()}
-    folders = [directory / "build" / name for name in contents]
-    for folder, named in zip(folders, contents.values(), strict=True):
-        for name, content in named.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-    (directory / "README.md").write_text(CARD.format(version=fused_rl.__version__))
-    (directory / "LICENSE").write_text(distribution(NAME).read_text("licenses/LICENSE"))
-    return folders
+    content = {f"build/{v}/{name}": data for v, of in contents.items() for name, data in of.items()}
+    content["README.md"] = CARD.format(version=fused_rl.__version__).encode()
+    content["LICENSE"] = distribution(NAME).read_text("licenses/LICENSE").encode()
+    write_all(directory, content)
+    return [directory / "build" / name for name in contents]
+
+
+def write_all(directory: Path, content: dict[str, bytes]) -> None:
+    """Writes files into a new or empty folder; nothing is left of them where one cannot be."""
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        for name, data in content.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(data)
+    except BaseException:
+        stops.held = True
+        for name in {Path(name).parts[0] for name in content}:
+            shutil.rmtree(directory / name, ignore_errors=True)
+            with suppress(OSError):
+                (directory / name).unlink()
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def variants() -> list[Variant]:
@@ -207,8 +226,8 @@ def registered_by(library: bytes) -> list[str]:
     with TemporaryDirectory() as folder:
         path = Path(folder, LIBRARY)
         path.write_bytes(library)
-        command = [sys.executable, "-c", PROBE, str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        here = children.python("-c", PROBE, str(path))
+        done = subprocess.run(**here, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"the C++ library does not load: {done.stderr.strip()}")
     return done.stdout.split()

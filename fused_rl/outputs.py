@@ -4,6 +4,7 @@ when it is there, and what a file or a library says reaches a terminal as one pr
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,3 +101,19 @@ def one_line(text: str) -> str:
     if len(text) > LONGEST_LINE:
         text = f"{text[: LONGEST_LINE // 2]} ... {text[-LONGEST_LINE // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def flush() -> None:
+    """All that was printed is on its way, or is given up, so that nothing complains at exit.
+
+    Raises:
+        BrokenPipeError: nobody reads.
+        Unwritable: the disk is full.
+    """
+    try:
+        print(end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise Unwritable(f"cannot write to stdout: {error.strerror}") from error

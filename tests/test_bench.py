@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from fused_rl import (
 )
 from fused_rl.bench import NO_GRAD, STEP, head_task
 from fused_rl.bench_peers import PEERS, Case, Peer, batch_of, eager
+from fused_rl.bench_records import shape_of
 from fused_rl.bench_run import BenchConfig
 
 pytest.importorskip("rich")
@@ -104,7 +106,9 @@ def test_exact_gradients_are_those_of_autograd(case, monkeypatch):
 
 
 def test_gradient_error_by_hand():
-    ones = torch.ones(4)
+    ones, zeros = torch.ones(4), torch.zeros(4)
+    assert bench.gradient_error((zeros,), (zeros,)) == 0
+    assert bench.gradient_error((ones,), (zeros,)) == 2
     assert bench.gradient_error((ones * 1.5, ones), (ones, ones)) == pytest.approx(0.5)
     assert math.isnan(bench.gradient_error((ones, ones * torch.nan), (ones, ones)))
 
@@ -276,6 +280,13 @@ def test_points_of_a_sweep():
     shares = [p.kinds[0].counted for p in bench_run.points(config) if p.axis == "padded"]
     assert shares == [1, 0.5, 0.25]
     assert len(bench_run.points(BenchConfig())) == 1
+
+
+@pytest.mark.parametrize("kind", bench.KINDS, ids=lambda kind: kind.name)
+def test_the_fewest_tokens_are_judged_too(kind):
+    """One per sequence: of which half is none."""
+    records = measured(Case.make(8, 16, 90, torch.bfloat16), kind, "eager")
+    assert {r["verdict"] for r in records.values()} == {"right"}
 
 
 @pytest.fixture(scope="module")
@@ -500,6 +511,82 @@ def test_a_run_in_which_ours_is_wrong_fails(tmp_path, monkeypatch):
     assert next(r for r in records if r["provider"] == "fused_rl")["verdict"] == "wrong"
 
 
+def stop_at(monkeypatch, kinds, *numbers):
+    """Signals reach the process once so many kinds have been measured."""
+    begun = []
+
+    def head_task(case, kind, original=bench_run.head_task):
+        if len(begun) == kinds:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        begun.append(kind)
+        return original(case, kind)
+
+    monkeypatch.setattr(bench_run, "head_task", head_task)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_run_that_is_stopped_writes_what_was_measured(
+    number, status, tmp_path, monkeypatch, capsys
+):
+    stop_at(monkeypatch, 2, number)
+
+    def save(*args, original=bench_report.write_bars):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(bench_report, "write_bars", save)
+    options = [*SMALL, "--peers", "none", "--out", str(tmp_path)]
+    assert cli.main(["bench", *options]) == status
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert content["interrupted"] == status
+    assert list(dict.fromkeys(r["case"] for r in content["records"])) == [NO_GRAD.title, STEP.title]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(bench_report.FILES)
+    printed = capsys.readouterr()
+    assert "fused_rl linear_policy_loss" in printed.out and printed.err == ""
+
+
+def test_a_run_that_is_stopped_at_once_leaves_an_older_result(tmp_path, monkeypatch):
+    (tmp_path / "bench.json").write_text("older")
+    stop_at(monkeypatch, 0, signal.SIGTERM)
+    assert cli.main(["bench", *SMALL, "--peers", "none", "--out", str(tmp_path)]) == 143
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["older"]
+
+
+@pytest.mark.parametrize("kinds", range(1, 14))
+def test_figures_of_a_sweep_that_was_stopped_anywhere(kinds, content, tmp_path, monkeypatch):
+    """After the shape asked for, and between the points of every curve."""
+    monkeypatch.setattr(bench_figures, "save", lambda figure, path: path.touch())
+
+    def group(record):
+        return record["case"], record.get("axis"), *shape_of(record)
+
+    groups = list(dict.fromkeys(map(group, content["records"])))
+    chosen = groups[: kinds * len(groups) // 13]
+    content["records"] = [r for r in content["records"] if group(r) in chosen]
+    for path in bench_report.write(tmp_path, content):
+        assert path.exists()
+
+
+def test_make_bench_that_is_stopped_leaves_page_and_result(
+    make_bench, content, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(bench_run, "measured", lambda *_: {**content, "interrupted": 143})
+    page = tmp_path / "page.md"
+    page.write_text(MARKED)
+    options = ["--out", str(tmp_path), "--page", str(page), "--name", "here"]
+    assert make_bench.main(options) == 143
+    assert page.read_text() == MARKED
+    written = sorted(p.name for p in tmp_path.iterdir() if p != page)
+    assert written == [f"here-bfloat16-interrupted.{suffix}" for suffix in ("csv", "json")]
+    monkeypatch.setattr(
+        bench_run, "measured", lambda *_: {**content, "records": [], "interrupted": 130}
+    )
+    assert make_bench.main(options) == 130
+
+
 def result(ratio, low=None, high=None, provider="fused_rl", **more):
     record = {"case": "c", "provider": provider, "ratio_to_products": ratio, **more}
     if low is not None:
@@ -557,6 +644,46 @@ def test_compare_fails_on_our_regressions_alone(tmp_path, capsys):
     assert "none" in capsys.readouterr().err
     assert compare("a", "peer") == 2
     assert "no provider at the same shape" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({}, [], None, 7, "x", {"shape": {}}, {"shape": [], "records": []}),
+        {"shape": {}, "records": [None]},
+        {"shape": {}, "records": [{"case": "c"}]},
+        {"shape": {}, "records": {}},
+        result("1"),
+        result(0.0),
+        result(math.nan),
+        result(math.inf),
+        result(10**400),
+        result(True),
+        result(1.0, "low", "high"),
+        result(1.0, provider="\x1b[31mred"),
+        result(1.0, provider=None),
+        result(1.0, tokens=[1]),
+        result(1.0, dtype={}),
+        result(1.0, verdict=[]),
+        result(None),
+    ],
+    ids=lambda content: ascii(content)[:40],
+)
+def test_what_is_no_result_is_a_mistake(content, tmp_path, capsys):
+    path = tmp_path / "b.json"
+    path.write_text(json.dumps(content))
+    (tmp_path / "a.json").write_text(json.dumps(result(1.0)))
+    for pair in ((path, tmp_path / "a.json"), (path, path)):
+        assert cli.main(["bench", "compare", *map(str, pair)]) == 2
+        error = capsys.readouterr().err
+        assert f"{path} is no result of fused-rl bench" in error and error.count("\n") == 1
+
+
+def test_what_a_result_says_is_not_markup(tmp_path, capsys):
+    path = tmp_path / "b.json"
+    path.write_text(json.dumps(result(1.0, provider="fused_rl [/nothing]")))
+    assert cli.main(["bench", "compare", str(path), str(path)]) == 0
+    assert "fused_rl [/nothing]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,12 @@
 
 import importlib.util
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +60,7 @@ def test_demo_without_its_extra(capsys, monkeypatch):
         (["--beta", "nan"], "not negative, got nan"),
         (["--kl", "k4"], "k4"),
         (["--kl-grad", "k4"], "k4"),
+        (["--seed", "1" + 20 * "0"], "must be from -2**63 to 2**64 - 1"),
     ],
 )
 def test_wrong_options(options, complaint, capsys):
@@ -132,3 +137,70 @@ def test_export_hub_says_why_not(capsys, tmp_path):
     assert error == f"fused-rl export-hub: DIR must be new or empty, and {tmp_path} is not\n"
     assert cli.main(["export-hub", str(tmp_path / "mine" / "below")]) == 2
     assert "Not a directory" in capsys.readouterr().err
+
+
+def shell(line: str) -> subprocess.CompletedProcess:
+    """A line of bash, in which $F is this command; its status is that of the command."""
+    code = "import sys, fused_rl.cli as c; sys.exit(c.main())"
+    line = line.replace("$F", f"{shlex.quote(sys.executable)} -c '{code}'")
+    return subprocess.run(
+        ["bash", "-c", line + "; exit ${PIPESTATUS[0]}"],
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", ["doctor", "plan --model-config CONFIG --tokens 9"])
+def test_a_reader_that_has_seen_enough_is_not_complained_of(command, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"hidden_size": 8, "vocab_size": 99}')
+    done = shell(f"$F {command.replace('CONFIG', str(config))} | true")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_output_for_which_there_is_no_room():
+    done = shell("$F doctor > /dev/full")
+    assert done.returncode == 1
+    assert done.stderr == "fused-rl: cannot write to stdout: No space left on device\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_is_stopped_says_so_by_its_status_alone(
+    number, status, capsys, monkeypatch, tmp_path
+):
+    from fused_rl import hub
+
+    monkeypatch.setattr(hub, "package_sources", lambda: os.kill(os.getpid(), number))
+    assert cli.main(["export-hub", str(tmp_path / "export")]) == status
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_result_that_cannot_be_written_after_all(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("rich")
+    from fused_rl import bench_run, outputs
+
+    def run(config):
+        raise outputs.Unwritable("cannot write a.json: No space left on device")
+
+    monkeypatch.setattr(bench_run, "run", run)
+    assert cli.main(["bench"]) == 1
+    assert capsys.readouterr().err == "fused-rl: cannot write a.json: No space left on device\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_results_that_have_nowhere_to_go_are_a_mistake(command, capsys, tmp_path):
+    pytest.importorskip("fused_rl.demo", exc_type=ImportError)
+    (tmp_path / "file").touch()
+    assert cli.main([command, "--out", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert error == f"fused-rl {command}: results need a folder, and {tmp_path}/file is none\n"
+
+
+def test_mistakes_are_one_printable_line(capsys):
+    assert cli.usage_error("plan", "a\nb \x1b[31m" + "x" * 10**6) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(r"fused-rl plan: a b \x1b[31mxxx") and len(error) < 500
+    assert error.count("\n") == 1 and error[:-1].isprintable()

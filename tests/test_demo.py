@@ -1,6 +1,8 @@
 """The demo: it learns, it repeats itself, and it keeps what it has when it is stopped."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -198,6 +200,92 @@ def test_ctrl_c_in_the_comparison_keeps_a_complete_log(config, monkeypatch):
     assert demo.run(config) == 130
     assert log_of(config)["interrupted"] is False
     assert len(rewards_of(config)) == 3
+
+
+def stop_after_steps(monkeypatch, config, steps, *numbers):
+    """One signal after another reaches the process, in the midst of an update."""
+    updates = 0
+
+    def update(*args, original=demo.update):
+        nonlocal updates
+        updates += 1
+        if updates == steps * config.epochs * config.minibatches + 1:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return original(*args)
+
+    monkeypatch.setattr(demo, "update", update)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_every_signal_keeps_what_was_logged(number, status, config, monkeypatch, capsys):
+    stop_after_steps(monkeypatch, config, 2, number)
+    assert demo.run(config) == status
+    assert len(rewards_of(config)) == 2 and log_of(config)["interrupted"] is True
+    assert "Interrupted after 2 of 3 steps" in capsys.readouterr().out
+    with open(f"{config.out}/curves.png", "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_second_signal_while_results_are_written_spoils_nothing(config, monkeypatch, capsys):
+    stop_after_steps(monkeypatch, config, 1, signal.SIGTERM)
+
+    def save(*args, original=demo.write_figure):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(demo, "write_figure", save)
+    assert demo.run(config) == 143
+    assert len(rewards_of(config)) == 1
+    assert sorted(os.listdir(config.out)) == ["curves.png", "log.json"]
+    assert "Interrupted after 1 of 3 steps" in capsys.readouterr().out
+
+
+def test_a_signal_while_a_whole_run_is_written_ends_it_afterwards(config, monkeypatch, capsys):
+    def save(*args, original=demo.write_figure):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(demo, "write_figure", save)
+    assert demo.run(config) == 143
+    assert len(rewards_of(config)) == 3 and log_of(config)["interrupted"] is False
+    assert "Interrupted while measuring" in capsys.readouterr().out
+
+
+def test_a_failure_keeps_what_was_logged_and_is_told(config, monkeypatch):
+    def record_of(step, *rest, original=demo.record_of):
+        if step == 3:
+            raise RuntimeError("out of memory")
+        return original(step, *rest)
+
+    monkeypatch.setattr(demo, "record_of", record_of)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        demo.run(config)
+    assert len(rewards_of(config)) == 2 and log_of(config)["interrupted"] is True
+
+
+def test_a_terminal_that_is_gone_does_not_take_the_results_with_it(config, monkeypatch):
+    """SIGHUP, and whatever is printed from then on fails."""
+    stop_after_steps(monkeypatch, config, 2, signal.SIGHUP)
+
+    class Gone(demo.Progress):
+        def __exit__(self, *args):
+            super().__exit__(*args)
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(demo, "Progress", Gone)
+    assert demo.run(config) == 129
+    assert len(rewards_of(config)) == 2
+
+
+def test_where_results_go_is_tried_before_anything_else(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "start", lambda *args: pytest.fail("the model was made"))
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="file"):
+            demo.run(replace(config, out=str(out)))
 
 
 @pytest.mark.parametrize("own_model", [False, True])

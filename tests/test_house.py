@@ -70,6 +70,7 @@ FLOORS = {
     "demo_task": 11,
     "demo_rollout": 11,
     "demo_report": 11,
+    "cli_numbers": 12,
     "cli": 13,
 }
 

@@ -325,6 +325,31 @@ def test_a_directory_that_holds_something_is_left_alone(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("there", ["nothing", "an empty folder"])
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_fails_leaves_nothing_behind(tmp_path, monkeypatch, there, failure):
+    folder = tmp_path / "parent" / "export"
+    if there == "an empty folder":
+        folder.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    plain = [hub.Variant(f"torch-{name}", name) for name in ("cuda", "rocm")]
+    monkeypatch.setattr(hub, "variants", lambda: plain)
+    written = []
+
+    def write_bytes(path, data, original=Path.write_bytes):
+        written.append(path)
+        if "torch-rocm" in path.parts:
+            raise failure
+        return original(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_bytes)
+        with pytest.raises(type(failure)):
+            hub.export(folder)
+    assert len(written) > 10 and sorted(tmp_path.rglob("*")) == before
+    assert hub.export(folder)
+
+
 def test_the_layer_beside_a_plain_formula():
     """The layer itself, on a module that merely has a weight and a bias."""
     case = oracle.random_case(11, 9, 40, bias=True, temperature=True, ignored=2)

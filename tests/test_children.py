@@ -1,0 +1,49 @@
+"""Child processes run no code from the folder that one happens to stand in."""
+
+import json
+import subprocess
+
+import pytest
+
+from fused_rl import children, cli, demo_report, hub
+
+# Modules that a child needs, or that what it needs imports.
+INNOCENT = ("torch", "random", "json", "fused_rl", "sitecustomize")
+
+
+@pytest.fixture(params=[True, False], ids=["-P", "neutral folder"])
+def evil(tmp_path, monkeypatch, request):
+    """A current folder whose modules leave a mark; under both ways to keep out of it."""
+    if request.param and not children.HAS_SAFE_PATH:
+        pytest.skip("python -P came with 3.11")
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    for name in INNOCENT:
+        code = f"open({str(folder / 'mark')!r}, 'a').write({name!r})\nraise SystemExit(3)\n"
+        (folder / f"{name}.py").write_text(code)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(children, "HAS_SAFE_PATH", request.param)
+    return folder
+
+
+def test_a_child_finds_the_real_modules(evil):
+    code = "import sys, json, random; print(json.dumps([sys.argv[1], random.__file__]))"
+    done = subprocess.run(
+        **children.python("-c", code, "x"), capture_output=True, text=True, check=True
+    )
+    argument, origin = json.loads(done.stdout)
+    assert argument == "x" and str(evil) not in origin
+    assert not (evil / "mark").exists()
+
+
+def test_the_export_does_not_run_the_current_folder(evil, tmp_path):
+    assert cli.main(["export-hub", str(tmp_path / "export")]) == 0
+    assert (tmp_path / "export" / "build" / hub.cpu_variant() / hub.LIBRARY).exists()
+    assert not (evil / "mark").exists()
+
+
+@pytest.mark.parametrize("evil", [children.HAS_SAFE_PATH], indirect=True, ids=["here"])
+def test_the_measurement_of_the_demo_does_not_run_the_current_folder(evil):
+    comparison = demo_report.compare_loss_steps(16, 8, 100)
+    assert set(comparison["ways"]) == set(demo_report.WAYS)
+    assert not (evil / "mark").exists()
