@@ -174,6 +174,39 @@ void write_row(const A* from, int64_t count, const at::Tensor& to, int64_t offse
       });
 }
 
+// A sum of factors times rows of length H: in A for as many terms as a product sums in one go, in
+// double beyond.
+template <class A>
+class RowSum {
+ public:
+  explicit RowSum(int64_t H) : part(H), line(H), total(H) {}
+  void clear() {
+    std::fill(part.begin(), part.end(), A(0));
+    std::fill(total.begin(), total.end(), 0.0);
+    terms = 0;
+  }
+  void add(const at::Tensor& from, int64_t row, A factor) {
+    if (terms == sum_step<A>) close_part();
+    ++terms;
+    add_row(from, row, factor, line.data(), part.data());
+  }
+  const A* rounded() {
+    close_part();
+    std::copy(total.begin(), total.end(), part.begin());
+    return part.data();
+  }
+
+ private:
+  void close_part() {
+    for (size_t h = 0; h < total.size(); ++h) total[h] += part[h];
+    std::fill(part.begin(), part.end(), A(0));
+    terms = 0;
+  }
+  std::vector<A> part, line;
+  std::vector<double> total;
+  int64_t terms = 0;
+};
+
 // The products of a draw that holds `terms` at the kept pairs of the tokens at `rows`, and nothing
 // else. The gradients are in the dtypes of what they belong to, over all tokens, and hold zeros.
 template <class A>
@@ -199,30 +232,28 @@ void sparse_backward(const at::Tensor& hidden, const at::Tensor& weight, const K
 
   if (out.dhidden.defined()) {
     at::parallel_for(0, rows.size(), 1, [&](int64_t begin, int64_t end) {
-      std::vector<A> sum(H), line(H);
+      RowSum<A> sum(H);
       for (int64_t r = begin; r < end; ++r) {
-        sum.assign(H, A(0));
+        sum.clear();
         for (int64_t i = sets.begin(rows[r]); i < sets.end(rows[r]); ++i) {
-          add_row(weight, sets.word[i], terms[i], line.data(), sum.data());
+          sum.add(weight, sets.word[i], terms[i]);
         }
-        write_row(sum.data(), H, out.dhidden, rows[r] * H);
+        write_row(sum.rounded(), H, out.dhidden, rows[r] * H);
       }
     });
   }
   if (!out.dweight.defined() && !out.dbias.defined()) return;
   at::parallel_for(0, V, 64, [&](int64_t begin, int64_t end) {
-    std::vector<A> sum(H), line(H);
+    RowSum<A> sum(H);
     for (int64_t v = begin; v < end; ++v) {
       if (first[v] == first[v + 1]) continue;
-      sum.assign(H, A(0));
-      A total = 0;
+      sum.clear();
+      double total = 0;
       for (int64_t e = first[v]; e < first[v + 1]; ++e) {
         total += entries[e].term;
-        if (out.dweight.defined()) {
-          add_row(hidden, entries[e].row, entries[e].term, line.data(), sum.data());
-        }
+        if (out.dweight.defined()) sum.add(hidden, entries[e].row, entries[e].term);
       }
-      if (out.dweight.defined()) write_row(sum.data(), H, out.dweight, v * H);
+      if (out.dweight.defined()) write_row(sum.rounded(), H, out.dweight, v * H);
       if (out.dbias.defined()) write_row(&total, 1, out.dbias, v);
     }
   });

@@ -20,11 +20,13 @@ namespace fused_rl {
 static constexpr int64_t super_block_rows = 2048;
 static constexpr int64_t chunk_tokens = 4096;  // bounds the gradient of a super-block's logits
 static constexpr int64_t panel = 64;           // columns of dweight in one product
+static constexpr int64_t hidden_block = 128;   // lines of dhidden, transposed, in one product
 
 template <class T>
 struct Pass {
   using A = Acc<T>;
   static constexpr bool paired = lines_per_pack<T> == 2;
+  static constexpr int64_t step = sum_step<T>;
 
   const Problem<T>& p;
   Upstream<A> up;
@@ -39,18 +41,17 @@ struct Pass {
   int64_t tokens_max = std::min(chunk_tokens, p.padded);
   bool chunked = p.padded > chunk_tokens;
   int64_t panels = (p.H + panel - 1) / panel;
-  // A stride that is no power of two keeps the lines out of each other's cache sets.
-  int64_t ld = tokens_max + 32;
 
   at::TensorOptions of_T = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
   at::TensorOptions of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
   at::Tensor logits_operand, columns_operand;
-  at::Tensor draw = at::empty({rows_max, ld}, of_T);  // [rows, tokens]
-  at::Tensor draw_pairs;                              // panels [rows / 2, width, 2]
-  at::Tensor weight_t;                                // [H, rows]
-  at::Tensor dhidden_t;                               // panels [H, width]
-  at::Tensor dweight_rows;                            // [rows, 64 panels], when chunked
-  at::Tensor bias_parts;                              // [tiles, rows]
+  // [tokens / step][rows, step]: strides and sums that do not follow the number of tokens.
+  at::Tensor draw = at::empty({(tokens_max + step - 1) / step, rows_max, step}, of_T);
+  at::Tensor draw_pairs;    // panels [rows / 2, width, 2]
+  at::Tensor weight_t;      // [H, rows]
+  at::Tensor dhidden_t;     // panels [H, width]
+  at::Tensor dweight_rows;  // [blocks, panels][block, 64], when chunked
+  at::Tensor bias_parts;    // [tiles, rows] double
 
   Pass(const Problem<T>& problem, Upstream<A> upstream, const Kept<T>* kept_logits,
        Gradients& gradients, const Picks* chosen, const A* chosen_terms)
@@ -77,7 +78,7 @@ struct Pass {
       dhidden_t = at::zeros({p.padded * p.H}, of_A);
       if constexpr (paired) draw_pairs = at::empty({tokens_max * rows_pad}, of_T);
     }
-    if (out.dbias.defined()) bias_parts = at::empty({p.tiles(), rows_max}, of_A);
+    if (out.dbias.defined()) bias_parts = at::empty({p.tiles(), rows_max}, at::kDouble);
   }
 
   void run() {
@@ -109,6 +110,12 @@ struct Pass {
     if (paired && rows % 2) {
       for (int64_t h = 0; h < p.H; ++h) to[h * rows_pad + rows] = T(0.f);
     }
+  }
+
+  // Where the line `row` of a super-block and the token `column` of a chunk lie in draw.
+  T* draw_at(int64_t row, int64_t column) {
+    return draw.template mutable_data_ptr<T>() + (column / step * rows_max + row) * step +
+           column % step;
   }
 
   // Where column n of tile t of the kept logits starts, and the stride of its vocabulary.
@@ -162,8 +169,8 @@ struct Pass {
     A* target = scratch;
     int64_t ld_target = width;
     if constexpr (!paired) {
-      target = draw.template mutable_data_ptr<T>() + first * ld + column;
-      ld_target = ld;
+      target = draw_at(first, column);
+      ld_target = step;
     }
     A label_term[tile_tokens];
     for (int64_t n = 0; n < width; ++n) {
@@ -185,13 +192,13 @@ struct Pass {
     }
     if (out.dbias.defined()) {
       loops<A>().line_sums(target, rows, width, ld_target,
-                           bias_parts.template mutable_data_ptr<A>() + t * rows_max + first);
+                           bias_parts.template mutable_data_ptr<double>() + t * rows_max + first);
     }
     if constexpr (paired) {
       uint16_t *as_rows = nullptr, *as_pairs = nullptr;
-      if (out.dweight.defined()) as_rows = bits(draw) + first * ld + column;
+      if (out.dweight.defined()) as_rows = reinterpret_cast<uint16_t*>(draw_at(first, column));
       if (out.dhidden.defined()) as_pairs = bits(draw_pairs) + column * rows_pad + first * width;
-      bfloat16_loops().pack(target, rows, width, ld_target, as_rows, ld, as_pairs, width);
+      bfloat16_loops().pack(target, rows, width, ld_target, as_rows, step, as_pairs, width);
     }
   }
 
@@ -209,24 +216,21 @@ struct Pass {
   void weight_gradient(int64_t v0, int64_t rows, int64_t chunk0, int64_t tokens) {
     const bool first_chunk = chunk0 == 0, last_chunk = chunk0 + tokens >= p.padded;
     const int64_t blocks = (rows + p.block - 1) / p.block;
-    const T* left = draw.template const_data_ptr<T>();
     const T* right = columns_operand.template const_data_ptr<T>();
     parallel_tasks(blocks * panels, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(chunked ? 0 : p.block * panel);
+      Scratch<A> scratch(p.block * panel);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / panels, j = task % panels;
         const int64_t first = b * p.block, count = std::min(p.block, rows - first);
-        A* sum = scratch.data();
-        int64_t ld_sum = panel;
-        if (chunked) {
-          ld_sum = panels * panel;
-          sum = dweight_rows.template mutable_data_ptr<A>() + first * ld_sum + j * panel;
-        }
-        tile_matmul<T>(count, panel, tokens, left + first * ld, ld,
-                       right + (j * p.padded + chunk0) * panel, panel, sum, ld_sum, !first_chunk);
+        A* total = scratch.data();
+        if (chunked) total = dweight_rows.template mutable_data_ptr<A>() + task * p.block * panel;
+        A* sum = first_chunk ? total : scratch.data();
+        matmul_in_steps<T>(count, panel, tokens, draw_at(first, 0), step, rows_max * step,
+                           right + (j * p.padded + chunk0) * panel, panel, sum, panel);
+        if (sum != total) loops<A>().add_scaled(sum, count * panel, A(1), total);
         if (last_chunk) {
           for (int64_t v = 0; v < count; ++v) {
-            write(out.dweight, (v0 + first + v) * p.H + j * panel, sum + v * ld_sum,
+            write(out.dweight, (v0 + first + v) * p.H + j * panel, total + v * panel,
                   std::min(panel, p.H - j * panel));
           }
         }
@@ -235,35 +239,34 @@ struct Pass {
   }
 
   void hidden_gradient(int64_t rows, int64_t chunk0, int64_t tokens) {
-    constexpr int64_t block = 128;
     const int64_t K = paired ? round_up(rows, 2) : rows;
-    const int64_t blocks = (p.H + block - 1) / block;
+    const int64_t blocks = (p.H + hidden_block - 1) / hidden_block;
     const int64_t tiles = (tokens + tile_tokens - 1) / tile_tokens;
     const T* left = weight_t.template const_data_ptr<T>();
-    const T* right = (paired ? draw_pairs : draw).template const_data_ptr<T>();
     A* to = dhidden_t.template mutable_data_ptr<A>();
     parallel_tasks(blocks * tiles, [&](int64_t begin, int64_t end) {
+      Scratch<A> sum(hidden_block * tile_tokens);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t h0 = task / tiles * block, t = chunk0 / tile_tokens + task % tiles;
+        const int64_t h0 = task / tiles * hidden_block, t = chunk0 / tile_tokens + task % tiles;
+        const int64_t lines = std::min(hidden_block, p.H - h0);
         const int64_t n0 = t * tile_tokens, width = p.tile_width(t), column = n0 - chunk0;
-        const T* operand = right + (paired ? column * rows_pad : column);
-        const int64_t ld_operand = paired ? width : ld;
-        for (int64_t k0 = 0; k0 < K; k0 += sum_step<T>) {
-          tile_matmul<T>(std::min(block, p.H - h0), width, std::min(sum_step<T>, K - k0),
-                         left + h0 * rows_pad + k0, rows_pad, operand + k0 * ld_operand, ld_operand,
-                         to + n0 * p.H + h0 * width, width, true);
-        }
+        const T* right = paired ? draw_pairs.template const_data_ptr<T>() + column * rows_pad
+                                : draw_at(0, column);
+        matmul_in_steps<T>(lines, width, K, left + h0 * rows_pad, rows_pad, step, right,
+                           paired ? width : step, sum.data(), width);
+        loops<A>().add_scaled(sum.data(), lines * width, A(1), to + n0 * p.H + h0 * width);
       }
     });
   }
 
   void bias_gradient(int64_t v0, int64_t rows) {
-    const A* parts = bias_parts.template const_data_ptr<A>();
-    std::vector<A> sums(rows, A(0));
+    const double* parts = bias_parts.template const_data_ptr<double>();
+    std::vector<double> sums(rows, 0.0);
     for (int64_t t = 0; t < p.tiles(); ++t) {
       for (int64_t v = 0; v < rows; ++v) sums[v] += parts[t * rows_max + v];
     }
-    write(out.dbias, v0, sums.data(), rows);
+    const std::vector<A> rounded(sums.begin(), sums.end());
+    write(out.dbias, v0, rounded.data(), rows);
   }
 
   void finish_hidden() {

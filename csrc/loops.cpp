@@ -41,10 +41,24 @@ FUSED_RL_INLINE Vec<T> reference_point(Vec<T> max) {
 
 template <class T>
 FUSED_RL_INLINE void add_logit(State<T>& s, Vec<T> z, Vec<T> reference) {
-  const Vec<T> d = at_least<T>(z - reference, Simd<T>::lowest);
-  const Vec<T> p = exp<T>(d);
+  const Vec<T> d = z - reference, p = exp<T>(d);
   s.sum += p;
-  s.moment += p * d;
+  s.moment += p * at_least<T>(d, Simd<T>::lowest);
+}
+
+// How many terms go into one sum: a sum that holds p = 1 loses the last digits of what comes after.
+static constexpr int64_t terms_of_sum = 16;
+
+// logit(v) for v in [0, count), added to s in short sums.
+template <class T, class F>
+FUSED_RL_INLINE void add_logits(State<T>& s, int64_t count, Vec<T> reference, const F& logit) {
+  for (int64_t v0 = 0; v0 < count; v0 += terms_of_sum) {
+    const int64_t v1 = v0 + terms_of_sum < count ? v0 + terms_of_sum : count;
+    State<T> part{};
+    for (int64_t v = v0; v < v1; ++v) add_logit<T>(part, logit(v), reference);
+    s.sum += part.sum;
+    s.moment += part.moment;
+  }
 }
 
 // (max, sum, moment) seen from a new reference point.
@@ -71,7 +85,7 @@ static void accumulate(const T* z, int64_t lines, int64_t columns, int64_t ld, R
     max = max > before.max ? max : before.max;
     const Vec<T> reference = reference_point<T>(max);
     State<T> block{max, Vec<T>{}, Vec<T>{}};
-    for (int64_t v = 0; v < lines; ++v) add_logit<T>(block, load(z + v * ld + n), reference);
+    add_logits<T>(block, lines, reference, [&](int64_t v) { return load(z + v * ld + n); });
     rescale<T>(before, reference);
     store(run.max + n, max);
     store(run.sum + n, before.sum + block.sum);
@@ -121,13 +135,22 @@ static void gradient(const T* z, int64_t lines, int64_t columns, int64_t ld, Ups
   }
 }
 
+// As many numbers as a vector of doubles has.
 template <class T>
-static void line_sums(const T* z, int64_t lines, int64_t columns, int64_t ld, T* sums) {
-  constexpr int W = Simd<T>::width;
+FUSED_RL_INLINE Vec<double> widened(const T* from) {
+  typedef T part __attribute__((vector_size(Simd<double>::width * sizeof(T))));
+  part narrow;
+  std::memcpy(&narrow, from, sizeof(narrow));
+  return __builtin_convertvector(narrow, Vec<double>);
+}
+
+template <class T>
+static void line_sums(const T* z, int64_t lines, int64_t columns, int64_t ld, double* sums) {
+  constexpr int W = Simd<double>::width;
   for (int64_t v = 0; v < lines; ++v) {
-    Vec<T> total{};
-    for (int64_t n = 0; n < columns; n += W) total += load(z + v * ld + n);
-    T sum = 0;
+    Vec<double> total{};
+    for (int64_t n = 0; n < columns; n += W) total += widened(z + v * ld + n);
+    double sum = 0;
     for (int i = 0; i < W; ++i) sum += total[i];
     sums[v] = sum;
   }
@@ -163,7 +186,7 @@ static void row_statistics_of(const T* logits, int64_t V, T temperature, T* max_
     }
     const Vec<T> reference = reference_point<T>(max);
     State<T> here{max, Vec<T>{}, Vec<T>{}};
-    for (int64_t v = v0; v < v1; v += W) add_logit<T>(here, logit(v), reference);
+    add_logits<T>(here, (v1 - v0) / W, reference, [&](int64_t i) { return logit(v0 + i * W); });
     rescale<T>(s, reference);
     s = {max, s.sum + here.sum, s.moment + here.moment};
   }

@@ -50,7 +50,7 @@ struct Loops {
   void (*gradient)(const T* z, int64_t lines, int64_t columns, int64_t ld, Upstream<T>,
                    Transform<T>, T* draw, int64_t ld_draw);
   // sums[v] = sum_n z[v, n]
-  void (*line_sums)(const T* z, int64_t lines, int64_t columns, int64_t ld, T* sums);
+  void (*line_sums)(const T* z, int64_t lines, int64_t columns, int64_t ld, double* sums);
   // A row of V logits, contiguous: its statistics and its gradient (without the label's own term).
   void (*row_statistics)(const T* logits, int64_t V, T temperature, T* max, T* sum, T* moment);
   void (*row_gradient)(const T* logits, int64_t V, T temperature, T lse, T lse_low, T entropy,

@@ -23,11 +23,6 @@ namespace fused_rl {
 // Tokens in a tile: four vectors of 16, the width at which the microkernels are at their best.
 inline constexpr int64_t tile_tokens = 64;
 
-// How many products go into one sum in fp32: short sums, added up, lose less than one long sum. bf16
-// operands have lost more than that before.
-template <class T>
-inline constexpr int64_t sum_step = lines_per_pack<T> == 2 ? 256 : 96;
-
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
@@ -126,10 +121,7 @@ void logits_tile(const Problem<T>& p, Block<T> weight, int64_t v0, int64_t rows,
                  int64_t t, Acc<T>* z, int64_t ld) {
   const int64_t n0 = t * tile_tokens, width = p.tile_width(t);
   const T* tokens = packed + n0 * p.K;
-  for (int64_t k0 = 0; k0 < p.K; k0 += sum_step<T>) {
-    tile_matmul<T>(rows, width, std::min(sum_step<T>, p.K - k0), weight.data + k0, weight.ld,
-                   tokens + k0 * width, width, z, ld, k0 > 0);
-  }
+  matmul_in_steps<T>(rows, width, p.K, weight.data, weight.ld, sum_step<T>, tokens, width, z, ld);
   if (!p.transform.identity) {
     loops<Acc<T>>().transform(z, rows, width, ld, p.bias_at(v0), p.inv_temperature.data() + n0,
                               p.transform);

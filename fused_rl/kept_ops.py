@@ -208,8 +208,10 @@ def _check_sets(labels, kept, vocabulary, pairs, outside, twice, missing) -> Non
 
 
 def _chunks(M: int, H: int, dtype: torch.dtype, chunk_bytes: int) -> Iterator[slice]:
-    """Runs of pairs whose rows of hidden, of weight and of their product fit into chunk_bytes."""
-    size = max(1, chunk_bytes // (3 * H * dtype.itemsize))
+    """Runs of pairs whose rows fit into chunk_bytes: of hidden, of weight, and of their product,
+    which is summed in float64.
+    """
+    size = max(1, chunk_bytes // (H * (3 * dtype.itemsize + 8)))
     return (slice(start, start + size) for start in range(0, M, size))
 
 
@@ -300,28 +302,38 @@ def backward(
     # Only pairs with a gradient: a NaN elsewhere reaches nothing.
     live = (up != 0).nonzero()[:, 0]
     token, word, draw = pairs.token[live], pairs.word[live], (up * slope)[live]
-    chunks = (hidden.shape[1], draw.dtype, chunk_bytes)
     if need_dhidden:
-        _add_products(dhidden, token, draw, weight, word, *chunks)
+        _add_products(dhidden, token, draw, weight, word, chunk_bytes)
     if need_dweight or need_dbias:
         word, order = word.sort(stable=True)
         token, draw = token[order], draw[order]
     if need_dweight:
-        _add_products(dweight, word, draw, hidden, token, *chunks)
+        _add_products(dweight, word, draw, hidden, token, chunk_bytes)
     if need_dbias:
-        _add_sums(dbias, word, draw)
+        _add_products(dbias[:, None], word, draw, draw.new_ones(1, 1), token * 0, chunk_bytes)
     return dhidden, dweight, dbias
 
 
-def _add_products(to, index, draw, rows, row, H, dtype, chunk_bytes) -> None:
-    """to[index[i]] += draw[i] rows[row[i]] for all i; index rises."""
-    for run in _chunks(len(index), H, dtype, chunk_bytes):
-        _add_sums(to, index[run], draw[run, None] * rows[row[run]].to(dtype))
+def _add_products(
+    to: Tensor,  # [R, H]
+    index: Tensor,  # [M], rising
+    draw: Tensor,  # [M]
+    rows: Tensor,  # [., H]
+    row: Tensor,  # [M]
+    chunk_bytes: int,
+) -> None:
+    """to[index[i]] += draw[i] rows[row[i]] for all i, each sum in float64 and in order.
 
-
-def _add_sums(to: Tensor, index: Tensor, values: Tensor) -> None:
-    """to[index[i]] += values[i] for all i; index rises, and equal ones are summed in order."""
-    at, lengths = index.unique_consecutive(return_counts=True)
-    if len(at):
+    A sum that goes on in the next run is carried there: what is written is rounded once.
+    """
+    M, carried = len(index), None
+    for run in _chunks(M, rows.shape[1], draw.dtype, chunk_bytes):
+        values = (draw[run, None] * rows[row[run]].to(draw.dtype)).double()
+        at, lengths = index[run].unique_consecutive(return_counts=True)
         sums = torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True)
-        to[at] = (to[at].to(sums.dtype) + sums).to(to.dtype)
+        if carried is not None:
+            sums[0] += carried
+        goes_on = run.stop < M and bool(index[run.stop] == at[-1])
+        carried = sums[-1] if goes_on else None
+        done = at[:-1] if goes_on else at
+        to[done] = (to[done] + sums[: len(done)]).to(to.dtype)
