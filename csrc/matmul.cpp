@@ -5,8 +5,10 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 
+#include <algorithm>
 #include <exception>
-#include <vector>
+#include <iterator>
+#include <new>
 
 namespace fused_rl {
 
@@ -16,12 +18,15 @@ namespace cpublas = at::native::cpublas;
 template <class T>
 static bool probe() {
   constexpr int64_t size = 16;
-  std::vector<T> ones(size * size, T(1.f));
-  std::vector<float> product(size * size);
+  T ones[size * size];
+  float product[size * size];
+  std::fill(std::begin(ones), std::end(ones), T(1.f));
   try {
-    cpublas::brgemm(size, size, size, size, size, size, false, ones.data(), ones.data(),
-                    product.data(), lines_per_pack<T> == 2);
+    cpublas::brgemm(size, size, size, size, size, size, false, ones, ones, product,
+                    lines_per_pack<T> == 2);
     cpublas::brgemm_release(lines_per_pack<T> == 2);
+  } catch (const std::bad_alloc&) {
+    throw;  // says nothing about the CPU, and what is decided here stays
   } catch (const std::exception&) {
     return false;
   }
@@ -68,9 +73,12 @@ void tile_matmul(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const
   }
 }
 
+MatmulScope::MatmulScope()
+    : has_bfloat16(has_microkernel<c10::BFloat16>()), has_float(has_microkernel<float>()) {}
+
 MatmulScope::~MatmulScope() {
-  if (has_microkernel<c10::BFloat16>()) cpublas::brgemm_release(true);
-  if (has_microkernel<float>()) cpublas::brgemm_release(false);
+  if (has_bfloat16) cpublas::brgemm_release(true);
+  if (has_float) cpublas::brgemm_release(false);
 }
 
 template bool has_microkernel<c10::BFloat16>();

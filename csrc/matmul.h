@@ -46,10 +46,13 @@ bool has_microkernel();
 
 // To be destroyed on each thread that has multiplied: gives the matrix unit back.
 struct MatmulScope {
-  MatmulScope() = default;
+  MatmulScope();
   MatmulScope(const MatmulScope&) = delete;
   MatmulScope& operator=(const MatmulScope&) = delete;
   ~MatmulScope();
+
+ private:
+  const bool has_bfloat16, has_float;  // asked for here: a destructor must not throw
 };
 
 }  // namespace fused_rl

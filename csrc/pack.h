@@ -5,24 +5,25 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 namespace fused_rl {
 
-// A buffer for one thread, on a cache-line boundary.
+// A buffer for one thread, on a cache-line boundary. Throws std::bad_alloc where there is no memory.
 template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t size)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64 + 64))) {}
+      : data_(static_cast<T*>(::operator new(size * sizeof(T), line))) {}
   T* data() { return data_.get(); }
 
  private:
+  static constexpr std::align_val_t line{64};
   struct Free {
-    void operator()(T* p) const { std::free(p); }
+    void operator()(T* p) const { ::operator delete(p, line); }
   };
   std::unique_ptr<T, Free> data_;
 };
