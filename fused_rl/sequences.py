@@ -71,7 +71,10 @@ def segment_min(values: Tensor, sequence: Tensor, count: int) -> Tensor:
 
 def _reduce(values: Tensor, sequence: Tensor, count: int, how: str, empty: float) -> Tensor:
     starts = torch.searchsorted(sequence, torch.arange(count + 1, device=sequence.device))
-    return torch.segment_reduce(values, how, offsets=starts, initial=empty, unsafe=True)
+    # segment_reduce adds up one number after another: in float32 that costs a long sequence digits.
+    wide = values.double()
+    reduced = torch.segment_reduce(wide, how, offsets=starts, initial=empty, unsafe=True)
+    return reduced.to(values.dtype)
 
 
 def has_next(sequence: Tensor) -> Tensor:

@@ -35,6 +35,16 @@ def test_sums_have_gradients_and_compile():
     assert torch.equal(compiled(values), segment_sum(values, IDS, 6))
 
 
+@pytest.mark.parametrize("value", [0.1, -7.3])
+def test_a_long_sum_is_rounded_once(value):
+    """One float32 sum of 32768 times 0.1 is off by 2.6e-4 of it."""
+    values = torch.full((32768 + 5,), value)
+    sequence = torch.arange(len(values)) // 32768
+    exact = torch.tensor([32768, 5]) * values[0].double()
+    assert torch.equal(segment_sum(values, sequence, 2), exact.float())
+    assert segment_sum(values.double(), sequence, 2).dtype == torch.float64
+
+
 def test_nan_stays_with_its_sequence():
     values = torch.ones(6).index_fill(0, torch.tensor([4]), math.nan)
     assert segment_sum(values, IDS, 6).isnan().tolist() == [False, False, True] + [False] * 3
