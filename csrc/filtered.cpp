@@ -51,12 +51,14 @@ static Tensors5 linear_filtered_logprobs(const at::Tensor& hidden, const at::Ten
 // Of the tokens `rows`, those that take part in group g.
 template <class A>
 static std::vector<int64_t> tokens_of_group(const std::vector<int64_t>& rows, const A* peaks,
-                                            const int64_t* labels, const double* lse, int64_t g,
-                                            double log_filter) {
+                                            const int64_t* labels, const double* lse,
+                                            const A* entropy, int64_t g, double log_filter) {
   std::vector<int64_t> chosen;
   for (int64_t n : rows) {
+    const auto split = SplitLse<A>::of(lse[n], entropy[n]);
+    const A log_p = (peaks[n] - split.high) - split.low;
     // A NaN is above every bound: it must reach the gradient.
-    if (!(double(peaks[n]) - lse[n] < log_filter) || labels[n] / filter_rows == g) {
+    if (!(log_p < log_filter) || labels[n] / filter_rows == g) {
       chosen.push_back(n);
     }
   }
@@ -97,12 +99,13 @@ static Tensors3 linear_filtered_logprobs_backward(
       prefer_huge_pages(dweight);
     }
     if (need_dbias) dbias = at::empty({V}, bias->options());
-    const at::Tensor largest = peaks.to(of_A).contiguous();
+    const at::Tensor largest = peaks.to(of_A).contiguous(), H = entropy.to(of_A).contiguous();
     for (int64_t g = 0; g < filter_groups(V); ++g) {
       const int64_t v0 = g * filter_rows, count = std::min(filter_rows, V - v0);
       const auto chosen = tokens_of_group(rows, largest.const_data_ptr<A>() + g * y.numel(),
                                           y.const_data_ptr<int64_t>(),
-                                          exact.const_data_ptr<double>(), g, std::log(filter));
+                                          exact.const_data_ptr<double>(), H.const_data_ptr<A>(), g,
+                                          std::log(filter));
       Gradients out{{}, {}, {}, false};
       if (need_dweight) out.dweight = dweight.narrow(0, v0, count);
       if (need_dbias) out.dbias = dbias.narrow(0, v0, count);

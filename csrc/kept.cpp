@@ -296,7 +296,8 @@ static Tensors3 linear_kept_logprobs_backward(
     } else {
       const auto p =
           make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
-      const auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
+      auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
+      restore_log_sums(p, g);
       const Picks picks = pick_kept(p, sets, rows);
       if (need_dhidden) out.dhidden = at::empty({p.N, p.H}, of_A);
       if (need_dweight) {

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <type_traits>
 
 namespace fused_rl {
 
@@ -34,6 +35,26 @@ template <class T>
 struct Statistics {
   T logprob, entropy, top;
   double lse;
+};
+
+// lse as a sum of two, from which log p = (z - high) - low keeps its digits. Logits so large that they
+// lie 64 apart or more leave log_sum no place in lse = max + log_sum. But then only those that tie
+// with the largest have a probability, so that log_sum is the entropy, and lse rounds to the largest.
+template <class T>
+struct SplitLse {
+  static constexpr double apart = 128.0 / std::numeric_limits<T>::epsilon();
+  T high, low;
+
+  SplitLse(T max, T log_sum) : high(max), low(log_sum) {}
+  static SplitLse of(double lse, T entropy) {
+    const T high = T(lse);
+    return {high, std::abs(lse) < apart ? T(lse - double(high)) : entropy};
+  }
+  // Whether lse left out digits of log_sum that a double has room for beside a smaller lse.
+  bool lost() const {
+    const double size = std::abs(double(high));
+    return std::is_same_v<T, double> && size >= 1024 && size < apart;
+  }
 };
 
 // sum = sum_v exp(z - max), moment = sum_v exp(z - max) (z - max). A row of nothing but -inf has no

@@ -181,6 +181,10 @@ struct Pass {
                            up.dlogprobs + n0, up.dentropy + n0, up.inv_temperature + n0,
                            up.has_dentropy};
     loops<A>().gradient(z, rows, width, width, here, p.transform, target, ld_target);
+    // What pads the tokens, a hidden state of 0, has a NaN for a logit where a weight is infinite.
+    for (int64_t n = p.N - n0; n < width; ++n) {
+      for (int64_t v = 0; v < rows; ++v) target[v * ld_target + n] = A(0);
+    }
     for (int64_t n = 0; n < width; ++n) {
       const int64_t line = p.labels[n0 + n] - v0;
       if (line >= 0 && line < rows) target[line * ld_target + n] += label_term[n];

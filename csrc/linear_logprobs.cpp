@@ -103,7 +103,8 @@ static Tensors3 linear_logprobs_backward(
               need_dbias ? at::zeros({weight.size(0)}, bias->options()) : none_b};
     }
     const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
-    const auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
+    auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
+    restore_log_sums(p, g);
     Gradients out{{}, {}, {}, false};
     if (need_dhidden) out.dhidden = at::empty({p.N, p.H}, of_A);
     if (need_dweight) {
@@ -153,7 +154,8 @@ static at::Tensor linear_logprobs_chunk_backward(
       return at::zeros(hidden.sizes(), hidden.options().dtype(kept_dtype(hidden)));
     }
     const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
-    const auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
+    auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
+    restore_log_sums(p, g);
     const bool all = p.N == hidden.size(0);
     const Kept<T> kept{z.const_data_ptr<A>(), round_up(hidden.size(0), 16),
                        all ? std::vector<int64_t>{} : rows};

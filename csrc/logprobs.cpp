@@ -91,8 +91,13 @@ static void backward(const at::Tensor& dlogprobs, const at::Tensor& dentropy,
     for (int64_t n = begin; n < end; ++n) {
       if (labels[n] == ignore_index || (g[n] == T(0) && h[n] == T(0))) continue;
       const T* z = row<T>(logits, n, buffer);
-      const T rounded = T(lse[n]), low = T(lse[n] - double(rounded));
-      loops<T>().row_gradient(z, V, temperature[n], rounded, low, entropy[n], g[n], h[n],
+      auto split = SplitLse<T>::of(lse[n], entropy[n]);
+      if (split.lost()) {
+        T max, sum, moment;
+        loops<T>().row_statistics(z, V, temperature[n], &max, &sum, &moment);
+        split = {max, std::log(sum)};
+      }
+      loops<T>().row_gradient(z, V, temperature[n], split.high, split.low, entropy[n], g[n], h[n],
                               gradient.data());
       gradient[labels[n]] += g[n] / temperature[n];
       AT_DISPATCH_FLOATING_TYPES_AND2(

@@ -64,9 +64,8 @@ FUSED_RL_INLINE void add_logits(State<T>& s, int64_t count, Vec<T> reference, co
 // (max, sum, moment) seen from a new reference point.
 template <class T>
 FUSED_RL_INLINE void rescale(State<T>& s, Vec<T> reference) {
-  const Vec<T> d = at_least<T>(s.max - reference, Simd<T>::lowest);
-  const Vec<T> factor = exp<T>(d);
-  s.moment = factor * (s.moment + d * s.sum);
+  const Vec<T> d = s.max - reference, factor = exp<T>(d);
+  s.moment = factor * (s.moment + at_least<T>(d, Simd<T>::lowest) * s.sum);
   s.sum = factor * s.sum;
 }
 
@@ -93,12 +92,26 @@ static void accumulate(const T* z, int64_t lines, int64_t columns, int64_t ld, R
   }
 }
 
+template <class T>
+struct Probability {
+  Vec<T> p, logp;
+};
+
+// The rounding of z - lse would be a relative error of p, the larger the smaller p is. Where
+// |z| <= |lse| it is z - ((z - lse) + lse), exactly, and elsewhere it is lost in that of z.
+template <class T>
+FUSED_RL_INLINE Probability<T> probability(Vec<T> z, Vec<T> lse, Vec<T> lse_low) {
+  const Vec<T> d = z - lse, logp = d - lse_low;
+  const Vec<T> rest = (z - (d + lse)) - lse_low;
+  return {exp<T>(logp, d, rest), at_least<T>(logp, Simd<T>::lowest)};
+}
+
 // d(logprob)/dz = 1[label] - p and d(entropy)/dz = -p (log p + entropy); the 1[label] is left out.
 template <class T>
 FUSED_RL_INLINE Vec<T> softmax_gradient(Vec<T> z, Vec<T> lse, Vec<T> lse_low, Vec<T> entropy,
                                         Vec<T> dlogprob, Vec<T> dentropy) {
-  const Vec<T> logp = at_least<T>((z - lse) - lse_low, Simd<T>::lowest);
-  return -exp<T>(logp) * (dlogprob + dentropy * (logp + entropy));
+  const Probability<T> of_z = probability<T>(z, lse, lse_low);
+  return -of_z.p * (dlogprob + dentropy * (of_z.logp + entropy));
 }
 
 template <class T>
@@ -129,7 +142,7 @@ static void gradient(const T* z, int64_t lines, int64_t columns, int64_t ld, Ups
       }
     } else {
       for (int64_t v = 0; v < lines; ++v) {
-        store(to + v * ld_draw, exp<T>((load(from + v * ld) - lse) - lse_low) * -dlogprob);
+        store(to + v * ld_draw, probability<T>(load(from + v * ld), lse, lse_low).p * -dlogprob);
       }
     }
   }

@@ -92,14 +92,14 @@ struct ExpParts {
   Vec<T> rest;   // expm1(f), with x = n ln 2 + f and |f| <= ln(2) / 2
 };
 
-// exp(x) = power * (1 + rest). x is clamped to where exp is a normal number; NaN stays NaN.
+// exp(head + tail) = power * (1 + rest), where x is about their sum. x is clamped to where exp is a
+// normal number; NaN stays NaN.
 template <class T>
-FUSED_RL_INLINE ExpParts<T> exp_parts(Vec<T> x) {
+FUSED_RL_INLINE ExpParts<T> exp_parts(Vec<T> x, Vec<T> head, Vec<T> tail) {
   using S = Simd<T>;
-  x = at_most<T>(at_least<T>(x, S::lowest), S::highest);
   const Vec<T> shifted = x * T(1.44269504088896340736) + S::round_magic;
   const Vec<T> n = shifted - S::round_magic;
-  const Vec<T> f = (x - n * S::ln2_high) - n * S::ln2_low;
+  const Vec<T> f = ((head - n * S::ln2_high) - n * S::ln2_low) + tail;
   // The Taylor series of (exp(f) - 1) / f; what it leaves out is under a quarter of an ulp.
   T factorial = 1;
   T inverse[S::terms + 1];
@@ -121,15 +121,27 @@ FUSED_RL_INLINE ExpParts<T> exp_parts(Vec<T> x) {
 }
 
 template <class T>
+FUSED_RL_INLINE Vec<T> within_exp(Vec<T> x) {
+  return at_most<T>(at_least<T>(x, Simd<T>::lowest), Simd<T>::highest);
+}
+
+// exp(head + tail), given x = head + tail rounded: 0 where that is below the normal numbers.
+template <class T>
+FUSED_RL_INLINE Vec<T> exp(Vec<T> x, Vec<T> head, Vec<T> tail) {
+  const ExpParts<T> e = exp_parts<T>(within_exp<T>(x), head, tail);
+  return x < splat<T>(Simd<T>::lowest) ? Vec<T>{} : e.power + e.power * e.rest;
+}
+
+template <class T>
 FUSED_RL_INLINE Vec<T> exp(Vec<T> x) {
-  const ExpParts<T> e = exp_parts<T>(x);
-  return e.power + e.power * e.rest;
+  return exp<T>(x, x, Vec<T>{});
 }
 
 // Exact to an ulp or two near 0, where exp(x) - 1 cancels.
 template <class T>
 FUSED_RL_INLINE Vec<T> expm1(Vec<T> x) {
-  const ExpParts<T> e = exp_parts<T>(x);
+  x = within_exp<T>(x);
+  const ExpParts<T> e = exp_parts<T>(x, x, Vec<T>{});
   return e.power * e.rest + (e.power - T(1));
 }
 

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "labels.h"
 #include "problem.h"
 
 namespace fused_rl {
@@ -75,13 +76,32 @@ Gathered<A> gather_upstream(const at::Tensor& lse, const at::Tensor& entropy,
     for (size_t i = 0; i < rows.size(); ++i) to[i] = from.const_data_ptr<A>()[rows[i]];
     return to;
   };
-  Gathered<A> g{take(lse), std::vector<A>(padded), take(entropy), take(dlogprobs), take(dentropy)};
+  const std::vector<A> zeros(padded, A(0));
+  Gathered<A> g{zeros, zeros, take(entropy), take(dlogprobs), take(dentropy)};
   const at::Tensor exact = lse.to(at::kDouble).contiguous();
   for (size_t i = 0; i < rows.size(); ++i) {
-    g.lse_low[i] = A(exact.const_data_ptr<double>()[rows[i]] - double(g.lse[i]));
+    const auto split = SplitLse<A>::of(exact.const_data_ptr<double>()[rows[i]], g.entropy[i]);
+    g.lse[i] = split.high;
+    g.lse_low[i] = split.low;
   }
   for (A d : g.dentropy) g.has_dentropy |= d != A(0);
   return g;
+}
+
+// Forms the log_sums once more that lse has lost digits of: in float64, where the logits are large.
+template <class T>
+void restore_log_sums(const Problem<T>& p, Gathered<Acc<T>>& g) {
+  using A = Acc<T>;
+  const auto lost = [&](int64_t n) { return SplitLse<A>(g.lse[n], g.lse_low[n]).lost(); };
+  bool any = false;
+  for (int64_t n = 0; n < p.N; ++n) any |= lost(n);
+  if (!any) return;
+  const TokenStatistics<T> s = forward<T>(p, nullptr);
+  for (int64_t n = 0; n < p.N; ++n) {
+    if (!lost(n)) continue;
+    g.lse[n] = A(s.lse[n] + double(s.top[n]));
+    g.lse_low[n] = -s.top[n];
+  }
 }
 
 // Tokens that are not ignored and have an upstream gradient; NaN is one.

@@ -58,6 +58,12 @@ def gradients_like(
     )
 
 
+def statistics(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """reference.statistics, with lse in float64, from the largest logit and log_sum."""
+    logprobs, entropy, _, top = reference.statistics(z, labels)
+    return logprobs, entropy, z.amax(-1).double() - top.double(), top
+
+
 def kept_dtype(tensor: Tensor) -> torch.dtype:
     """What a gradient waits in for the scale of its loss: float16 could underflow meanwhile."""
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
@@ -83,11 +89,9 @@ def linear_logprobs(
     out = [t.zero_() for t in statistics_like(hidden, weight)]
     active = (labels != ignore_index).nonzero()[:, 0]
     for rows in active.split(chunk_rows(weight.shape[0], out[0].dtype, chunk_bytes)):
-        chunk = reference.linear_logprobs(
-            hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap
-        )
-        for total, part in zip(out, chunk, strict=True):
-            total[rows] = part.to(total.dtype)
+        z = reference.logits(hidden[rows], weight, bias, temperature[rows], scale, softcap)
+        for total, part in zip(out, statistics(z, labels[rows]), strict=True):
+            total[rows] = part
     return tuple(out)
 
 
@@ -112,12 +116,11 @@ def linear_logprobs_backward(
     dtype = acc_dtype(hidden, weight)
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     dweight = weight.new_zeros(weight.shape if need_dweight else 0, dtype=dtype)
-    dbias = weight.new_zeros(weight.shape[0] if need_dbias else 0, dtype=dtype)
+    dbias = weight.new_zeros(weight.shape[0] if need_dbias else 0, dtype=torch.float64)
     live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
     for rows in live.nonzero()[:, 0].split(chunk_rows(weight.shape[0], dtype, chunk_bytes)):
         dhidden[rows] = _chunk_gradients(
-            (dlogprobs[rows], dentropy[rows]),
-            (lse[rows], entropy[rows]),
+            (dlogprobs[rows], dentropy[rows], entropy[rows]),
             (hidden[rows], weight, bias, labels[rows], temperature[rows], scale, softcap),
             dweight,
             dbias,
@@ -129,56 +132,63 @@ def linear_logprobs_backward(
     )
 
 
+def log_probabilities(z: Tensor, lse: Tensor, entropy: Tensor) -> Tensor:
+    """z - lse where z [N, V'] is not all of a token's logits, in the dtype of z.
+
+    Logits so large that they lie 64 apart or more leave log_sum no place in lse = max + log_sum.
+    But then only those that tie with the largest have a probability, so that log_sum is the
+    entropy, and lse rounds to the largest.
+    """
+    rounded = lse.to(z.dtype)
+    apart = 128 / torch.finfo(z.dtype).eps
+    rest = (lse - rounded).to(z.dtype).where(lse.abs() < apart, entropy.to(z.dtype))
+    return (z - rounded[:, None]) - rest[:, None]
+
+
 def _softmax_gradient(
     dlogprobs: Tensor,
     dentropy: Tensor,
-    lse: Tensor,
     entropy: Tensor,
-    z: Tensor,  # [N, V], or some columns of it
+    logp: Tensor,  # [N, V], or some columns of it
     labels: Tensor,  # those outside the columns add nothing
 ) -> Tensor:
     """dz [N, V] = dlogprobs (1[label] - p) - dentropy p (log p + entropy)."""
-    rounded = lse.to(z.dtype)
-    logp = (z - rounded[:, None]) - (lse - rounded).to(z.dtype)[:, None]
     p = logp.exp()
     # A token with p = 0 has no gradient, also where its log p is -inf.
     surprise = logp.masked_fill(logp == -torch.inf, 0.0) + entropy[:, None]
     dz = -p * (dlogprobs[:, None] + dentropy[:, None] * surprise)
-    here = (labels >= 0) & (labels < z.shape[1])
+    here = (labels >= 0) & (labels < logp.shape[1])
     return dz.scatter_add(-1, labels.where(here, 0)[:, None], dlogprobs.where(here, 0.0)[:, None])
 
 
 def raw_gradient(
     dlogprobs: Tensor,
     dentropy: Tensor,
-    lse: Tensor,
     entropy: Tensor,
-    hidden: Tensor,
-    weight: Tensor,  # [V, H], or some rows of it
-    bias: Tensor | None,
-    labels: Tensor,  # counted from the first of these rows
+    z: Tensor,  # [N, V], or some columns of it
+    logp: Tensor,  # beside z
+    labels: Tensor,  # counted from the first of these columns
     temperature: Tensor,
     scale: float,
     softcap: float,
 ) -> Tensor:
-    """The gradient of hidden . weight^T, [N, V], the logits computed again."""
-    z = reference.logits(hidden, weight, bias, temperature, scale, softcap)
-    draw = _softmax_gradient(dlogprobs, dentropy, lse, entropy, z, labels)
+    """The gradient of hidden . weight^T, [N, V]."""
+    draw = _softmax_gradient(dlogprobs, dentropy, entropy, logp, labels)
     if softcap:
         draw = draw * (1 - (z * temperature[:, None] / softcap) ** 2)
     return draw * (scale / temperature[:, None])
 
 
 def _chunk_gradients(
-    upstream: tuple[Tensor, Tensor],
-    known: tuple[Tensor, Tensor],  # lse, entropy
+    known: tuple[Tensor, Tensor, Tensor],  # dlogprobs, dentropy, entropy
     args: tuple,
     dweight: Tensor,
     dbias: Tensor,
 ) -> Tensor:
     """dhidden of a chunk; adds to dweight and dbias."""
-    hidden, weight = args[:2]
-    draw = raw_gradient(*upstream, *known, *args)
+    hidden, weight, bias, labels, *transform = args
+    z = reference.logits(hidden, weight, bias, *transform)
+    draw = raw_gradient(*known, z, torch.log_softmax(z, -1), labels, *transform)
     if dweight.numel():
         dweight += draw.T @ hidden.to(draw.dtype)
     if dbias.numel():
@@ -197,8 +207,7 @@ def linear_logprobs_chunk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     z = reference.logits(hidden, weight, bias, temperature, scale, softcap)
     kept = z.new_zeros(weight.shape[0] * padded(hidden.shape[0]))
-    logprobs, entropy, lse, top = reference.statistics(z, labels)
-    return logprobs, entropy, lse.double(), top, kept
+    return (*statistics(z, labels), kept)
 
 
 def linear_logprobs_chunk_backward(
@@ -222,7 +231,7 @@ def linear_logprobs_chunk_backward(
         dweight.zero_()
         dbias.zero_()
     args = (hidden, weight, bias, labels, temperature, scale, softcap)
-    dhidden = _chunk_gradients((dlogprobs, dentropy), (lse, entropy), args, dweight, dbias)
+    dhidden = _chunk_gradients((dlogprobs, dentropy, entropy), args, dweight, dbias)
     return dhidden.to(kept_dtype(hidden))
 
 
@@ -232,9 +241,9 @@ def logits_logprobs(
     check_tokens(labels, temperature, logits.shape[1], ignore_index)
     out = [t.zero_() for t in statistics_like(logits, logits)[:3]]
     rows = (labels != ignore_index).nonzero()[:, 0]
-    chunk = reference.logits_logprobs(logits[rows], labels[rows], temperature[rows])
-    for total, part in zip(out, chunk, strict=True):
-        total[rows] = part.to(total.dtype)
+    z = logits[rows].to(out[0].dtype) / temperature[rows, None]
+    for total, part in zip(out, statistics(z, labels[rows]), strict=False):
+        total[rows] = part
     return tuple(out)
 
 
@@ -252,8 +261,9 @@ def logits_logprobs_backward(
     live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
     rows = live.nonzero()[:, 0]
     t = temperature[rows, None]
-    known = (dlogprobs[rows], dentropy[rows], lse[rows], entropy[rows])
-    dz = _softmax_gradient(*known, logits[rows].to(t.dtype) / t, labels[rows])
+    known = (dlogprobs[rows], dentropy[rows], entropy[rows])
+    logp = torch.log_softmax(logits[rows].to(t.dtype) / t, -1)
+    dz = _softmax_gradient(*known, logp, labels[rows])
     dlogits[rows] = (dz / t).to(logits.dtype)
     return dlogits
 

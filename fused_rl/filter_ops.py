@@ -18,7 +18,9 @@ from fused_rl.chunked import (
     check_tokens,
     chunk_rows,
     gradients_like,
+    log_probabilities,
     raw_gradient,
+    statistics,
     statistics_like,
 )
 from fused_rl.derivatives import call, register_gradient
@@ -51,8 +53,8 @@ def linear_filtered_logprobs(
     active = (labels != ignore_index).nonzero()[:, 0]
     for rows in active.split(chunk_rows(V, peaks.dtype, chunk_bytes)):
         z = reference.logits(hidden[rows], weight, bias, temperature[rows], scale, softcap)
-        for total, part in zip(stats, reference.statistics(z, labels[rows]), strict=True):
-            total[rows] = part.to(total.dtype)
+        for total, part in zip(stats, statistics(z, labels[rows]), strict=True):
+            total[rows] = part
         peaks[:, rows] = torch.stack([part.amax(1) for part in z.split(FILTER_ROWS, 1)])
     return (*stats, peaks)
 
@@ -97,15 +99,18 @@ def linear_filtered_logprobs_backward(
     dhidden = hidden.new_zeros(hidden.shape, dtype=dtype)
     dweight, dbias = weight.new_zeros(weight.shape), weight.new_zeros(V, dtype=dtype)
     live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
+    largest = log_probabilities(peaks.T, lse, entropy).T
     # A NaN is above every bound: it must reach the gradient.
-    reached = ~(peaks.double() - lse < math.log(filter))
+    reached = ~(largest < math.log(filter))
     for g, v0 in enumerate(range(0, V, FILTER_ROWS)):
         group = slice(v0, min(v0 + FILTER_ROWS, V))
         rows = (live & (reached[g] | (labels // FILTER_ROWS == g))).nonzero()[:, 0]
-        given = (hidden[rows], weight[group], None if bias is None else bias[group])
-        tokens = (*given, labels[rows] - v0, temperature[rows], scale, softcap)
-        known = (dlogprobs[rows], dentropy[rows], lse[rows], entropy[rows])
-        draw = raw_gradient(*known, *tokens)
+        transform = (temperature[rows], scale, softcap)
+        of_group = None if bias is None else bias[group]
+        z = reference.logits(hidden[rows], weight[group], of_group, *transform)
+        logp = log_probabilities(z, lse[rows], entropy[rows])
+        known = (dlogprobs[rows], dentropy[rows], entropy[rows])
+        draw = raw_gradient(*known, z, logp, labels[rows] - v0, *transform)
         dhidden[rows] += draw @ weight[group].to(dtype)
         dweight[group] = (draw.T @ hidden[rows].to(dtype)).to(weight.dtype)
         dbias[group] = draw.sum(0)

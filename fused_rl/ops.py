@@ -7,6 +7,10 @@ for CUDA (kernels/) in ops_cuda.py. Nothing else in the package knows that devic
 Shapes: hidden [N, H], weight [V, H], bias [V], labels [N] int64, temperature [N]; results [N] in
 float32, or float64 where an input is float64. A token whose label is `ignore_index` gives zeros,
 costs nothing and passes no gradient. Gradients are those of logprobs and entropy.
+
+A word whose logit is -inf has a gradient of exactly 0. A token's logits may be as large as the
+dtype holds, also in every word: log_sum = lse - max, which an lse of that size has no room for, is
+found again where the gradient needs it.
 """
 
 import math

@@ -56,10 +56,22 @@ def added(m_i, s_i, t_i, z):
 
 
 @triton.jit
-def softmax_gradient(z, lse, entropy, dlogprob, dentropy, is_label):
-    """dz of one logit. lse is fp64: rounded to fp32 it would be a relative error of every p."""
+def split_lse(lse, entropy):
+    """lse, fp64, as two fp32: rounded to one it would be a relative error of every p.
+
+    Logits so large that they lie 64 apart or more leave log_sum no place in lse = max + log_sum.
+    But then only those that tie with the largest have a probability, so that log_sum is the
+    entropy, and lse rounds to the largest.
+    """
     high = lse.to(tl.float32)
     low = (lse - high.to(tl.float64)).to(tl.float32)
+    return high, tl.where(tl.abs(high) < 1073741824.0, low, entropy)
+
+
+@triton.jit
+def softmax_gradient(z, lse, entropy, dlogprob, dentropy, is_label):
+    """dz of one logit."""
+    high, low = split_lse(lse, entropy)
     logp = (z - high) - low
     p = tl.exp(logp)
     surprise = p * tl.where(p > 0.0, logp + entropy, 0.0)

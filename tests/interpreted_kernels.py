@@ -227,6 +227,38 @@ def test_minus_infinity_columns_and_rows():
     assert (got[0, 7:60] == 0).all()
 
 
+@pytest.mark.parametrize("kind", ["finfo.min", -1e15, -1e30, "two tie", "one above all"])
+def test_gradients_of_huge_logits(kind):
+    """lse = max + log_sum has no room for log_sum there."""
+    logits = torch.zeros(4, 130)
+    if kind in ("two tie", "one above all"):
+        logits[:, [3, 7] if kind == "two tie" else [3]] = 1e20
+    else:
+        logits += torch.finfo(torch.float32).min if kind == "finfo.min" else kind
+    labels = torch.tensor([3, 7, 0, 129])
+    tokens = (labels, torch.ones(4), -100)
+    _, entropy, lse = ops_cuda.logits_logprobs(logits, *tokens, DEVICE)
+    g, h = torch.randn(2, 4)
+    got = ops_cuda.logits_logprobs_backward(g, h, logits, *tokens, lse, entropy, DEVICE)
+    leaf = logits.double().requires_grad_()
+    exact = reference.logits_logprobs(leaf, labels, torch.ones(4).double())
+    (true,) = torch.autograd.grad(exact[:2], leaf, (g.double(), h.double()))
+    torch.testing.assert_close(got.double(), true, atol=1e-6, rtol=1e-6)
+    # The same as a bias, through the products.
+    case = Case(4, 8, 130, transform=False, ignored=False)
+    case.bias, case.labels = logits[0], labels
+    _, exact = case.exact()
+    _, entropy, lse, _ = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    grads = ops_cuda.linear_logprobs_backward(
+        *(case.dlogprobs, case.dentropy, *case.args, -100, 2**20, lse, entropy),
+        *(True, True, True, DEVICE),
+    )
+    if kind != -1e15:  # in float64 the products still count beside it
+        for ours, true in zip(grads, exact, strict=True):
+            close(ours, true, 5e-6)
+    assert abs(grads[2].sum()) < 1e-5
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_nan_row_poisons_itself_alone(fused, monkeypatch):
     monkeypatch.setattr(linear_logprobs, "fuses", lambda *_: fused)
