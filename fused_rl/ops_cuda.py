@@ -55,12 +55,24 @@ def linear_logprobs(
     return tuple(_placed(rows, part, part.new_empty(len(labels))) for part in stats)
 
 
-def _scale_of(dtype: torch.dtype, dlogprobs: Tensor, dentropy: Tensor) -> Tensor | None:
-    """For float16, the power of two that brings upstream gradients near 1: theirs underflow."""
+# The power of two that the largest gradient of a log-prob is scaled to in float16, whose numbers
+# end at 65504 and lose digits below 6e-5. It leaves room for the gradient of an entropy:
+# p |log p + entropy| is under 4 in a vocabulary of a million.
+FLOAT16_TOP = 11
+
+
+def _scale_of(
+    dtype: torch.dtype, slope: Tensor, dlogprobs: Tensor, dentropy: Tensor
+) -> Tensor | None:
+    """For float16, what brings the largest gradient of a log-prob to 2^FLOAT16_TOP; a power of two.
+
+    slope [N]: what the chain rule makes of the upstream gradients.
+    """
     if dtype != torch.float16 or not dlogprobs.numel():
         return None
-    largest = torch.maximum(dlogprobs.abs().max(), dentropy.abs().max())
-    return torch.exp2(-torch.floor(torch.log2(largest))).nan_to_num(1.0, 1.0, 1.0)
+    largest = (torch.maximum(dlogprobs.abs(), dentropy.abs()) * slope.abs()).max()
+    power = torch.exp2((FLOAT16_TOP - largest.log2()).floor().clamp(max=126.0))
+    return power.where(largest.isfinite(), 1.0)
 
 
 def linear_logprobs_backward(
@@ -87,19 +99,19 @@ def linear_logprobs_backward(
     live = (labels != ignore_index) & ((dlogprobs != 0) | (dentropy != 0))
     rows = _chosen(live)
     left, right = _operands(*_taken(rows, hidden), weight)
-    upstream = _taken(rows, dlogprobs, dentropy)
-    unit = _scale_of(left.dtype, *upstream)
+    upstream, of_tokens = _taken(rows, dlogprobs, dentropy), _taken(rows, labels, temperature)
+    unit = _scale_of(left.dtype, scale / of_tokens[1], *upstream)
     if unit is not None:
         upstream = tuple(g * unit for g in upstream)
     dhidden, dweight, dbias = kernel.bwd(
         *upstream,
-        *(left, right, bias, *_taken(rows, labels, temperature), scale, softcap, ignore_index),
+        *(left, right, bias, *of_tokens, scale, softcap, ignore_index),
         *(chunk_bytes, *_taken(rows, lse, entropy), (need_dhidden, need_dweight, need_dbias)),
     )
     if unit is not None:
-        dhidden, dweight, dbias = (
-            None if g is None else g / unit for g in (dhidden, dweight, dbias)
-        )
+        for sum_ in (dhidden, dweight, dbias):
+            if sum_ is not None:
+                sum_.div_(unit)
     return (
         _placed(rows, dhidden, hidden) if need_dhidden else hidden.new_empty(0),
         dweight.to(weight.dtype) if need_dweight else weight.new_empty(0),
@@ -142,8 +154,8 @@ def linear_logprobs_chunk_backward(
     raw = z[: N * V].view(N, V)
     rows = _chosen((dlogprobs != 0) | (dentropy != 0))
     left, right = _operands(*_taken(rows, hidden), weight)
-    upstream = _taken(rows, dlogprobs, dentropy)
-    unit = _scale_of(left.dtype, *upstream)
+    upstream, of_tokens = _taken(rows, dlogprobs, dentropy), _taken(rows, labels, temperature)
+    unit = _scale_of(left.dtype, scale / of_tokens[1], *upstream)
     if unit is not None:
         upstream = tuple(g * unit for g in upstream)
     (chosen,) = _taken(rows, raw)
@@ -155,13 +167,13 @@ def linear_logprobs_chunk_backward(
         chosen,
         left,
         right,
-        (bias, *_taken(rows, labels, temperature), scale, softcap),
+        (bias, *of_tokens, scale, softcap),
         (-1, *_taken(rows, lse, entropy)),
         *sums,
         accumulate and unit is None,
     )
     if unit is not None:
-        dhidden = dhidden.float() / unit
+        dhidden.div_(unit)
         for to, share in zip(into, sums, strict=True):
             if to is not None:
                 to.copy_(to + share / unit if accumulate else share / unit)

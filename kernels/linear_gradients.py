@@ -53,6 +53,21 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
+def write_product(a: Tensor, b: Tensor, to: Tensor) -> None:
+    """to = a @ b, rounded to its dtype."""
+    if to.dtype == a.dtype:
+        torch.mm(a, b, out=to)
+    elif to.dtype == torch.float32:
+        product(a, b, to)
+    else:
+        to.copy_(product(a, b))
+
+
+def summed_dtype(weight: Tensor) -> torch.dtype:
+    """What dweight is written in: float16 has no room for a sum that is still scaled up."""
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
+
+
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in fp32."""
     if a.dtype == torch.float32:
@@ -77,13 +92,13 @@ def bwd(
     entropy: Tensor,  # [N] fp32
     needs: tuple[bool, bool, bool],  # dhidden, dweight, dbias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dhidden [N, H] fp32, dweight [V, H] in the dtype of weight, dbias [V] fp32.
+    """dhidden [N, H] fp32, dweight [V, H] in summed_dtype of weight, dbias [V] fp32.
 
     Chunks of the vocabulary for all tokens: a row of dweight is one product, rounded once.
     """
     (N, H), V = hidden.shape, weight.shape[0]
     dhidden = hidden.new_zeros(N, H, dtype=torch.float32) if needs[0] else None
-    dweight = torch.empty(V, H, dtype=weight.dtype, device=weight.device) if needs[1] else None
+    dweight = hidden.new_empty(V, H, dtype=summed_dtype(weight)) if needs[1] else None
     dbias = hidden.new_empty(V, dtype=torch.float32) if needs[2] else None
     per_column = max(N, 1) * bytes_per_logit(hidden.element_size())
     columns = max(128, chunk_bytes // per_column // 128 * 128)
@@ -100,7 +115,7 @@ def bwd(
         if needs[0]:
             add_product_(dhidden, draw, weight[v0:v1])
         if needs[1]:
-            torch.mm(draw.T, hidden, out=dweight[v0:v1])
+            write_product(draw.T, hidden, dweight[v0:v1])
         if needs[2]:
             torch.sum(draw, 0, dtype=torch.float32, out=dbias[v0:v1])
     return dhidden, dweight, dbias
@@ -130,16 +145,14 @@ def chunk_bwd(
     dweight: Tensor | None,  # [V, H], written or added to
     dbias: Tensor | None,  # [V], written or added to
     accumulate: bool,
-) -> Tensor:  # [N, H] in the dtype of hidden
+) -> Tensor:  # [N, H] fp32
     """dhidden of a chunk of tokens; its share of dweight and dbias."""
     draw = logits_gradient(upstream, raw, transform, known, hidden.dtype)
     if dweight is not None and accumulate:
         add_product_(dweight, draw.T, hidden)
-    elif dweight is not None and dweight.dtype == hidden.dtype:
-        torch.mm(draw.T, hidden, out=dweight)
     elif dweight is not None:
-        dweight.copy_(product(draw.T, hidden))
+        write_product(draw.T, hidden, dweight)
     if dbias is not None:
         share = torch.sum(draw, 0, dtype=torch.float32)
         dbias.copy_(dbias + share if accumulate else share)
-    return draw @ weight
+    return product(draw, weight)

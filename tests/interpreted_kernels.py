@@ -185,6 +185,54 @@ def test_tiny_upstream_gradients_survive_float16():
     close(grads[0], exact[0], GRADIENT_BUDGET[torch.float16])
 
 
+@pytest.mark.parametrize("way", ["two passes", "one pass"])
+def test_one_large_upstream_gradient_leaves_the_others_theirs_in_float16(way, monkeypatch):
+    """Probabilities of 1 / V times a five hundredth of the largest are 5e-7 of it."""
+    monkeypatch.setattr(logprobs, "BLOCK_V", 1024)
+    case = Case(6, 16, 4096, torch.float16, transform=False, ignored=False)
+    case.weight = case.weight / 16
+    # Without the labels' own words, whose gradient is large in any case.
+    case.weight[case.labels[1:]] = 0
+    case.dlogprobs, case.dentropy = torch.ones(6), torch.zeros(6)
+    case.dlogprobs[0] = 500
+    _, exact = case.exact()
+    if way == "two passes":
+        _, entropy, lse, _ = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+        dhidden, dweight, _ = ops_cuda.linear_logprobs_backward(
+            *(case.dlogprobs, case.dentropy, *case.args, -100, 2**20, lse, entropy),
+            *(True, True, False, DEVICE),
+        )
+    else:
+        _, entropy, lse, _, z = ops_cuda.linear_logprobs_chunk(*case.args, DEVICE)
+        dweight = torch.full(case.weight.shape, float("nan"), dtype=torch.float16)
+        dhidden = ops_cuda.linear_logprobs_chunk_backward(
+            *(z, case.dlogprobs, case.dentropy, *case.args, lse, entropy),
+            *(dweight, torch.empty(0), False, DEVICE),
+        )
+    close(dhidden[1:], exact[0][1:], GRADIENT_BUDGET[torch.float16])
+    close(dhidden[0], exact[0][0], GRADIENT_BUDGET[torch.float16])
+    close(dweight, exact[1], GRADIENT_BUDGET[torch.float16])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.02])
+def test_float16_has_room_for_the_largest_gradients(temperature):
+    """An entropy's, at half the probability on one word; a temperature that multiplies by 50."""
+    case = Case(4, 8, 130, torch.float16, transform=False, ignored=False)
+    case.temperature = torch.full((4,), temperature)
+    case.hidden = case.hidden * temperature
+    case.weight *= 20
+    case.dlogprobs, case.dentropy = torch.ones(4), torch.ones(4)
+    _, exact = case.exact()
+    _, entropy, lse, _, z = ops_cuda.linear_logprobs_chunk(*case.args, DEVICE)
+    dweight = torch.zeros(case.weight.shape)
+    dhidden = ops_cuda.linear_logprobs_chunk_backward(
+        *(z, case.dlogprobs, case.dentropy, *case.args, lse, entropy),
+        *(dweight, torch.empty(0), True, DEVICE),
+    )
+    close(dhidden, exact[0], GRADIENT_BUDGET[torch.float16])
+    close(dweight, exact[1], GRADIENT_BUDGET[torch.float16])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 def test_rows_of_logits(dtype, multiprocessors):
