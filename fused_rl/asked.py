@@ -16,23 +16,20 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.functional import linear
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from fused_rl import models, recipes
 from fused_rl.recipes import Recipe
+from fused_rl.watched import Reads, Seen, at_least_float, undisturbed, watched
 
 _SHAPE = (2, 5)  # of the tokens: few, and more than one of everything
-_SMALL = 2**20  # elements: counters, statistics, tables of positions; not weights kept as buffers
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,19 @@ def answer(model: Any, *, ask: bool = True, within: bool = False) -> Answer:
             softcap, cut or mask of its output layer's product gives, or that cannot be asked.
     """
     inner = models.unwrap(model)
-    layer = models.output_layer(inner)
+    models.output_layer(inner)
     if not ask:
         return Answer(models.described(inner))
     if torch.compiler.is_compiling():
         # The number makes the compiled code that of this model alone.
-        return _constant(model, id(inner), within)
+        *recipe, autocast = _remembered_constant(model, id(inner), within)
+        return Answer(Recipe(*recipe), autocast)
+    return _remembered(model, within)
+
+
+def _remembered(model: Any, within: bool) -> Answer:
+    inner = models.unwrap(model)
+    layer = models.output_layer(inner)
     if layer.weight.is_meta or isinstance(layer.weight, FakeTensor):
         return Answer(models.described(inner))
     state = _depends_on(inner, layer)
@@ -81,14 +85,14 @@ def answer(model: Any, *, ask: bool = True, within: bool = False) -> Answer:
     return known[1]
 
 
-def _constant(model: Any, identity: int, within: bool) -> Answer:
-    """answer, called while a graph is traced, and a constant in it."""
-    with torch.compiler.set_stance("force_eager"):
-        return answer(model, within=within)
+def _remembered_constant(model: Any, identity: int, within: bool) -> tuple:
+    """The numbers of _remembered, called while a graph is traced, and constants in it."""
+    known = _remembered(model, within)
+    return *astuple(known.recipe), known.autocast
 
 
 # What torch.compiler.assume_constant_result sets; to call it would import triton.
-_constant._dynamo_marked_constant = True
+_remembered_constant._dynamo_marked_constant = True
 
 
 def _depends_on(inner: Any, layer: nn.Linear) -> tuple:
@@ -125,27 +129,15 @@ def accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name in parameters}
 
 
-@dataclass
-class _Seen:
-    """What was seen of one forward."""
-
-    logits: Any = None
-    hidden: Tensor | None = None  # what the backbone gave
-    into: Tensor | None = None  # what the output layer received
-    product: Tensor | None = None  # what it gave, or what was put in its place
-    calls: int = 0  # of the output layer
-    autocast: torch.dtype | None = None  # inside the backbone
-
-
 def _ask(model: Any, inner: Any, layer: nn.Linear, within: bool) -> Answer:
     name, device = type(inner).__name__, layer.weight.device
     body, hint = models.backbone(inner), models.described(inner)
     inputs = {"input_ids": _tokens(inner, layer), "use_cache": False, "return_dict": True}
-    reads = _Reads(model, layer)
+    reads = Reads(model, layer)
 
-    def own(put: Tensor | None = None) -> _Seen:
+    def own(put: Tensor | None = None) -> Seen:
         run = model.forward if within else model._call_impl
-        with reads, _watched(layer, body, reads, put) as seen:
+        with reads, watched(layer, body, reads, put) as seen:
             output = run(**accepted(inner, inputs))
         seen.logits = output.logits if hasattr(output, "logits") else output[0]
         return seen
@@ -159,7 +151,7 @@ def _ask(model: Any, inner: Any, layer: nn.Linear, within: bool) -> Answer:
                 recipe, proved = _recipe(layer, wide, hidden, hint)
                 y = (recipe.before * hidden).to(layer.weight.dtype)
                 y = linear(y, layer.weight, layer.bias)
-            gap, allowed = recipes.difference(recipe.logits(_at_least_float(y)), plain.logits)
+            gap, allowed = recipes.difference(recipe.logits(at_least_float(y)), plain.logits)
     except Exception as error:
         raise ValueError(
             f"{name} was asked for the logits of a few tokens, and raised "
@@ -178,7 +170,7 @@ def _ask(model: Any, inner: Any, layer: nn.Linear, within: bool) -> Answer:
 
 
 def _recipe(
-    layer: nn.Linear, wide: _Seen | None, hidden: Tensor, hint: Recipe
+    layer: nn.Linear, wide: Seen | None, hidden: Tensor, hint: Recipe
 ) -> tuple[Recipe, bool]:
     """The recipe that the wide numbers show, or the hint; and whether they prove it."""
     if wide is None:
@@ -199,107 +191,6 @@ def _recipe(
 
 def has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
-
-
-def _at_least_float(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
-@contextmanager
-def _watched(
-    layer: nn.Linear, body: nn.Module, reads: _Reads, put: Tensor | None
-) -> Iterator[_Seen]:
-    """Sees what the backbone gives and what the output layer receives and gives.
-
-    Where `put` is to stand in the place of the layer's product, the hidden states are widened to
-    float32, so that what scales them is seen without rounding.
-    """
-    seen = _Seen()
-
-    def gives(module: nn.Module, args: tuple, output: Any) -> None:
-        seen.hidden = getattr(output, "last_hidden_state", None)
-        if put is not None and isinstance(seen.hidden, Tensor):
-            seen.hidden = output.last_hidden_state = _at_least_float(seen.hidden)
-        kind = layer.weight.device.type
-        if torch.is_autocast_enabled(kind):
-            seen.autocast = torch.get_autocast_dtype(kind)
-        reads.open = True
-
-    def receives(module: nn.Module, args: tuple) -> tuple | None:
-        if not args:
-            return None
-        seen.into = args[0]
-        return args[0].to(layer.weight.dtype), *args[1:]
-
-    def makes(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        seen.calls += 1
-        seen.product = output if put is None else put
-        # The model may write into it.
-        return seen.product.clone()
-
-    handles = [
-        body.register_forward_hook(gives),
-        layer.register_forward_pre_hook(receives),
-        # Before the hooks of others, which are then seen as what the model does.
-        layer.register_forward_hook(makes, prepend=True),
-    ]
-    try:
-        yield seen
-    finally:
-        reads.open = False
-        for handle in handles:
-            handle.remove()
-
-
-class _Reads(TorchFunctionMode):
-    """Notes which parameters and floating buffers torch's functions are given while it is open."""
-
-    def __init__(self, model: nn.Module, layer: nn.Linear) -> None:
-        super().__init__()
-        self.open = False
-        self.found: set[str] = set()
-        named = [*model.named_parameters(), *model.named_buffers()]
-        self.names = {id(tensor): name for name, tensor in named if tensor.is_floating_point()}
-        for own in (layer.weight, layer.bias):
-            self.names.pop(id(own), None)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Reading a dtype or a device is a function too.
-        if self.open and getattr(func, "__name__", "") != "__get__":
-            given = (id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-            self.found |= {self.names[i] for i in given if i in self.names}
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation without gradient, compilation or autocast, of which no trace remains."""
-    modules = list(model.modules())
-    kept = [(m, dict(vars(m)), dict(m._buffers)) for m in modules]
-    buffers = {id(b): b for b in model.buffers() if b.numel() <= _SMALL and not b.is_inference()}
-    values = [(b, b._version, b.clone()) for b in buffers.values()]
-    devices = [] if device.type in ("cpu", "meta") else [device]
-    for module in modules:
-        vars(module)["training"] = False
-    try:
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
-            # A weight that is cast here must not be found in the cache by a forward with gradients.
-            torch.autocast(device.type, enabled=False, cache_enabled=False),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            yield
-    finally:
-        for module, attributes, own_buffers in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(own_buffers)
-        with torch.no_grad():
-            for buffer, version, value in values:
-                if buffer._version != version:
-                    buffer.copy_(value)
 
 
 def _tokens(inner: Any, layer: nn.Linear) -> Tensor:

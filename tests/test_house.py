@@ -22,6 +22,7 @@ FLOORS = {
     "children": 0,
     "outputs": 0,
     "signals": 0,
+    "watched": 0,
     "kernels": 0,
     "checkout": 0,
     "chunked": 1,
