@@ -55,8 +55,8 @@ def linear_logprobs(
     dtype of the inputs. Tokens that are ignored, or whose upstream gradients are 0, cost nothing in
     the passes that do not need them. A head that is not trained gets no gradient, and the backward
     pass is then a scaling of what the forward pass kept ([N, H], in the dtype of hidden).
-    torch.autograd.grad(..., hidden) alone forms the gradient of a trained head too, and drops it, as
-    torch tells no operator which are asked for: give a detached head to save it.
+    torch.autograd.grad(..., hidden) alone forms the gradient of a trained head too, and drops it:
+    torch tells no operator which are asked for. Give a detached head to save it.
     Under torch.autocast the matrix product takes the autocast dtype, as F.linear does.
     torch.func.grad, vjp, jacrev and vmap work; forward mode and second derivatives raise.
 
