@@ -330,8 +330,7 @@ def test_numbers_of_numpy_are_numbers():
     torch.testing.assert_close(stats.logprobs, torch.full((B, T), -math.log(V)))
 
 
-# ClipCov's clip comes from a factory, which dynamo does not enter.
-@pytest.mark.parametrize("name", [name for name in named.NAMES if name != "clip_cov"])
+@pytest.mark.parametrize("name", named.NAMES)
 def test_a_loss_can_be_made_where_torch_compile_traces(name):
     """Checks of numbers are not what ends a graph."""
     needed = given(name, named.NAMES[name])
