@@ -66,6 +66,14 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_constant(tensor: Tensor) -> bool:
+    """Whether no derivative with respect to it can be asked for.
+
+    Under torch.func, requires_grad is that of the innermost transform alone, and a tangent is none.
+    """
+    return not tensor.requires_grad and (torch.compiler.is_compiling() or not transformed())
+
+
 def call(op: CustomOpDef, *args: object) -> tuple[Tensor, ...]:
     """op(*args) with its derivatives.
 
@@ -77,7 +85,16 @@ def call(op: CustomOpDef, *args: object) -> tuple[Tensor, ...]:
         if forward_ad._current_level >= 0:
             raise NotImplementedError(_OF[op].missing)
         return op(*args)
-    return _Call.apply(*args, op) if transformed() else op(*args)
+    if not transformed():
+        return op(*args)
+    # A tangent of what vmap batches does not reach the Function's jvp: functorch fails on the way.
+    if forward_ad._current_level >= 0 and any(map(_is_batched, args)):
+        raise NotImplementedError(_OF[op].missing)
+    return _Call.apply(*args, op)
+
+
+def _is_batched(value: object) -> bool:
+    return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
 
 
 class _Call(torch.autograd.Function):
@@ -96,7 +113,11 @@ class _Call(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream):
-        return (*_OF[ctx.op].gradient(ctx, *upstream), None)
+        gradients = _OF[ctx.op].gradient(ctx, *upstream)
+        # Within vmap the public function does not see what requires one.
+        if any(g is None and n for g, n in zip(gradients, ctx.needs_input_grad, strict=False)):
+            raise NotImplementedError("temperature gets no gradient: detach it")
+        return (*gradients, None)
 
     @staticmethod
     def jvp(ctx, *tangents):

@@ -16,6 +16,7 @@ device, without waiting for one:
 import torch
 from torch import Tensor
 
+from fused_rl.derivatives import is_constant
 from fused_rl.reference import promoted
 
 # In nats: beyond it no ratio is told apart, and exp(20) is 5e8. An int: torch.compile with dynamic
@@ -42,7 +43,7 @@ def log_ratio(logprobs: Tensor, other: Tensor) -> Tensor:
     # 0 with the gradient, NaN where the policy is; in few operations, for many call this.
     own = logprobs.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0)
     gap = gap + (own - own.detach())
-    if not other.requires_grad:
+    if is_constant(other):
         return gap
     other = other.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     return gap - (other - other.detach())

@@ -154,6 +154,8 @@ def test_a_tangent_raises(name, which):
         lambda: hessian(along)(at),
         lambda: vmap(lambda v: jvp(along, (at,), (v,)))(torch.stack([at, at])),
         lambda: grad(lambda t: jvp(along, (t,), (t,))[1])(at),
+        lambda: jvp(vmap(along), (torch.stack([at, at]),), (torch.stack([at, at]),)),
+        lambda: jacfwd(vmap(along))(torch.stack([at, at])),
     ):
         with pytest.raises(NotImplementedError, match=f"{expected} has no forward-mode"):
             read()
@@ -206,9 +208,31 @@ def test_kl_penalty(value):
 
     assert_equal(grad(ours, (0, 1))(logprobs, ref), grad(exact, (0, 1))(logprobs, ref))
     assert_equal(vmap(grad(ours))(logprobs, ref), vmap(grad(exact))(logprobs, ref))
+
+    def whole(score, q: Tensor) -> Tensor:
+        return vmap(score)(logprobs, q).sum()
+
+    assert_equal(grad(lambda q: whole(ours, q))(ref), grad(lambda q: whole(exact, q))(ref))
     for which in (0, 1):
         with pytest.raises(NotImplementedError, match="kl_penalty has no forward-mode"):
             jacfwd(ours, which)(logprobs, ref)
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["grad", "grad of vmap"])
+def test_temperatures_have_no_derivative_and_say_so(batched):
+    hidden, weights, labels = drawn()
+
+    def value(h: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        return linear_logprobs(h, weights[0], y, temperature=t).logprobs.sum()
+
+    def whole(t: Tensor) -> Tensor:
+        return vmap(value)(hidden, labels, t).sum() if batched else value(hidden, labels, t)
+
+    temperature = torch.ones(B, N).double()
+    with pytest.raises((ValueError, NotImplementedError), match="temperature gets no gradient"):
+        grad(whole)(temperature)
+    with pytest.raises(NotImplementedError, match="linear_logprobs has no forward-mode"):
+        jvp(whole, (temperature,), (temperature,))
 
 
 def batch_of(labels: Tensor, advantages: Tensor, old: Tensor) -> TokenBatch:
