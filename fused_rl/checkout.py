@@ -5,7 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-NAME = "fused_rl.kernels"
+# Of this package, which has another name where it is exported to.
+NAME = f"{__package__}.kernels"
 # Hugging Face's package is called kernels too, and lies beside an installed fused_rl.
 MARK = "linear_logprobs.py"
 
