@@ -115,6 +115,8 @@ def _way_out(layer: object) -> str:
         return "merge the adapter, or leave lm_head out of target_modules and modules_to_save"
     if room in {"bitsandbytes", "torchao", "optimum", "hqq", "auto_gptq", "awq", "gptqmodel"}:
         return "leave lm_head out of the quantisation, or dequantise it"
+    if room == "torch" and "fsdp" in type(layer).__module__:
+        return "leave it in the unit of the whole model, and call that, patched by patch_model"
     return "its product is not hidden @ weight.T, or not that alone"
 
 

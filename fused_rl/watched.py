@@ -83,8 +83,9 @@ class Reads(TorchFunctionMode):
         super().__init__()
         self.open = False
         self.found: set[str] = set()
-        named = [*model.named_parameters(), *model.named_buffers()]
-        self.names = {id(tensor): name for name, tensor in named if tensor.is_floating_point()}
+        # Kept, so that no tensor that comes while a module is loaded and offloaded has its number.
+        self.tensors = [*model.named_parameters(), *model.named_buffers()]
+        self.names = {id(t): name for name, t in self.tensors if t.is_floating_point()}
         for own in (layer.weight, layer.bias):
             self.names.pop(id(own), None)
 

@@ -384,3 +384,51 @@ def test_two_models_in_one_compiled_function():
     for scale in (8.0, 2.0):
         model = build("granite", logits_scaling=scale)
         torch.testing.assert_close(compiled(model, ids), logprobs(model, ids).logprobs)
+
+
+# Sharded, offloaded.
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_fully_sharded(patch_first):
+    """Inside the model's own forward, in which its weights are whole; beside it, an error."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    model, ids, weights = build("llama"), tokens(), torch.randn(3, 8)
+    expected = gradients(model, naive(model, ids), weights)
+    model.zero_grad()
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        if patch_first:
+            patch_model(model)
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
+        patch_model(model)
+        with pytest.raises(ValueError, match=r"DTensor, sharded over ranks"):
+            logprobs(model, ids)
+        found = gradients(model, model(input_ids=ids, return_logprobs=True), weights)
+        found = {name: gradient.full_tensor() for name, gradient in found.items()}
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-3)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def test_offloaded():
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = build("llama"), tokens()
+    expected = naive(model, ids)
+    for layer in model.model.layers:
+        accelerate.cpu_offload(layer, execution_device=torch.device("cpu"))
+    assert_close(logprobs(model, ids), expected)
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    model = build("llama")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM's output embeddings is offloaded"):
+        logprobs(model, ids)

@@ -143,7 +143,8 @@ def _logprobs(
         if isinstance(temperature, Tensor) and temperature.shape[-1:] == (K,):
             temperature = pad(temperature, (0, 1), value=1.0)
         stats = linear_logprobs(hidden[:, -K - 1 :], head, targets, temperature=temperature)
-    return TokenStats(*(t[:, :-1] for t in stats))
+    # No views: FSDP2 hooks its backward pass onto what a forward returns, which views may lose.
+    return TokenStats(*(t[:, :-1].clone() for t in stats))
 
 
 def _completion(targets: Tensor, mask: Tensor) -> Tensor:
