@@ -15,6 +15,7 @@ random numbers. No gradient is formed, and compiled parts run eagerly.
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, replace
@@ -46,6 +47,7 @@ class Answer:
         return torch.autocast(device.type, dtype=self.autocast)
 
 
+_asking = threading.RLock()
 _answers: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Answer]] = weakref.WeakKeyDictionary()
 
 
@@ -79,9 +81,15 @@ def _remembered(model: Any, within: bool) -> Answer:
         return Answer(models.described(inner))
     state = _depends_on(inner, layer)
     known = _answers.get(model)
-    if known is None or known[0] != state:
-        known = (state, _ask(model, inner, layer, within))
-        _answers[model] = known
+    if known is not None and known[0] == state:
+        return known[1]
+    with _asking:
+        # Hooks of another thread's question would be a change.
+        state = _depends_on(inner, layer)
+        known = _answers.get(model)
+        if known is None or known[0] != state:
+            known = (state, _ask(model, inner, layer, within))
+            _answers[model] = known
     return known[1]
 
 

@@ -126,7 +126,8 @@ def is_whole(name: str, tensor: Tensor) -> None:
     Their mark is that they are made of other tensors, which torch asks them for by name.
     """
     kind = type(tensor)
-    if not hasattr(kind, "__tensor_flatten__"):
+    # The plain ones first, so that dynamo has no more to trace.
+    if kind is Tensor or kind is nn.Parameter or not hasattr(kind, "__tensor_flatten__"):
         return
     if hasattr(tensor, "placements"):
         raise ValueError(

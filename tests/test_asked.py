@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 import weakref
 
 import pytest
@@ -237,6 +238,22 @@ def test_ask_false_runs_nothing():
     model = build("gemma2")
     calls = forwards(model)
     assert LMHead.from_model(model, ask=False).softcap == 3.0 and not calls
+
+
+def test_threads_that_ask_at_once():
+    model = build("gemma2").train()
+    calls, found = forwards(model), []
+
+    def ask():
+        found.append(LMHead.from_model(model).softcap)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [3.0] * 4 and len(calls) == 3
+    assert all(module.training for module in model.modules())
 
 
 def test_what_is_remembered_keeps_no_model_alive():
