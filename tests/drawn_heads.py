@@ -81,8 +81,10 @@ class Drawn:
 
 
 @st.composite
-def heads(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = oracle.FLOATS) -> Drawn:
-    """Logits with a standard deviation of up to 10."""
+def heads(
+    draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = oracle.FLOATS, level: float = 0.0
+) -> Drawn:
+    """Logits with a standard deviation of up to 10, all of them beside `level`."""
     torch.manual_seed(draw(st.integers(0, 2**32)))
     N, H = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     V = draw(st.one_of(st.integers(1, 20), st.integers(21, 300)))
@@ -94,11 +96,11 @@ def heads(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = oracle.FLOATS) -> D
         *(N, H, V, dtype),
         weight_dtype=draw(st.sampled_from((dtype, dtype, *dtypes))),
         logit_std=draw(st.sampled_from((0.1, 1.0, 1.0, 10.0))),
-        bias=draw(st.booleans()),
+        bias=bool(level) or draw(st.booleans()),
         scale=abs(scale),
         softcap=softcap,
     )
-    case = replace(case, scale=scale)
+    case = replace(case, scale=scale, bias=case.bias if case.bias is None else case.bias + level)
     excluded = torch.zeros(V, dtype=torch.bool)
     if case.bias is not None and softcap is None and scale > 0 and draw(st.booleans()):
         excluded = torch.rand(V) < draw(st.sampled_from((0.1, 0.9)))

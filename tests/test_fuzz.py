@@ -124,6 +124,20 @@ def test_linear_logprobs(d: Drawn, which: str) -> None:
         assert_same_bits(got, right)
 
 
+WIDE = (torch.float32, torch.float64, torch.bfloat16)
+HUGE = st.sampled_from((1e4, -1e6, 1e20, -1e20)).flatmap(lambda level: heads(WIDE, level))
+
+
+@short_and_long(40, d=HUGE, which=UPSTREAM)
+def test_linear_logprobs_of_huge_logits(d: Drawn, which: str) -> None:
+    """All of about the same size: a sum of exponentials that is lost beside them counts."""
+
+    def ours(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        return linear_logprobs(hidden, head_of(d, weight, bias), d.labels, **d.options)
+
+    judged(d, ours, 2, upstream(len(d.labels), 2, which))
+
+
 @short_and_long(40, d=heads(), which=UPSTREAM)
 def test_linear_top_logprobs(d: Drawn, which: str) -> None:
     def ours(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -222,7 +236,7 @@ def policies(draw: st.DrawFn) -> PolicyLoss:
 
 @short_and_long(
     100,
-    d=heads(dtypes=(torch.float32, torch.float64, torch.bfloat16)),
+    d=heads(WIDE),
     loss=policies(),
     columns=st.integers(1, 6),
     is_packed=st.booleans(),
