@@ -355,8 +355,9 @@ def test_temperatures_of_sapo_are_checked_where_they_are_used():
     problem = Problem()
     given = (problem.hidden, problem.weight, problem.labels, problem.mask, problem.advantages)
     options = {"use_ref_model": False, "beta": 0.0, "sapo_temperature_neg": False}
-    loss, _ = liger_fused_linear_grpo(*given, loss_type="grpo", **options)
-    assert loss.isfinite()
+    loss, _ = liger_fused_linear_grpo(*given, loss_type="grpo", temperature=True, **options)
+    named, _ = liger_fused_linear_grpo(*given, loss_type="grpo", use_ref_model=False, beta=0.0)
+    assert torch.equal(loss, named)
     with pytest.raises(ValueError, match="sapo_temperature_neg must be positive, got False"):
         liger_fused_linear_grpo(*given, loss_type="sapo", **options)
     for Loss in (LigerFusedLinearGRPOLoss, TheirLoss):

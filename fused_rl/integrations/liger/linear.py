@@ -81,6 +81,8 @@ class LigerFusedLinearGRPOFunction:
             (sapo_temperature_pos, sapo_temperature_neg),
             (vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg),
         )
+        # Positional callers of an older Liger have a flag here; +True is 1, as it is to Liger.
+        temperature = +temperature
         mask = attention_mask != 0
         if use_ref_model and ref_per_token_logps is not None and ref_input is not None:
             warnings.warn(

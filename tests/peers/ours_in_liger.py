@@ -1,0 +1,26 @@
+"""A plugin for pytest: our functions in the place of Liger's, before its tests are imported."""
+
+import liger_kernel.chunked_loss as chunked
+import liger_kernel.chunked_loss.functional as functional
+import liger_kernel.transformers.grpo_loss as logits
+from swap import swap
+
+from fused_rl.integrations import liger
+
+PAIRS = (
+    (chunked.LigerFusedLinearGRPOLoss, liger.LigerFusedLinearGRPOLoss),
+    (functional.liger_fused_linear_grpo, liger.liger_fused_linear_grpo),
+    (logits.triton_grpo_loss, liger.triton_grpo_loss),
+    (logits.fused_selective_log_softmax, liger.fused_selective_log_softmax),
+)
+for theirs, ours in PAIRS:
+    swap("liger_kernel", theirs, ours)
+
+
+def pytest_collection_finish(session) -> None:
+    """One test file loads a module of Liger's by its path, under a name of its own."""
+    name = "LigerFusedLinearScaledCrossEntropyFunction"
+    for item in session.items:
+        frontend = getattr(item.module, "_FRONTEND", None)
+        if frontend is not None:
+            setattr(frontend, name, getattr(liger, name))
