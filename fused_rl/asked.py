@@ -14,6 +14,7 @@ random numbers. No gradient is formed, and compiled parts run eagerly.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import threading
 import weakref
@@ -69,7 +70,7 @@ def answer(model: Any, *, ask: bool = True, within: bool = False) -> Answer:
         return Answer(models.described(inner))
     if torch.compiler.is_compiling():
         # The number makes the compiled code that of this model alone.
-        *recipe, autocast = _remembered_constant(model, id(inner), within)
+        *recipe, autocast = _remembered_constant(id(model), within)
         return Answer(Recipe(*recipe), autocast)
     return _remembered(model, within)
 
@@ -93,9 +94,12 @@ def _remembered(model: Any, within: bool) -> Answer:
     return known[1]
 
 
-def _remembered_constant(model: Any, identity: int, within: bool) -> tuple:
-    """The numbers of _remembered, called while a graph is traced, and constants in it."""
-    known = _remembered(model, within)
+def _remembered_constant(identity: int, within: bool) -> tuple:
+    """The numbers of _remembered, called while a graph is traced, and constants in it.
+
+    identity: the id of a model that the caller holds; torch 2.11 takes no module for a constant.
+    """
+    known = _remembered(ctypes.cast(identity, ctypes.py_object).value, within)
     return *astuple(known.recipe), known.autocast
 
 

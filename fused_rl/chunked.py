@@ -4,11 +4,30 @@ What runs where no kernel does. Each function is what the operator of its name i
 forward formulas are reference.py's.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fused_rl import reference
 from fused_rl.reference import acc_dtype
+
+
+def in_full(body: Callable) -> Callable:
+    """An operator's body, outside torch.autocast: who called it has cast what is to be cast, and
+    the products in here keep the dtypes that they are given. Its signature is the operator's.
+    """
+
+    @functools.wraps(body)
+    def run(*args, **options):
+        kind = next(a.device.type for a in args if isinstance(a, Tensor))
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return body(*args, **options)
+        with torch.autocast(kind, enabled=False):
+            return body(*args, **options)
+
+    return run
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, chunk_bytes: int) -> int:

@@ -18,6 +18,7 @@ from fused_rl.chunked import (
     check_tokens,
     chunk_rows,
     gradients_like,
+    in_full,
     log_probabilities,
     raw_gradient,
     statistics,
@@ -31,6 +32,7 @@ FILTER_ROWS = 512
 
 
 @custom_op("fused_rl::linear_filtered_logprobs", mutates_args=())
+@in_full
 def linear_filtered_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -71,6 +73,7 @@ def _(hidden, weight, *rest):
 
 
 @custom_op("fused_rl::linear_filtered_logprobs_backward", mutates_args=())
+@in_full
 def linear_filtered_logprobs_backward(
     dlogprobs: Tensor,
     dentropy: Tensor,

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fused_rl import ops, reference
-from fused_rl.chunked import gradients_like, statistics_like
+from fused_rl.chunked import gradients_like, in_full, statistics_like
 from fused_rl.derivatives import call, register_gradient
 from fused_rl.reference import acc_dtype
 
 
 @custom_op("fused_rl::linear_kept_logprobs", mutates_args=())
+@in_full
 def linear_kept_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -55,6 +56,7 @@ def _(hidden, weight, bias, labels, kept, *rest):
 
 
 @custom_op("fused_rl::linear_kept_logprobs_backward", mutates_args=())
+@in_full
 def linear_kept_logprobs_backward(
     dlogprobs: Tensor,
     dentropy: Tensor,

@@ -27,6 +27,7 @@ from fused_rl.chunked import (
     check_tokens,
     chunk_rows,
     gradients_like,
+    in_full,
     kept_dtype,
     padded,
     statistics_like,
@@ -71,6 +72,7 @@ def chunk_tokens(hidden: Tensor, weight: Tensor, chunk_bytes: int | None) -> int
 
 
 @custom_op("fused_rl::linear_logprobs", mutates_args=())
+@in_full
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -98,6 +100,7 @@ def _(hidden, weight, bias, labels, temperature, scale, softcap, ignore_index, c
 
 
 @custom_op("fused_rl::linear_logprobs_backward", mutates_args=())
+@in_full
 def linear_logprobs_backward(
     dlogprobs: Tensor,
     dentropy: Tensor,
@@ -181,6 +184,7 @@ register_gradient(
 
 
 @custom_op("fused_rl::linear_logprobs_frozen", mutates_args=())
+@in_full
 def linear_logprobs_frozen(
     hidden: Tensor,
     weight: Tensor,
@@ -220,6 +224,7 @@ def _(hidden, weight, bias, labels, temperature, scale, softcap, ignore_index, c
 
 
 @custom_op("fused_rl::linear_logprobs_frozen_backward", mutates_args=())
+@in_full
 def linear_logprobs_frozen_backward(
     dlogprobs: Tensor,
     dentropy: Tensor,
@@ -278,6 +283,7 @@ register_gradient(
 
 
 @custom_op("fused_rl::linear_logprobs_chunk", mutates_args=())
+@in_full
 def linear_logprobs_chunk(
     hidden: Tensor,
     weight: Tensor,
@@ -302,6 +308,7 @@ def _(hidden, weight, bias, labels, temperature, scale, softcap):
 
 
 @custom_op("fused_rl::linear_logprobs_chunk_backward", mutates_args=("dweight", "dbias"))
+@in_full
 def linear_logprobs_chunk_backward(
     z: Tensor,
     dlogprobs: Tensor,
@@ -349,6 +356,7 @@ def _(z, dlogprobs, dentropy, hidden, *rest):
 
 
 @custom_op("fused_rl::logits_logprobs", mutates_args=())
+@in_full
 def logits_logprobs(
     logits: Tensor, labels: Tensor, temperature: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -362,6 +370,7 @@ def _(logits, labels, temperature, ignore_index):
 
 
 @custom_op("fused_rl::logits_logprobs_backward", mutates_args=())
+@in_full
 def logits_logprobs_backward(
     dlogprobs: Tensor,
     dentropy: Tensor,
@@ -408,6 +417,7 @@ register_gradient(
 
 
 @custom_op("fused_rl::kl", mutates_args=())
+@in_full
 def kl(d: Tensor, value_kind: int, slope_kind: int) -> tuple[Tensor, Tensor]:
     """The estimator `value_kind` at d, and the derivative of the estimator `slope_kind` there."""
     return chunked.kl(d, value_kind, slope_kind)
@@ -424,6 +434,7 @@ def _save_slope(ctx, inputs, output) -> None:
 
 
 @custom_op("fused_rl::kl_backward", mutates_args=())
+@in_full
 def kl_backward(dvalue: Tensor, slope: Tensor) -> Tensor:
     """dvalue * slope; an op, so that a second derivative, which slope does not hold, raises."""
     return dvalue * slope

@@ -6,10 +6,22 @@ function is what the operator of its name does, plus the `device` it runs on.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fused_rl import chunked, ops
+
+
+def launch(kernel: Callable, args: Sequence, device: Any) -> Any:
+    """kernel(*args, device), with vectors as the kernels read them: one number after another.
+
+    The upstream gradient of a sum is one number, expanded; labels may be every second of a row.
+    """
+    dense = (a.contiguous() if isinstance(a, Tensor) and a.dim() == 1 else a for a in args)
+    return kernel(*dense, device)
 
 
 def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,6 +226,7 @@ def _register(name: str) -> None:
     """
     kernel, plain = globals()[name], getattr(chunked, name)
 
+    @chunked.in_full
     def run(*args):
         tensors = [a for a in args if isinstance(a, Tensor)]
         # The first two: an lse, further on, is always float64.
@@ -222,7 +235,7 @@ def _register(name: str) -> None:
         from fused_rl.kernels.linear_logprobs import Device
 
         with torch.cuda.device(tensors[0].device):
-            return kernel(*args, Device.of(tensors[0].device))
+            return launch(kernel, args, Device.of(tensors[0].device))
 
     getattr(ops, name).register_kernel("cuda")(run)
 

@@ -343,6 +343,53 @@ def test_a_label_outside_the_vocabulary_is_nan_for_that_token():
     assert entropy.isfinite().all() and top.isfinite().all()
 
 
+def every_second(tensor):
+    """The same numbers, with others between them that must not be read."""
+    wrong = -7 if tensor.dtype == torch.int64 else torch.nan
+    return torch.stack([tensor, torch.full_like(tensor, wrong)], -1).flatten()[::2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["expanded", "every second"])
+def test_vectors_are_read_as_they_are_stored(how, dtype):
+    """Every token counts, so that none of them is picked out: the vectors arrive as given.
+
+    Upstream of a sum is one number, expanded; so is a temperature for all.
+    """
+    case = Case(dtype=dtype, ignored=False)
+    one, half = torch.ones(37), torch.full((37,), 0.5)
+    if how == "expanded":
+        views = (torch.ones(()).expand(37), torch.tensor(0.5).expand(37))
+        labels, bias = case.labels, case.bias
+    else:
+        views = (every_second(one), every_second(half))
+        labels, bias = every_second(case.labels), every_second(case.bias)
+    assert not views[0].is_contiguous()
+
+    def run(up, temperature, labels, bias):
+        args = (case.hidden, case.weight, bias, labels, temperature, 0.7, 5.0)
+        known = ops_cuda.launch(ops_cuda.linear_logprobs, (*args, -100, 2**20), DEVICE)
+        entropy, lse = known[1:3]
+        needs = (*args, -100, 2**20, lse, entropy, True, True, True)
+        grads = ops_cuda.launch(ops_cuda.linear_logprobs_backward, (up, up, *needs), DEVICE)
+        part = ops_cuda.launch(ops_cuda.linear_logprobs_chunk, args, DEVICE)
+        sums = torch.empty(130, 19, dtype=dtype), torch.empty(130, dtype=torch.float32)
+        rest = (up, up, *args, part[2], part[1], *sums, False)
+        chunk = ops_cuda.launch(
+            ops_cuda.linear_logprobs_chunk_backward, (part[4].clone(), *rest), DEVICE
+        )
+        rows = (case.hidden, labels.clamp(max=18), temperature, -100)
+        stats = ops_cuda.launch(ops_cuda.logits_logprobs, rows, DEVICE)
+        of_rows = (up, up, *rows, stats[2], stats[1])
+        dlogits = ops_cuda.launch(ops_cuda.logits_logprobs_backward, of_rows, DEVICE)
+        return (*known, *grads, *part[:4], chunk, *sums, *stats, dlogits)
+
+    found = run(*views, labels, bias)
+    expected = run(one, half, case.labels, case.bias)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_offsets_beyond_two_to_the_31():
     """A row stride so large that a 32-bit product with the row would wrap; the rows overlap not."""
     stride = 2**30 + 64

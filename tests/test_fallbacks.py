@@ -71,6 +71,21 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     (right[0].sum() + right[1].sum()).backward()
     assert oracle.relative_error(logits.grad, wide.grad) <= torch.finfo(dtype).eps + 2e-6
 
+# Under autocast the operands are bfloat16, as F.linear's are, and the logits are not.
+for frozen in (False, True):
+    leaves = [torch.randn(*shape).requires_grad_() for shape in ((40, 16), (90, 16))]
+    leaves[1].requires_grad_(not frozen)
+    labels = torch.randint(90, (40,))
+    rounded = [t.detach().bfloat16().double().requires_grad_(t.requires_grad) for t in leaves]
+    exact = fused_rl.linear_logprobs(*rounded, labels).logprobs
+    wanted = [t for t in leaves if t.requires_grad]
+    true = torch.autograd.grad(exact.sum(), [t for t in rounded if t.requires_grad])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stats = fused_rl.linear_logprobs(*leaves, labels)
+        assert (stats.logprobs.double() - exact).abs().max() < 1e-5
+        for mine, other in zip(torch.autograd.grad(stats.logprobs.sum(), wanted), true):
+            assert oracle.relative_error(mine, other) < 6e-3
+
 d = torch.linspace(-3, 3, 101).requires_grad_()
 kl = kl_penalty(d, torch.zeros(101), value=KL.K3, grad=KL.K2)
 assert oracle.relative_error(kl.detach(), torch.expm1(-d.detach().double()) + d.detach()) < 1e-6

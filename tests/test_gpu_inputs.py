@@ -100,6 +100,24 @@ def test_vocabularies_that_eight_does_not_divide(dtype, V):
         assert relative(a, b) < budget
 
 
+@pytest.mark.parametrize("N", [40, 700])
+def test_vectors_are_read_as_they_are_stored(N):
+    """An expanded upstream gradient and temperature, every second label and bias."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, 64, device="cuda"), torch.randn(500, 64, device="cuda")
+    labels = torch.randint(0, 500, (2 * N,), device="cuda")[::2]
+    bias = torch.randn(1000, device="cuda")[::2]
+    temperature = torch.tensor(0.7, device="cuda")
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    stats = linear_logprobs(hidden, LMHead(weight, bias), labels, temperature=temperature)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact = logprobs_from_logits((wide[0] @ wide[1].T + bias) / 0.7, labels)
+    torch.testing.assert_close(stats.logprobs.double(), exact.logprobs, atol=5e-5, rtol=2e-6)
+    found = torch.autograd.grad(stats.logprobs.sum(), leaves)
+    for a, b in zip(found, torch.autograd.grad(exact.logprobs.sum(), wide), strict=True):
+        assert relative(a, b) < 1e-5
+
+
 def test_more_than_two_to_the_31_logits():
     N, V = 14200, 151936
     assert N * V > 2**31
