@@ -8,7 +8,6 @@ here.
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from collections import Counter
@@ -75,10 +74,9 @@ def _operators() -> None:
         return run
 
     library = torch.library.Library("fused_rl", "IMPL")
-    for name, kernel in vars(ops_cuda).items():
-        if inspect.isfunction(kernel) and "device" in inspect.signature(kernel).parameters:
-            run = on_cpu(kernel, getattr(chunked, name))
-            library.impl(name, run, "CPU", allow_override=True)
+    for name in ops_cuda.OPERATORS:
+        run = on_cpu(getattr(ops_cuda, name), getattr(chunked, name))
+        library.impl(name, run, "CPU", allow_override=True)
     _libraries.append(library)
 
 

@@ -240,7 +240,7 @@ def _register(name: str) -> None:
     getattr(ops, name).register_kernel("cuda")(run)
 
 
-for _name in (
+OPERATORS = (
     "linear_logprobs",
     "linear_logprobs_backward",
     "linear_logprobs_chunk",
@@ -248,5 +248,6 @@ for _name in (
     "logits_logprobs",
     "logits_logprobs_backward",
     "kl",
-):
+)
+for _name in OPERATORS:
     _register(_name)
