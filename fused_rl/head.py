@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import asked, checks, models, reference
+from fused_rl.chunked import in_full
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +131,11 @@ class LMHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [..., V] at temperature 1, in float32 (float64 for float64 inputs).
 
-        They are materialised: for tests, and for the few tokens one wants to look at.
+        They are materialised: for tests, and for the few tokens one wants to look at. Under
+        torch.autocast they are those of float32 operands.
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
         ones = torch.ones(flat.shape[0], dtype=torch.float64, device=flat.device)
-        z = reference.logits(flat, self.weight, self.bias, ones, self.scale, self.softcap or 0.0)
-        return z.reshape(*hidden.shape[:-1], -1)
+        options = (ones, self.scale, self.softcap or 0.0)
+        z = in_full(reference.logits)(flat, self.weight, self.bias, *options)
+        return z.reshape(*hidden.shape[:-1], self.weight.shape[0])

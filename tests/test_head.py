@@ -127,3 +127,14 @@ WEIGHT = torch.zeros(5, 3)
 def test_mistakes_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         LMHead(*arguments)
+
+
+def test_logits_of_no_tokens():
+    assert LMHead(torch.randn(7, 4)).logits(torch.randn(2, 0, 4)).shape == (2, 0, 7)
+
+
+def test_logits_are_float32_under_autocast():
+    hidden, head = torch.randn(3, 40), LMHead(torch.randn(7, 40))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = head.logits(hidden)
+    assert torch.equal(z, head.logits(hidden)) and z.dtype == torch.float32
