@@ -33,3 +33,15 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A model directory, as a user of the demo would have one."""
+    from fused_rl.demo_task import start
+
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(5)
+    for part in start(None, 1.0):
+        part.save_pretrained(path)
+    return path

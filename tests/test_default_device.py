@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from by_name import loss_of
 
 import fused_rl
 from fused_rl import KL, KLPenalty, Level, TokenBatch, TokenStats
@@ -62,12 +63,8 @@ def stats(g, mask=None) -> TokenStats:
     return TokenStats(logprobs, logprobs.abs() + 1)
 
 
-def loss_of(name: str):
-    arguments = {"dr_grpo": (7,), "kimi": (0.5,)}.get(name, ())
-    return NAMES[name](*arguments, beta=0.1, entropy_coef=0.1)
-
-
 f = fused_rl
+TERMS = {"beta": 0.1, "entropy_coef": 0.1}
 CALLS = {
     "linear_logprobs": lambda g: f.linear_logprobs(g["hidden"], g["weight"], g["labels"]),
     "a temperature": lambda g: f.linear_logprobs(
@@ -111,9 +108,9 @@ CALLS = {
         1:
     ],
     **{
-        f"{name} {kind.__name__}": lambda g, name=name, kind=kind: loss_of(name)(
-            stats(g, None if kind is padded else g["mask"]), kind(g)
-        )
+        f"{name} {kind.__name__}": lambda g, name=name, kind=kind: loss_of(
+            name, beta=0.1, entropy_coef=0.1
+        )(stats(g, None if kind is padded else g["mask"]), kind(g))
         for name in NAMES
         for kind in (padded, packed)
     },

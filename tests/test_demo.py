@@ -44,16 +44,6 @@ def rewards_of(config):
     return [record["reward"] for record in log_of(config)["steps"]]
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A model directory, as a user would have one."""
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(5)
-    for part in start(None, 1.0):
-        part.save_pretrained(path)
-    return path
-
-
 @pytest.mark.parametrize(
     ("completion", "expected"),
     [

@@ -23,15 +23,6 @@ from fused_rl.demo_task import UnusableModel, explained, start
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer_config.json", "model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(5)
-    for part in start(None, 1.0):
-        part.save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def folder(saved, tmp_path):
     """A copy to spoil; code in it leaves a mark."""

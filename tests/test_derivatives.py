@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from by_name import loss_of
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -242,8 +243,7 @@ def batch_of(labels: Tensor, advantages: Tensor, old: Tensor) -> TokenBatch:
 
 @pytest.mark.parametrize("name", named.NAMES)
 def test_policy_losses(name):
-    given = {"kimi": (0.5,), "dr_grpo": (8,)}.get(name, ())
-    loss = named.NAMES[name](*given, beta=0.1, entropy_coef=0.01)
+    loss = loss_of(name, beta=0.1, entropy_coef=0.01)
     hidden, weights, labels = drawn()
     advantages = torch.randn(B).double()
     batch = batch_of(labels, advantages, linear_logprobs(hidden, weights[0], labels).logprobs + 0.1)

@@ -8,13 +8,13 @@ from enum import Enum
 
 import pytest
 import torch
+from by_name import loss_of
 
 import fused_rl
 from fused_rl import KL, KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats, losses
 
 B, T, GROUP = 12, 7, 4
 HALVES = [torch.bfloat16, torch.float16]
-NEEDS = {"dr_grpo": {"length": 11}, "kimi": {"tau": 0.5}}
 # How a case makes a tensor of its numbers: rounded to a half type, and kept there or widened.
 Make = Callable[[torch.Tensor], torch.Tensor]
 
@@ -108,7 +108,7 @@ def of_mean(mean) -> Callable:
 
 def of_loss(name: str) -> Callable:
     def case(n: Numbers) -> list:
-        loss = losses.NAMES[name](**NEEDS.get(name, {}), beta=0.1, entropy_coef=0.1)
+        loss = loss_of(name, beta=0.1, entropy_coef=0.1)
         out = loss(n.stats, n.batch)
         return [out.loss, *out.metrics.values()]
 
@@ -300,7 +300,7 @@ def test_a_value_loss_of_float16_goes_beyond_its_own_range():
 def test_advantages_of_another_dtype_than_log_probs(name, dtype):
     """Rewards of numpy are float64, those of a reward model bfloat16; log-probs are float32."""
     n = Numbers(torch.Tensor.float)
-    loss = losses.NAMES[name](**NEEDS.get(name, {}), beta=0.1)
+    loss = loss_of(name, beta=0.1)
     n.advantages = n.advantages.to(dtype)
     logprobs = n.logprobs.clone().requires_grad_()
     found = loss(n.stats._replace(logprobs=logprobs), n.batch).loss

@@ -11,6 +11,7 @@ import drawn
 import hypothesis.strategies as st
 import pytest
 import torch
+from by_name import loss_of
 from drawn_heads import (
     Drawn,
     assert_gradients,
@@ -229,8 +230,7 @@ def penalties(draw: st.DrawFn) -> KLPenalty | None:
 def policies(draw: st.DrawFn) -> PolicyLoss:
     """Every named loss, with a KL at any level, with and without entropy."""
     name = draw(st.sampled_from(sorted(NAMES)))
-    arguments = {"dr_grpo": (11,), "kimi": (0.5,)}.get(name, ())
-    loss = NAMES[name](*arguments)
+    loss = loss_of(name)
     return replace(loss, kl=draw(penalties()), entropy_coef=draw(st.sampled_from((0.0, 0.01))))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from by_name import loss_of
 
 import fused_rl
 from fused_rl import (
@@ -18,7 +19,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-ARGUMENTS = {"dr_grpo": (5,), "kimi": (0.1,)}
 HALF = [torch.float16, torch.bfloat16]
 
 
@@ -161,7 +161,7 @@ def policy_batch(shape=(4, 8), V=500):
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_one_pass_is_two_passes(name):
     batch = policy_batch()
-    loss = NAMES[name](*ARGUMENTS.get(name, ()))
+    loss = loss_of(name)
     hidden = torch.randn(4, 8, 32, device="cuda").requires_grad_()
     weight = torch.randn(500, 32, device="cuda").requires_grad_()
     stats = linear_logprobs(hidden, weight, batch.labels.reshape(4, 8))
@@ -176,7 +176,7 @@ def test_one_pass_is_two_passes(name):
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"clip_cov", "kl_cov"}))
 def test_a_loss_waits_for_nothing(name):
     batch = policy_batch()
-    loss = NAMES[name](*ARGUMENTS.get(name, ()))
+    loss = loss_of(name)
     logprobs = torch.full((32,), -6.5, device="cuda").requires_grad_()
     stats = TokenStats(logprobs, torch.ones(32, device="cuda"))
     torch.cuda.set_sync_debug_mode("error")

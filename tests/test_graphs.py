@@ -8,13 +8,13 @@ import dataclasses
 
 import pytest
 import torch
+from by_name import loss_of
 from torch.overrides import TorchFunctionMode
 
 from fused_rl import TokenBatch, TokenStats
 from fused_rl.losses import NAMES
 
 SHAPE = (4, 5)
-ARGUMENTS = {"dr_grpo": (5,), "kimi": (0.1,)}
 # They choose as many tokens as a share of those that count: a number that is asked for.
 ASKING = {"clip_cov", "kl_cov"}
 COPIES = {"tensor", "as_tensor", "new_tensor", "from_numpy", "asarray"}
@@ -46,7 +46,7 @@ def on_the_device() -> tuple[TokenStats, TokenBatch]:
 @pytest.mark.parametrize("name", sorted(set(NAMES) - ASKING))
 def test_a_loss_copies_nothing_from_the_host(name):
     stats, batch = on_the_device()
-    loss = NAMES[name](*ARGUMENTS.get(name, ()))
+    loss = loss_of(name)
     with Calls() as calls:
         output = loss(stats, batch)
         torch.autograd.grad(output.loss, stats.logprobs)

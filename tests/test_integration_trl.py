@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import word_tokenizer
 from torch import Tensor
 
 import fused_rl
@@ -39,18 +40,6 @@ def unpatched(threads):
     torch.set_num_threads(1)
     yield
     integration.unpatch()
-
-
-def tokenizer():
-    """One token per word; made here, since nothing is downloaded."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    words = [*special.values(), *(f"w{i}" for i in range(V - 3))]
-    built = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    built.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=built, padding_side="left", **special)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +104,7 @@ def arguments(trl, model_path, tmp_path, monkeypatch) -> Callable:
             "model": model_path,
             "reward_funcs": reward,
             "args": args,
-            "processing_class": tokenizer(),
+            "processing_class": word_tokenizer(V),
             "train_dataset": Dataset.from_dict({"prompt": prompts}),
         }
 
@@ -694,7 +683,7 @@ def test_other_trainers_take_the_same_way(trl, model_path, tmp_path, monkeypatch
             model=model_path,
             args=args,
             train_dataset=Dataset.from_dict(columns),
-            processing_class=tokenizer(),
+            processing_class=word_tokenizer(V),
             **extra,
         )
         return history(trainer)

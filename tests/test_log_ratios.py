@@ -9,13 +9,13 @@ import math
 
 import pytest
 import torch
+from by_name import loss_of
 
 import fused_rl
 from fused_rl import (
     KL,
     KLPenalty,
     Level,
-    PolicyLoss,
     TokenBatch,
     TokenStats,
     kl_penalty,
@@ -27,7 +27,6 @@ from fused_rl import (
 from fused_rl.log_ratios import log_ratio
 
 NAN, INF = math.nan, math.inf
-NEEDS = {"dr_grpo": {"length": 11}, "kimi": {"tau": 0.5}}
 B, T, V, H = 4, 6, 13, 5
 MASK = torch.arange(T) < torch.tensor([6, 2, 0, 5])[:, None]
 # Counted tokens of two sequences; a sequence's other tokens stay known.
@@ -40,10 +39,6 @@ PENALTIES = [
         *((Level.SEQUENCE, level) for level in (None, Level.SEQUENCE, Level.GEOMETRIC)),
     )
 ]
-
-
-def constructed(name: str, **options) -> PolicyLoss:
-    return losses.NAMES[name](**NEEDS.get(name, {}), **options)
 
 
 class Step:
@@ -93,7 +88,7 @@ class Step:
 @pytest.mark.parametrize("which", ["old_logprobs", "ref_logprobs", "weights"])
 @pytest.mark.parametrize("name", losses.NAMES)
 def test_nan_counts_as_the_policys_own(name, which):
-    step, loss = Step(), constructed(name, beta=0.1, entropy_coef=0.1)
+    step, loss = Step(), loss_of(name, beta=0.1, entropy_coef=0.1)
     neutral = torch.ones(B, T).double() if which == "weights" else step.own
     dirty = step.batch(**{which: step.put(which, NAN)})
     clean = step.batch(**{which: step.put(which, neutral)})
@@ -132,8 +127,8 @@ def test_everything_not_known_is_reinforce():
     unknown = step.batch(**dict.fromkeys(step.given, nothing))
     bare = TokenBatch.padded(step.labels, MASK, step.advantages)
     for name in ("grpo", "gspo", "rloo", "gmpo", "ppo"):
-        *found, metrics = step.results(constructed(name, beta=0.1), unknown)
-        *right, _ = step.results(constructed(name), bare)
+        *found, metrics = step.results(loss_of(name, beta=0.1), unknown)
+        *right, _ = step.results(loss_of(name), bare)
         for a, b in zip(found, right, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
         assert metrics["unknown_fraction"] == metrics["ratio_max"] == 1
@@ -143,7 +138,7 @@ def test_everything_not_known_is_reinforce():
 @pytest.mark.parametrize("name", losses.NAMES)
 def test_infinities_stay_finite_for_every_loss(name):
     """Of both signs within a sequence, so that their sum is no number; and where all agree."""
-    step, loss = Step(), constructed(name, beta=0.1, entropy_coef=0.1)
+    step, loss = Step(), loss_of(name, beta=0.1, entropy_coef=0.1)
     for which, (a, b) in itertools.product(
         ("old_logprobs", "ref_logprobs"), itertools.product((INF, -INF), repeat=2)
     ):
@@ -215,13 +210,13 @@ def test_a_policy_of_nan_is_broken_and_says_so():
         step.hidden[0, 1] = NAN
     for two_passes in (False, True):
         for old in (step.given["old_logprobs"], None):
-            loss, *_ = step.results(constructed("grpo"), step.batch(old_logprobs=old), two_passes)
+            loss, *_ = step.results(loss_of("grpo"), step.batch(old_logprobs=old), two_passes)
             assert loss.isnan()
 
 
 @pytest.mark.parametrize("name", losses.NAMES)
 def test_nan_outside_the_mask_reaches_nothing_and_is_not_counted(name):
-    step, loss = Step(), constructed(name, beta=0.1)
+    step, loss = Step(), loss_of(name, beta=0.1)
     dirty = {key: tensor.where(MASK, NAN) for key, tensor in step.given.items()}
     *found, metrics = step.results(loss, step.batch(**dirty))
     *right, _ = step.results(loss, step.batch())

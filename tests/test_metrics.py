@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
+from by_name import loss_of
 
 import fused_rl
 from fused_rl import Clip, ClipCov, PolicyLoss, TokenBatch, TokenStats, losses
-
-NEEDS = {"dr_grpo": {"length": 11}, "kimi": {"tau": 0.5}}
 
 
 def packed(ratios: list[float], advantages: list[float], cu_seqlens: list[int]):
@@ -89,7 +88,7 @@ def test_a_loss_made_inside_a_compiled_function(name):
     stats, batch = packed(RATIOS, ADVANTAGES, [0, 4, 12])
 
     def output(stats, batch):
-        return losses.NAMES[name](**NEEDS.get(name, {}), beta=0.1, entropy_coef=0.1)(stats, batch)
+        return loss_of(name, beta=0.1, entropy_coef=0.1)(stats, batch)
 
     torch._dynamo.reset()
     compiled = torch.compile(output, fullgraph=True, backend="eager")(stats, batch)

@@ -7,6 +7,7 @@ import drawn
 import naive
 import pytest
 import torch
+from by_name import loss_of
 from hypothesis import given
 
 import fused_rl
@@ -55,12 +56,7 @@ NAIVE = {
     "dro": ({}, naive.token, naive.dro, naive.token_mean),
     "aspo": ({}, naive.token, naive.aspo, naive.token_mean),
 }
-NEEDS = {"dr_grpo": {"length": 11}, "kimi": {"tau": 0.5}}
 BY_TOKENS = {n for n, (_, _, _, mean) in NAIVE.items() if mean is naive.token_mean}
-
-
-def constructed(name: str, **options) -> fused_rl.PolicyLoss:
-    return losses.NAMES[name](**NEEDS.get(name, {}), **options)
 
 
 def test_every_name_is_public_and_has_a_naive_formula():
@@ -167,7 +163,7 @@ def test_uneven_micro_batches_add_up_to_the_step(name):
     step = Step()
     terms = {"beta": 0.1, "entropy_coef": 0.02}
     count = {"num_tokens": 18} if name in BY_TOKENS else {"num_sequences": 6}
-    whole, part = constructed(name, **terms), constructed(name, **terms, **count)
+    whole, part = loss_of(name, **terms), loss_of(name, **terms, **count)
     expected = step.gradients(whole)
     total = [torch.zeros_like(g) for g in expected]
     for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
@@ -180,7 +176,7 @@ def test_uneven_micro_batches_add_up_to_the_step(name):
 @pytest.mark.parametrize("name", losses.NAMES)
 def test_padded_and_packed_are_the_same_loss(name):
     step = Step()
-    loss = constructed(name, beta=0.1)
+    loss = loss_of(name, beta=0.1)
     mask = step.mask
     packed = TokenBatch.packed(
         step.labels[mask],
@@ -199,7 +195,7 @@ def test_padded_and_packed_are_the_same_loss(name):
 @pytest.mark.parametrize("name", losses.NAMES)
 def test_the_head_takes_one_pass_where_tokens_are_separable(name):
     step = Step()
-    loss = constructed(name, beta=0.1, entropy_coef=0.05)
+    loss = loss_of(name, beta=0.1, entropy_coef=0.05)
     batch = step.batch(weights=step.weights)
     output = linear_policy_loss(step.hidden, step.weight, batch, loss)
     one_pass = type(output.loss.grad_fn).__name__ == "_OnePassBackward"
@@ -215,7 +211,7 @@ def test_nothing_counted_is_a_loss_of_0_with_gradients_of_0(name):
     for mask in (torch.zeros(2, 3).bool(), torch.zeros(0, 3).bool()):
         rows = slice(len(mask))
         batch = TokenBatch.padded(torch.zeros_like(mask).long(), mask, torch.ones(len(mask)))
-        output = linear_policy_loss(hidden[rows], weight, batch, constructed(name))
+        output = linear_policy_loss(hidden[rows], weight, batch, loss_of(name))
         gradients = torch.autograd.grad(output.loss, (hidden, weight))
         assert output.loss == 0 and not any(g.any() for g in gradients)
         assert all(value.isfinite() for value in output.metrics.values())
@@ -226,7 +222,7 @@ def test_weights_multiply_the_surrogate_and_nothing_else(name):
     step = Step()
     stats = TokenStats(*(t.detach() for t in step.stats()))
     plain, weighted = step.batch(), step.batch(weights=step.weights)
-    loss = constructed(name, beta=0.3, entropy_coef=0.2)
+    loss = loss_of(name, beta=0.3, entropy_coef=0.2)
     bare = replace(loss, kl=None, entropy_coef=0.0)
     terms = loss.objective(stats, plain) - bare.objective(stats, plain)
     found = loss.objective(stats, weighted) - bare.objective(stats, weighted)
@@ -237,10 +233,10 @@ def test_weights_multiply_the_surrogate_and_nothing_else(name):
     torch.testing.assert_close(bare.objective(stats, weighted), expected)
 
 
-@pytest.mark.parametrize("name", [n for n in losses.NAMES if constructed(n).token_separable])
+@pytest.mark.parametrize("name", [n for n in losses.NAMES if loss_of(n).token_separable])
 def test_separable_losses_compile_into_one_graph(name):
     step = Step()
-    batch, loss = step.batch(), constructed(name, beta=0.1, entropy_coef=0.1)
+    batch, loss = step.batch(), loss_of(name, beta=0.1, entropy_coef=0.1)
     logprobs = step.stats().logprobs.detach().requires_grad_()
     entropy = step.stats().entropy.detach()
 
@@ -254,9 +250,9 @@ def test_separable_losses_compile_into_one_graph(name):
 
 def test_terms_reach_the_loss():
     for name in losses.NAMES:
-        loss = constructed(name, beta=0.1, kl=KL.K1, kl_grad=KL.K2, entropy_coef=0.3)
+        loss = loss_of(name, beta=0.1, kl=KL.K1, kl_grad=KL.K2, entropy_coef=0.3)
         assert loss.kl == KLPenalty(0.1, KL.K1, KL.K2) and loss.entropy_coef == 0.3
-        assert constructed(name).kl == KLPenalty(0.0)
+        assert loss_of(name).kl == KLPenalty(0.0)
     beta = torch.tensor(0.0)
     assert named.grpo(beta=beta).kl.beta is beta
     with pytest.raises(TypeError, match="clip_higher"):

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from by_name import loss_of
 
 import fused_rl
 from fused_rl import (
@@ -22,13 +23,8 @@ from fused_rl import (
 )
 
 B, T, V, H = 3, 5, 17, 6
-NEEDS = {"dr_grpo": {"length": 11}, "kimi": {"tau": 0.5}}
 TENSORS = ["labels", "loss_mask", "advantages", "old_logprobs", "ref_logprobs", "weights"]
 WAYS = ["one pass", "two passes"]
-
-
-def constructed(name: str, **options) -> fused_rl.PolicyLoss:
-    return losses.NAMES[name](**NEEDS.get(name, {}), **options)
 
 
 class Step:
@@ -224,7 +220,7 @@ def test_metrics_under_inference_mode(name):
         stats = TokenStats(
             *(t.detach() for t in linear_logprobs(step.hidden, step.head, step.labels))
         )
-        right = constructed(name, beta=beta)(stats, step.batch).metrics
+        right = loss_of(name, beta=beta)(stats, step.batch).metrics
         with torch.inference_mode():
             born = TokenStats(*(t.clone() for t in stats))
             parts = {
@@ -234,8 +230,8 @@ def test_metrics_under_inference_mode(name):
             }
             own_beta = torch.tensor(beta, dtype=torch.float64) if beta else beta
             for found in (
-                constructed(name, beta=beta)(stats, step.batch),
-                constructed(name, beta=own_beta)(born, replace(step.batch, **parts)),
+                loss_of(name, beta=beta)(stats, step.batch),
+                loss_of(name, beta=own_beta)(born, replace(step.batch, **parts)),
             ):
                 assert found.metrics.keys() == right.keys()
                 for key, value in right.items():
@@ -304,7 +300,7 @@ def test_batches_and_results_are_loaded_as_weights_only():
 @pytest.mark.parametrize(
     "thing",
     [
-        *(constructed(name, beta=0.1, kl=fused_rl.KL.K2) for name in losses.NAMES),
+        *(loss_of(name, beta=0.1, kl=fused_rl.KL.K2) for name in losses.NAMES),
         fused_rl.PolicyLoss(kl=KLPenalty(0.1, level=Level.SEQUENCE, importance=Level.GEOMETRIC)),
         fused_rl.AdaptiveBeta(0.1, 0.2),
         fused_rl.AnnealedBeta(1.0, 0.1, 10, fused_rl.Anneal.COSINE, done=3),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_models import word_tokenizer
 
 import fused_rl
 from fused_rl.integrations import trl as integration
@@ -28,18 +29,6 @@ def unpatched(threads, monkeypatch):
     torch.set_num_threads(1)
     yield
     integration.unpatch()
-
-
-def tokenizer():
-    """One token per word; made here, since nothing is downloaded."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    words = [*special.values(), *(f"w{i}" for i in range(V - 3))]
-    built = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    built.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=built, padding_side="left", **special)
 
 
 MODELS = {
@@ -107,7 +96,7 @@ def preference_trainer(
         model=path,
         args=getattr(trl, f"{kind}Config")(**options(tmp_path, **loading, **more)),
         train_dataset=Dataset.from_dict(columns),
-        processing_class=tokenizer(),
+        processing_class=word_tokenizer(V),
         peft_config=adapter,
     )
 
@@ -229,7 +218,7 @@ def test_a_mixture_of_experts_keeps_its_balance(saved, tmp_path, coef, accumulat
         reward_funcs=share,
         args=trl.GRPOConfig(**options(tmp_path, **more)),
         train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 5}" for i in range(8)]}),
-        processing_class=tokenizer(),
+        processing_class=word_tokenizer(V),
         policy_loss=fused_rl.dapo(clip_high=0.2),
     )
     ours, base = trainer._compute_loss, trl.GRPOTrainer

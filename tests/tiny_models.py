@@ -188,3 +188,15 @@ def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
     if "mrope_section" in parameters:
         return {**parameters, "mrope_section": [2, 1, 1]}
     return {k: _rope(v) if isinstance(v, dict) else v for k, v in parameters.items()}
+
+
+def word_tokenizer(size: int):
+    """One token per word, `size` of them; made here, since nothing is downloaded."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    words = [*special.values(), *(f"w{i}" for i in range(size - 3))]
+    built = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=built, padding_side="left", **special)
