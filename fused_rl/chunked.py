@@ -14,6 +14,13 @@ from fused_rl import reference
 from fused_rl.reference import acc_dtype
 
 
+def autocasts(kind: str) -> bool:
+    """Whether torch.autocast is on for that type of device, which need not have one."""
+    # To ask what a device has ends a graph of torch 2.11.
+    has = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return has and torch.is_autocast_enabled(kind)
+
+
 def in_full(body: Callable) -> Callable:
     """An operator's body, outside torch.autocast: who called it has cast what is to be cast, and
     the products in here keep the dtypes that they are given. Its signature is the operator's.
@@ -22,7 +29,7 @@ def in_full(body: Callable) -> Callable:
     @functools.wraps(body)
     def run(*args, **options):
         kind = next(a.device.type for a in args if isinstance(a, Tensor))
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        if not autocasts(kind):
             return body(*args, **options)
         with torch.autocast(kind, enabled=False):
             return body(*args, **options)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_rl import checks, filter_ops, ops
-from fused_rl.chunked import kept_dtype
+from fused_rl.chunked import autocasts, kept_dtype
 from fused_rl.derivatives import call, transformed
 from fused_rl.head import LMHead
 
@@ -201,9 +201,7 @@ def flat_arguments(
     checks.same_device(hidden=hidden, weight=head.weight, labels=labels)
     weight = head.weight
     kind = hidden.device.type
-    # To ask whether a device has autocast at all ends a graph of torch 2.11.
-    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
-    if has_autocast and torch.is_autocast_enabled(kind):
+    if autocasts(kind):
         hidden, weight = (_autocast(t, torch.get_autocast_dtype(kind)) for t in (hidden, weight))
     flat = hidden.reshape(-1, hidden.shape[-1])
     t = flat_temperature(temperature, labels, ops.acc_dtype(hidden, weight))
