@@ -21,7 +21,7 @@ stay with TRL's own function, as a whole: models whose head ZeRO-3 has sharded, 
 again in its backward pass; and a DPO or KTO trainer with precompute_ref_log_probs=True, since its
 reference log-probs may be from before patch(), or from a file. All other calls are ours. What only
 DPO and KTO ask for, `log_sum_sq_probs` (use_weighting) and the `mean_logits` of a model with a
-softcap (Gemma 2), takes a second pass over the weight, without gradient.
+softcap (Gemma 2), takes a second pass over the weight, without gradient and in float32.
 
 `is_top1`, from which SFT and DPO take their token accuracy, compares float32 logits, where TRL's
 function compares those it rounded to the dtype of the model; and words that tie are all the most
@@ -61,6 +61,7 @@ import torch
 from torch import Tensor
 
 from fused_rl.batch import TokenBatch
+from fused_rl.chunked import in_full
 from fused_rl.head import LMHead
 from fused_rl.logprobs import linear_top_logprobs
 from fused_rl.losses import Loss, LossOutput, linear_policy_loss
@@ -144,11 +145,11 @@ def _of_all_logits(hidden: Tensor, head: LMHead, temperature: float) -> tuple[Te
     step = max(_LOGITS // max(len(hidden), 1), 1)
     at = torch.full(hidden.shape[:1], temperature, dtype=torch.float64, device=hidden.device)
     once, twice, total = [], [], 0.0
+    formed = in_full(logits)
     for start in range(0, V, step):
         rows = slice(start, start + step)
         bias = None if head.bias is None else head.bias[rows]
-        with torch.autocast(hidden.device.type, enabled=False):
-            z = logits(hidden, head.weight[rows], bias, at, head.scale, head.softcap or 0.0)
+        z = formed(hidden, head.weight[rows], bias, at, head.scale, head.softcap or 0.0)
         once.append(z.logsumexp(-1))
         twice.append((2 * z).logsumexp(-1))
         total = total + z.sum(-1)

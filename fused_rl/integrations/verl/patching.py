@@ -88,8 +88,8 @@ def _takes_what_ours_takes(place: str, theirs: Any, ours: Any) -> None:
         if their_names != our_names[: len(their_names)]:
             raise RuntimeError(
                 f"verl {_version()} is not one that fused_rl can patch: {place} takes "
-                f"({', '.join(their_names)}), not ({', '.join(our_names)}). Versions 0.8.0, 0.9.0 "
-                "and 0.9.1 are known to work; use one of them, or verl without the patch"
+                f"({', '.join(their_names)}), not ({', '.join(our_names)}). Those of 0.8.0, 0.9.0 "
+                "and 0.9.1 are known: use one of them, or verl without the patch"
             )
 
 
