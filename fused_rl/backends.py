@@ -42,5 +42,5 @@ def _cuda() -> Backend:
     if not ops.HAS_TRITON:
         note = f"triton is not installed: pip install triton{here}"
         return Backend("cuda", "reference (plain torch)", note)
-    note = "float64 in plain torch; proved in the interpreter and ahead of time, run on an H200"
+    note = "float64 in plain torch; proved in the interpreter, run on an H100 and an H200"
     return Backend("cuda", "Triton", note + here)
