@@ -4,8 +4,8 @@ from functools import partial
 
 import torch
 
-from fused_rl.bench import KINDS, NO_GRAD, head_task
-from fused_rl.bench_peers import PEERS, Case
+from fused_rl.bench.peers import PEERS, Case
+from fused_rl.bench.tasks import KINDS, NO_GRAD, head_task
 
 SHAPES = ((1024, 1024, 32768), (256, 896, 151936))  # N, H, V
 QUICK = (16, 16, 104)

@@ -1,6 +1,6 @@
 """k3 per token from log-probs, and its gradient."""
 
-from fused_rl.bench_ops import KL_PEERS, kl_task
+from fused_rl.bench.ops import KL_PEERS, kl_task
 
 SHAPES = ((16384,), (1048576,))  # N
 QUICK = (64,)

@@ -2,8 +2,8 @@
 
 import torch
 
-from fused_rl.bench import NO_GRAD, head_task
-from fused_rl.bench_peers import PEERS, Case
+from fused_rl.bench.peers import PEERS, Case
+from fused_rl.bench.tasks import NO_GRAD, head_task
 
 SHAPES = ((1024, 1024, 32768), (256, 896, 151936))  # N, H, V
 QUICK = (16, 16, 104)

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from fused_rl.bench_ops import LOGITS_PEERS, logits_task
+from fused_rl.bench.ops import LOGITS_PEERS, logits_task
 
 SHAPES = ((1024, 32768), (256, 151936))  # N, V
 QUICK = (16, 104)

@@ -1,18 +1,18 @@
 """Each op and whole GRPO steps through pytest-benchmark: `make bench-pytest`, or `pytest bench`.
 
-A file names its TASKS (name -> maker of a fused_rl.bench.Task), SHAPES, the QUICK one, PROVIDERS
-and the PEERS that they are found in. Here a provider is judged first, and fails if it is wrong;
-then it is timed. extra_info has the median ratio to interleaved bare work (products of the same
-shape; for ops without one, a copy), the peak of extra memory, the error and the versions.
+A file names its TASKS (name -> maker of a fused_rl.bench.tasks.Task), SHAPES, the QUICK one,
+PROVIDERS and the PEERS that they are found in. Here a provider is judged first, and fails if it is
+wrong; then it is timed. extra_info has the median ratio to interleaved bare work (products of the
+same shape; for ops without one, a copy), the peak of extra memory, the error and the versions.
 """
 
 import pytest
 import torch
 
-from fused_rl.bench import Task, environment, judged, times
-from fused_rl.bench_clock import Clock, interleaved, peak_extra_bytes
-from fused_rl.bench_peers import Missing
-from fused_rl.bench_records import PRODUCTS
+from fused_rl.bench.clock import Clock, interleaved, peak_extra_bytes
+from fused_rl.bench.peers import Missing
+from fused_rl.bench.records import PRODUCTS
+from fused_rl.bench.tasks import Task, environment, judged, times
 
 ROUNDS, QUICK_ROUNDS = 7, 2
 

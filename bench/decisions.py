@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from fused_rl import grpo, linear_logprobs, ops
-from fused_rl.bench import gradient_error, judged_rows, stats_errors
-from fused_rl.bench_clock import Clock, interleaved
-from fused_rl.bench_peers import BETA, Case, batch_of, gradients, products, steps
-from fused_rl.bench_records import PRODUCTS, Record
+from fused_rl.bench.clock import Clock, interleaved
+from fused_rl.bench.peers import BETA, Case, batch_of, gradients, products, steps
+from fused_rl.bench.records import PRODUCTS, Record
+from fused_rl.bench.tasks import gradient_error, judged_rows, stats_errors
 
 Call = Callable[[], Any]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 import fused_rl
-from fused_rl.bench_records import Record
+from fused_rl.bench.records import Record
 
 LOGPROB_ERROR = 5e-5
 # Relative error that gradients may have: a rounding or two to the dtype.

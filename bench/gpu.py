@@ -39,11 +39,21 @@ from gpu_peers import EXTRA
 from gpu_report import show
 from interpreted import Launches
 
-from fused_rl.bench import KINDS, NO_GRAD, STEP, Kind, Task, environment, head_task, times, usable
-from fused_rl.bench import judged as judged_by
-from fused_rl.bench_clock import Clock, interleaved, peak_extra_bytes
-from fused_rl.bench_peers import USUAL_PEERS, Case
-from fused_rl.bench_records import OURS, PRODUCTS
+from fused_rl.bench.clock import Clock, interleaved, peak_extra_bytes
+from fused_rl.bench.peers import USUAL_PEERS, Case
+from fused_rl.bench.records import OURS, PRODUCTS
+from fused_rl.bench.tasks import (
+    KINDS,
+    NO_GRAD,
+    STEP,
+    Kind,
+    Task,
+    environment,
+    head_task,
+    times,
+    usable,
+)
+from fused_rl.bench.tasks import judged as judged_by
 
 Record = dict[str, Any]
 SHAPES = {

@@ -1,10 +1,10 @@
-"""A peer that only a GPU has a use for, beside those of fused_rl.bench_peers."""
+"""A peer that only a GPU has a use for, beside those of fused_rl.bench.peers."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fused_rl.bench_peers import PEERS, Peer, Stats
+from fused_rl.bench.peers import PEERS, Peer, Stats
 
 
 def liger_scaled() -> Stats:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from run import replace_block, row
 
-from fused_rl.bench import KINDS
-from fused_rl.bench_records import OURS, PRODUCTS, Content, Record
+from fused_rl.bench.records import OURS, PRODUCTS, Content, Record
+from fused_rl.bench.tasks import KINDS
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fused_rl.bench_records import MIB, Record, error_of
+from fused_rl.bench.records import MIB, Record, error_of
 
 
 def show(content: Record) -> None:

@@ -24,10 +24,10 @@ from run import replace_block
 from torch import Tensor
 
 import fused_rl
-from fused_rl.bench import environment
-from fused_rl.bench_clock import Clock, interleaved
-from fused_rl.bench_peers import eager
-from fused_rl.outputs import try_folder, write_json
+from fused_rl.bench.clock import Clock, interleaved
+from fused_rl.bench.peers import eager
+from fused_rl.bench.tasks import environment
+from fused_rl.system.outputs import try_folder, write_json
 
 WORDS, WIDTH, LENGTH, BATCH = 32768, 512, 256, 4
 FILTERS = (1e-3, 2.0**-12, 1e-4, 1e-5)

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 from fused_rl import cli
-from fused_rl.bench_figures import write_figures
-from fused_rl.bench_records import (
+from fused_rl.bench.figures import write_figures
+from fused_rl.bench.records import (
     MIB,
     PRODUCTS,
     Content,
@@ -27,8 +27,8 @@ from fused_rl.bench_records import (
     of_first_shape,
     read_result,
 )
-from fused_rl.outputs import replacing, try_folder
-from fused_rl.signals import stoppable
+from fused_rl.system.outputs import replacing, try_folder
+from fused_rl.system.signals import stoppable
 
 RESULTS = "bench/results"
 # Words of a processor's name that do not tell it from others.
@@ -58,8 +58,8 @@ def measure(options: list[str], name: str | None, page: Path) -> int:
     """
     from rich.console import Console
 
-    from fused_rl.bench_report import show, write_data
-    from fused_rl.bench_run import BenchConfig, measured, status
+    from fused_rl.bench.report import show, write_data
+    from fused_rl.bench.run import BenchConfig, measured, status
 
     parsed = cli.build_parser().parse_args(["bench", "--sweep", "--out", RESULTS, *options])
     try:

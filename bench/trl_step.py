@@ -31,11 +31,11 @@ import torch
 from run import replace_block
 
 import fused_rl
-from fused_rl.bench import environment
-from fused_rl.bench_clock import status
-from fused_rl.bench_records import MIB, Record
+from fused_rl.bench.clock import status
+from fused_rl.bench.records import MIB, Record
+from fused_rl.bench.tasks import environment
 from fused_rl.integrations import trl as integration
-from fused_rl.outputs import try_folder, write_json
+from fused_rl.system.outputs import try_folder, write_json
 
 WAYS = ("TRL", "TRL, patched()", "FusedGRPOTrainer")
 GENERATIONS = 8  # completions of a prompt

@@ -3,35 +3,14 @@
 import torch
 
 from fused_rl import ops_cuda as _ops_cuda  # noqa: F401 - registers the kernels for CUDA
-from fused_rl.advantages import (
-    GAEOutput,
-    clipped_value_loss,
-    discounted_returns,
-    gae,
-    group_mean_advantages,
-    group_zscore_advantages,
-    leave_one_out_advantages,
-    length_weighted_advantages,
-    pass_at_k_advantages,
-    reinforce_plus_plus_advantages,
-    reinforce_plus_plus_baseline_advantages,
-)
 from fused_rl.backends import Backend, backends
-from fused_rl.batch import TokenBatch
 from fused_rl.checkout import find_kernels as _find_kernels
-from fused_rl.diagnosis import Finding, Thresholds, diagnose
 from fused_rl.head import LMHead
 from fused_rl.kept import KeptStats, linear_kept_logprobs
 from fused_rl.kl import KL, kl_penalty
-from fused_rl.logprobs import (
-    TokenStats,
-    TopStats,
-    linear_logprobs,
-    linear_top_logprobs,
-    logprobs_from_logits,
-)
-from fused_rl.losses import linear_policy_loss
-from fused_rl.means import (
+from fused_rl.logprobs import linear_logprobs, linear_top_logprobs, logprobs_from_logits
+from fused_rl.losses.batch import TokenBatch
+from fused_rl.losses.means import (
     FixedLengthMean,
     LengthWeightedMean,
     RolloutMean,
@@ -40,15 +19,7 @@ from fused_rl.means import (
     TokenMean,
     TokenSum,
 )
-from fused_rl.mismatch import (
-    acceptance_mask,
-    masked_weights,
-    off_policy_sequence_mask,
-    top_entropy_mask,
-    truncated_weights,
-    veto_mask,
-)
-from fused_rl.named import (
+from fused_rl.losses.named import (
     aspo,
     bnpo,
     cispo,
@@ -71,28 +42,17 @@ from fused_rl.named import (
     sapo,
     vespo,
 )
-from fused_rl.overoptimisation import RewardCurve, RewardForm, fit_reward_curve
-from fused_rl.penalties import KLPenalty
-from fused_rl.policy import LossOutput, PolicyLoss
-from fused_rl.ratios import (
+from fused_rl.losses.penalties import KLPenalty
+from fused_rl.losses.policy import LossOutput, PolicyLoss
+from fused_rl.losses.ratios import (
     ClippedSequenceRatio,
     FullProductRatio,
     SequenceRatio,
     SequenceTokenRatio,
     TokenRatio,
 )
-from fused_rl.rewards import (
-    Moments,
-    length_rewards,
-    merge_moments,
-    moments,
-    overlong_penalty,
-    shape_rewards,
-    whiten,
-)
-from fused_rl.schedules import AdaptiveBeta, Anneal, AnnealedBeta, FixedBeta
-from fused_rl.sequences import Level
-from fused_rl.surrogates import (
+from fused_rl.losses.sequences import Level
+from fused_rl.losses.surrogates import (
     ASPO,
     CISPO,
     DRO,
@@ -104,7 +64,42 @@ from fused_rl.surrogates import (
     Surrogate,
     Unclipped,
 )
-from fused_rl.trust_regions import DPPOKL, DPPOTV, ClipCov, KLCov
+from fused_rl.losses.trust_regions import DPPOKL, DPPOTV, ClipCov, KLCov
+from fused_rl.one_pass import linear_policy_loss
+from fused_rl.rollouts.advantages import (
+    GAEOutput,
+    clipped_value_loss,
+    discounted_returns,
+    gae,
+    group_mean_advantages,
+    group_zscore_advantages,
+    leave_one_out_advantages,
+    length_weighted_advantages,
+    pass_at_k_advantages,
+    reinforce_plus_plus_advantages,
+    reinforce_plus_plus_baseline_advantages,
+)
+from fused_rl.rollouts.diagnosis import Finding, Thresholds, diagnose
+from fused_rl.rollouts.mismatch import (
+    acceptance_mask,
+    masked_weights,
+    off_policy_sequence_mask,
+    top_entropy_mask,
+    truncated_weights,
+    veto_mask,
+)
+from fused_rl.rollouts.overoptimisation import RewardCurve, RewardForm, fit_reward_curve
+from fused_rl.rollouts.rewards import (
+    Moments,
+    length_rewards,
+    merge_moments,
+    moments,
+    overlong_penalty,
+    shape_rewards,
+    whiten,
+)
+from fused_rl.rollouts.schedules import AdaptiveBeta, Anneal, AnnealedBeta, FixedBeta
+from fused_rl.stats import TokenStats, TopStats
 
 _find_kernels()
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 import fused_rl
-from fused_rl import bench_peers, outputs, signals
-from fused_rl.cli_numbers import not_negative, positive, seed
+from fused_rl.bench import peers
+from fused_rl.system import outputs, signals
+from fused_rl.system.numbers import not_negative, positive, seed
 
 DEMO_NEEDS = ("transformers", "rich", "matplotlib")
 BENCH_NEEDS = ("rich", "matplotlib")
@@ -113,14 +114,14 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         "bench.json, bench.csv and pictures. `fused-rl bench compare A.json B.json` compares two.",
     )
     add = bench_parser.add_argument
-    add("--preset", choices=bench_peers.PRESETS, help="the head of a model: sets H and V")
+    add("--preset", choices=peers.PRESETS, help="the head of a model: sets H and V")
     add("--tokens", type=positive, default=1024, help="N, a multiple of 8 (default: 1024)")
     add("--hidden", type=positive, help="H (default: 1024)")
     add("--vocabulary", type=positive, help="V (default: 32768)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of hidden and weight")
-    add("--device", choices=tuple(bench_peers.USUAL_PEERS), default="cpu")
-    peers = ", ".join(bench_peers.PEERS)
-    add("--peers", help=f"of {peers}; or none (default: those found)")
+    add("--device", choices=tuple(peers.USUAL_PEERS), default="cpu")
+    names = ", ".join(peers.PEERS)
+    add("--peers", help=f"of {names}; or none (default: those found)")
     add("--rounds", type=positive, default=7, help="timed rounds (default: 7)")
     add("--sweep", action="store_true", help="smaller N, V, H and more padding, for curves")
     add("--out", metavar="DIR", default="out/bench", help="where the results go")
@@ -185,8 +186,8 @@ def demo(arguments: argparse.Namespace) -> int:
     """Runs the demo, if what it needs is there."""
     if missing := missing_of(DEMO_NEEDS):
         return usage_error("demo", f'needs {missing}: pip install "fused-rl[demo]"')
-    from fused_rl.demo import DemoConfig, run
-    from fused_rl.demo_task import UnusableModel
+    from fused_rl.demo.task import UnusableModel
+    from fused_rl.demo.train import DemoConfig, run
 
     options = {name: value for name, value in vars(arguments).items() if name != "command"}
     try:
@@ -199,7 +200,7 @@ def bench(arguments: argparse.Namespace) -> int:
     """Runs the benchmark, if what it needs is there."""
     if missing := missing_of(BENCH_NEEDS):
         return usage_error("bench", f'needs {missing}: pip install "fused-rl[bench]"')
-    from fused_rl.bench_run import BenchConfig, run
+    from fused_rl.bench.run import BenchConfig, run
 
     try:
         config = BenchConfig(**bench_options(arguments))
@@ -216,10 +217,10 @@ def bench_options(arguments: argparse.Namespace) -> dict:
     options = {name: value for name, value in vars(arguments).items() if value is not None}
     del options["command"]
     if preset := options.pop("preset", None):
-        H, V = bench_peers.PRESETS[preset]
+        H, V = peers.PRESETS[preset]
         options = {"hidden": H, "vocabulary": V, **options}
-    peers = options.get("peers", ",".join(bench_peers.USUAL_PEERS[arguments.device]))
-    options["peers"] = () if peers == "none" else tuple(peers.split(","))
+    chosen = options.get("peers", ",".join(peers.USUAL_PEERS[arguments.device]))
+    options["peers"] = () if chosen == "none" else tuple(chosen.split(","))
     return options
 
 
@@ -227,7 +228,7 @@ def compare(arguments: argparse.Namespace) -> int:
     """Compares two results of the benchmark."""
     if missing := missing_of(("rich",)):
         return usage_error("bench compare", f'needs {missing}: pip install "fused-rl[bench]"')
-    from fused_rl.bench_report import compare_files
+    from fused_rl.bench.report import compare_files
 
     try:
         return compare_files(arguments.before, arguments.after)
@@ -241,7 +242,7 @@ def plan(arguments: argparse.Namespace) -> int:
         return usage_error("plan", f'needs {missing}: pip install "fused-rl[bench]"')
     from rich.console import Console
 
-    from fused_rl import plan as planner
+    from fused_rl.plan import memory as planner
 
     options = {
         "dtype": getattr(torch, arguments.dtype),
@@ -260,7 +261,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def export_hub(arguments: argparse.Namespace) -> int:
     """Writes the kernel repository and names its variants."""
-    from fused_rl import hub
+    from fused_rl.integrations import hub
 
     try:
         written = hub.export(arguments.directory)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rl import asked, checks, models, reference
+from fused_rl import checks, reference
 from fused_rl.chunked import in_full
+from fused_rl.models import asked, parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class LMHead:
 
     def __post_init__(self) -> None:
         checks.is_floating("weight", self.weight)
-        models.is_whole("weight", self.weight)
+        parts.is_whole("weight", self.weight)
         checks.require(
             self.weight.dim() == 2 and self.weight.numel() > 0,
             lambda: (
@@ -55,7 +56,7 @@ class LMHead:
         )
         if self.bias is not None:
             checks.is_floating("bias", self.bias)
-            models.is_whole("bias", self.bias)
+            parts.is_whole("bias", self.bias)
             checks.require(
                 self.bias.shape == self.weight.shape[:1],
                 lambda: (
@@ -125,7 +126,7 @@ class LMHead:
                 them, quantised, sharded, offloaded).
         """
         recipe = asked.answer(model, ask=ask).recipe
-        layer = models.output_layer(models.unwrap(model))
+        layer = parts.output_layer(parts.unwrap(model))
         return cls(*recipe.parts(layer.weight, layer.bias))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fused_rl import checks, kept_ops, ops
 from fused_rl.derivatives import call
 from fused_rl.head import LMHead
-from fused_rl.logprobs import IGNORE_INDEX, flat_arguments
+from fused_rl.logprobs import flat_arguments
+from fused_rl.stats import IGNORE_INDEX
 
 
 class KeptStats(NamedTuple):

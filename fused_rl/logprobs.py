@@ -20,23 +20,7 @@ from fused_rl import checks, filter_ops, ops
 from fused_rl.chunked import autocasts, kept_dtype
 from fused_rl.derivatives import call, transformed
 from fused_rl.head import LMHead
-
-IGNORE_INDEX = -100
-
-
-class TokenStats(NamedTuple):
-    """Two numbers per token, in the shape of labels; float32, or float64 for float64 inputs."""
-
-    logprobs: Tensor
-    entropy: Tensor
-
-
-class TopStats(NamedTuple):
-    """Three numbers per token, in the shape of labels; float32, or float64 for float64 inputs."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    top_logprobs: Tensor
+from fused_rl.stats import IGNORE_INDEX, TokenStats, TopStats
 
 
 def linear_logprobs(

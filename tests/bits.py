@@ -4,8 +4,8 @@
     python tests/bits.py | diff before.txt -
 
 Values and gradients of linear_logprobs, linear_top_logprobs, linear_kept_logprobs,
-linear_policy_loss, logprobs_from_logits and kl_penalty, over dtypes, heads, masks, chunks and ways,
-on this CPU. Equal lines are equal bits. Not a test: other CPUs and versions of torch round otherwise.
+linear_policy_loss, logprobs_from_logits and kl_penalty, over dtypes, heads, masks, chunks and
+ways, on this CPU. Equal lines are equal bits. Not a test: other CPUs and torches round otherwise.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The losses that have a name, made with the arguments that some of them want."""
 
-from fused_rl.losses import NAMES
+from fused_rl.losses.named import NAMES
 
 NEEDS = {"dr_grpo": {"length": 11}, "kimi": {"tau": 0.5}}
 

@@ -38,7 +38,7 @@ def threads() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """A model directory, as a user of the demo would have one."""
-    from fused_rl.demo_task import start
+    from fused_rl.demo.task import start
 
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(5)

@@ -13,7 +13,8 @@ from torch.nn.utils import prune
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fused_rl import LMHead, asked, models
+from fused_rl import LMHead
+from fused_rl.models import asked, parts
 
 V, H = 67, 32
 
@@ -58,7 +59,7 @@ def odd(between=None, after=None, large=True, bias=False):
 @torch.no_grad()
 def assert_head_is_the_models(model, tolerance=2e-5):
     ids = torch.randint(3, V, (2, 9))
-    hidden = models.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = parts.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
     theirs = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
     ours = LMHead.from_model(model).logits(hidden).double().log_softmax(-1)
     possible = theirs > -1e8
@@ -212,7 +213,7 @@ def test_a_weight_that_a_hook_renews(kind):
 
 def forwards(model) -> list:
     calls = []
-    models.backbone(model).register_forward_pre_hook(lambda *_: calls.append(1))
+    parts.backbone(model).register_forward_pre_hook(lambda *_: calls.append(1))
     return calls
 
 

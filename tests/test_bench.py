@@ -16,23 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_rl import (
-    TokenStats,
-    bench,
-    bench_clock,
-    bench_figures,
-    bench_ops,
-    bench_peers,
-    bench_records,
-    bench_report,
-    bench_run,
-    cli,
-    grpo,
-)
-from fused_rl.bench import NO_GRAD, STEP, head_task
-from fused_rl.bench_peers import PEERS, Case, Peer, batch_of, eager
-from fused_rl.bench_records import shape_of
-from fused_rl.bench_run import BenchConfig
+from fused_rl import TokenStats, cli, grpo
+from fused_rl.bench import clock, figures, ops, peers, report, run, tasks
+from fused_rl.bench.peers import PEERS, Case, Peer, batch_of, eager
+from fused_rl.bench.records import PRODUCTS, on_axis, shape_of
+from fused_rl.bench.run import BenchConfig
+from fused_rl.bench.tasks import NO_GRAD, STEP, head_task
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -52,7 +41,7 @@ def measured(case, kind, *peers):
 
 
 def by_provider(task, *peers):
-    records = bench.measure(task, peers, rounds=2, tick=lambda: None)
+    records = tasks.measure(task, peers, rounds=2, tick=lambda: None)
     return {record["provider"]: record for record in records}
 
 
@@ -61,69 +50,69 @@ def add_peer(monkeypatch, name, stats):
 
 
 def test_spread_by_hand():
-    assert bench_clock.spread([3.0]) == (3.0, 3.0, 3.0)
-    assert bench_clock.spread([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == (2.0, 3.5, 5.0)
+    assert clock.spread([3.0]) == (3.0, 3.0, 3.0)
+    assert clock.spread([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == (2.0, 3.5, 5.0)
 
 
 def test_rounds_run_every_case_in_turn():
     ran = []
     cases = {name: lambda name=name: ran.append(name) for name in "ab"}
-    seconds = bench_clock.interleaved(cases, 2, bench_clock.Clock("cpu"))
+    seconds = clock.interleaved(cases, 2, clock.Clock("cpu"))
     assert "".join(ran) == "ababab"
     assert [len(s) for s in seconds.values()] == [2, 2]
 
 
 def test_the_clock_and_the_peak():
-    assert 0.02 <= bench_clock.Clock("cpu")(lambda: time.sleep(0.02)) < 5
-    peak = bench_clock.peak_extra_bytes(lambda: torch.ones(2**25), "cpu")
+    assert 0.02 <= clock.Clock("cpu")(lambda: time.sleep(0.02)) < 5
+    peak = clock.peak_extra_bytes(lambda: torch.ones(2**25), "cpu")
     # Pages that were resident before can be given up meanwhile: a little less is possible.
     assert peak is None or 2**27 - 2**20 <= peak < 2**27 + 2**24
 
 
 def test_judged_rows_are_spread():
-    assert bench.judged_rows(8, 4).tolist() == [0, 2, 4, 6]
-    assert bench.judged_rows(3, 4).tolist() == [0, 1, 2]
+    assert tasks.judged_rows(8, 4).tolist() == [0, 2, 4, 6]
+    assert tasks.judged_rows(3, 4).tolist() == [0, 1, 2]
 
 
 def test_errors_of_statistics_are_absolute(case):
     exact = eager(case.hidden.double(), case.weight.double(), case.labels)
     rows = torch.arange(32)
-    errors = bench.stats_errors(case, (exact[0] + 0.25, exact[1] - 0.5), rows)
+    errors = tasks.stats_errors(case, (exact[0] + 0.25, exact[1] - 0.5), rows)
     assert errors == pytest.approx([0.25, 0.5], abs=1e-12)
-    assert bench.stats_errors(case, (exact[0], None), rows) == pytest.approx([0.0], abs=1e-12)
+    assert tasks.stats_errors(case, (exact[0], None), rows) == pytest.approx([0.0], abs=1e-12)
 
 
 def test_exact_gradients_are_those_of_autograd(case, monkeypatch):
-    monkeypatch.setattr(bench, "ROWS", 10)
+    monkeypatch.setattr(tasks, "ROWS", 10)
     batch = batch_of(case, counted=0.5)
     hidden, weight = (t.double().requires_grad_() for t in (case.hidden, case.weight))
     stats = TokenStats(*eager(hidden, weight, case.labels))
-    loss = grpo(beta=bench_peers.BETA)(stats, batch).loss
+    loss = grpo(beta=peers.BETA)(stats, batch).loss
     expected = torch.autograd.grad(loss, (hidden, weight))
-    found = bench.step_gradients(case, batch, torch.float64)
+    found = tasks.step_gradients(case, batch, torch.float64)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 def test_gradient_error_by_hand():
     ones, zeros = torch.ones(4), torch.zeros(4)
-    assert bench.gradient_error((zeros,), (zeros,)) == 0
-    assert bench.gradient_error((ones,), (zeros,)) == 2
-    assert bench.gradient_error((ones * 1.5, ones), (ones, ones)) == pytest.approx(0.5)
-    assert math.isnan(bench.gradient_error((ones, ones * torch.nan), (ones, ones)))
+    assert tasks.gradient_error((zeros,), (zeros,)) == 0
+    assert tasks.gradient_error((ones,), (zeros,)) == 2
+    assert tasks.gradient_error((ones * 1.5, ones), (ones, ones)) == pytest.approx(0.5)
+    assert math.isnan(tasks.gradient_error((ones, ones * torch.nan), (ones, ones)))
 
 
-@pytest.mark.parametrize("kind", bench.KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", tasks.KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_ours_and_the_peers_are_right(kind, dtype):
-    peers, _ = bench.usable(("eager", "torch", "liger", "trl"))
-    records = measured(Case.make(32, 16, 90, dtype), kind, *peers)
+    names, _ = tasks.usable(("eager", "torch", "liger", "trl"))
+    records = measured(Case.make(32, 16, 90, dtype), kind, *names)
     assert {r["verdict"] for r in records.values()} == {"right"}
     ours = [n for n in records if n.startswith("fused_rl")]
     assert len(ours) == (1 if kind == NO_GRAD else 2)
     if kind == NO_GRAD:
         assert records["fused_rl"]["logprob_error"] < 1e-4
-    products = records[bench_records.PRODUCTS]
+    products = records[PRODUCTS]
     assert products["ratio_to_products"] == 1 and products["nhv"] == kind.nhv
 
 
@@ -156,7 +145,7 @@ def test_wrong_results_are_not_timed(kind, case, monkeypatch):
 
 
 def test_a_wrong_entropy_is_wrong(case):
-    judge = bench.stats_judge(case)
+    judge = tasks.stats_judge(case)
     logprobs, entropy = eager(case.hidden, case.weight, case.labels)
     assert judge((logprobs, entropy))[1]
     assert not judge((logprobs, entropy + 1))[1]
@@ -164,10 +153,10 @@ def test_a_wrong_entropy_is_wrong(case):
 
 def test_a_frozen_head_is_judged_by_dhidden_alone(case):
     batch = batch_of(case)
-    dhidden, dweight = bench.step_gradients(case, batch, torch.float64)
+    dhidden, dweight = tasks.step_gradients(case, batch, torch.float64)
     wrong = (None, dhidden, dweight * 2)
-    assert bench.step_judge(case, batch, frozen=True)(wrong) == (0.0, True)
-    assert bench.step_judge(case, batch, frozen=False)(wrong) == (pytest.approx(1), False)
+    assert tasks.step_judge(case, batch, frozen=True)(wrong) == (0.0, True)
+    assert tasks.step_judge(case, batch, frozen=False)(wrong) == (pytest.approx(1), False)
 
 
 def test_a_peer_without_entropies_can_be_put_under_a_loss(case, monkeypatch):
@@ -186,23 +175,23 @@ def test_every_shape_is_compiled(monkeypatch):
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for n in (2, 3):
             x = torch.arange(n)
-            assert bench_peers.compiled(doubled)(x).tolist() == [2 * i for i in range(n)]
+            assert peers.compiled(doubled)(x).tolist() == [2 * i for i in range(n)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("trained", [False, True])
 def test_log_probs_of_logits(trained, dtype, monkeypatch):
     def wrong(logits, labels):
-        logprobs, entropy = bench_peers.eager_of_logits(logits, labels)
+        logprobs, entropy = peers.eager_of_logits(logits, labels)
         return logprobs, entropy + 0.1
 
     def wrong_slope(logits, labels):
-        logprobs, entropy = bench_peers.eager_of_logits(logits, labels)
+        logprobs, entropy = peers.eager_of_logits(logits, labels)
         return logprobs.detach() + (logprobs - logprobs.detach()) * 1.1, entropy
 
     for name, way in (("wrong", wrong), ("wrong_slope", wrong_slope)):
-        monkeypatch.setitem(bench_ops.LOGITS_PEERS, name, Peer(name, stats=lambda way=way: way))
-    task = bench_ops.logits_task(24, 90, dtype, "cpu", trained)
+        monkeypatch.setitem(ops.LOGITS_PEERS, name, Peer(name, stats=lambda way=way: way))
+    task = ops.logits_task(24, 90, dtype, "cpu", trained)
     records = by_provider(task, "eager", "wrong", "wrong_slope")
     assert records["fused_rl"]["verdict"] == records["eager torch"]["verdict"] == "right"
     assert records["fused_rl"]["logprob_error"] < 1e-5
@@ -215,8 +204,8 @@ def test_kl_of_tokens(monkeypatch):
     def k1(logprobs, ref_logprobs):
         return logprobs - ref_logprobs
 
-    monkeypatch.setitem(bench_ops.KL_PEERS, "k1", Peer("k1", stats=lambda: k1))
-    records = by_provider(bench_ops.kl_task(100, "cpu"), "eager", "k1")
+    monkeypatch.setitem(ops.KL_PEERS, "k1", Peer("k1", stats=lambda: k1))
+    records = by_provider(ops.kl_task(100, "cpu"), "eager", "k1")
     assert records["fused_rl"]["verdict"] == records["eager torch"]["verdict"] == "right"
     assert records["fused_rl"]["kl_error"] < records["eager torch"]["kl_error"] < 1e-6
     assert records["k1"]["verdict"] == "wrong"
@@ -254,22 +243,22 @@ def child(*arguments, **environment):
 
 
 def test_peers_that_are_not_here(monkeypatch):
-    monkeypatch.setattr(bench_peers, "find_spec", lambda name: None)
-    assert bench.usable(("eager", "liger")) == (
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    assert tasks.usable(("eager", "liger")) == (
         ("eager",),
         ["LigerFusedLinearGRPOLoss: liger_kernel, triton is not installed"],
     )
-    assert bench.usable(("triton", "eager"), "cpu") == (
+    assert tasks.usable(("triton", "eager"), "cpu") == (
         ("eager",),
         ["triton_grpo_loss: runs on cuda only"],
     )
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
-    assert bench.usable(("torch",))[0] == ()
+    assert tasks.usable(("torch",))[0] == ()
 
 
 def test_points_of_a_sweep():
     config = BenchConfig(tokens=128, hidden=64, vocabulary=4000, sweep=True)
-    found = [(p.axis, p.tokens, p.hidden, p.vocabulary) for p in bench_run.points(config)]
+    found = [(p.axis, p.tokens, p.hidden, p.vocabulary) for p in run.points(config)]
     assert found == [
         (None, 128, 64, 4000),
         *(("tokens", n, 64, 4000) for n in (16, 32, 64)),
@@ -277,12 +266,12 @@ def test_points_of_a_sweep():
         *(("hidden", 128, h, 4000) for h in (8, 16, 32)),
         *(("padded", n, 64, 4000) for n in (32, 64, 128)),
     ]
-    shares = [p.kinds[0].counted for p in bench_run.points(config) if p.axis == "padded"]
+    shares = [p.kinds[0].counted for p in run.points(config) if p.axis == "padded"]
     assert shares == [1, 0.5, 0.25]
-    assert len(bench_run.points(BenchConfig())) == 1
+    assert len(run.points(BenchConfig())) == 1
 
 
-@pytest.mark.parametrize("kind", bench.KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", tasks.KINDS, ids=lambda kind: kind.name)
 def test_the_fewest_tokens_are_judged_too(kind):
     """One per sequence: of which half is none."""
     records = measured(Case.make(8, 16, 90, torch.bfloat16), kind, "eager")
@@ -324,16 +313,16 @@ def test_a_run_writes_everything(swept, content, capsys):
 def test_tables_show_the_shape_asked_for(content, capsys):
     from rich.console import Console
 
-    bench_report.show(Console(width=118), content)
+    report.show(Console(width=118), content)
     printed = capsys.readouterr().out
-    assert printed.count("N=32 H=16 V=104") == len(bench.KINDS)
+    assert printed.count("N=32 H=16 V=104") == len(tasks.KINDS)
     assert "N=8" not in printed and "padding" not in printed
 
 
 def check_csv(path, content):
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == bench_report.LIGER_COLUMNS
+    assert tuple(rows[0]) == report.LIGER_COLUMNS
     ours = [r for r in content["records"] if r["provider"] == "fused_rl"]
     here = [r for r in rows if r["kernel_provider"] == "fused_rl" and r["metric_name"] == "speed"]
     assert [float(r["y_value_50"]) for r in here] == [1e3 * r["seconds_median"] for r in ours]
@@ -353,8 +342,8 @@ def check_csv(path, content):
 
 def test_the_shape_asked_for_is_the_end_of_each_curve(content):
     for axis, values in (("tokens", [8, 16, 32]), ("hidden", [8, 16]), ("padded", [8, 16, 32])):
-        case = STEP.title if axis != "padded" else bench_run.PADDED
-        points = bench_records.on_axis(content["records"], case, axis)
+        case = STEP.title if axis != "padded" else run.PADDED
+        points = on_axis(content["records"], case, axis)
         ours = [r for r in points if r["provider"] == "fused_rl linear_policy_loss"]
         assert [r["hidden" if axis == "hidden" else "tokens"] for r in ours] == values
 
@@ -363,10 +352,10 @@ def test_pictures_name_their_lines_and_are_the_same_every_time(content, tmp_path
     for record in content["records"]:
         # As where nobody can say.
         record["peak_extra_bytes"] = None if record["case"] == NO_GRAD.title else 5 * 2**20
-    paths = bench_figures.write_figures(tmp_path, content["records"], "m-", "svg")
+    paths = figures.write_figures(tmp_path, content["records"], "m-", "svg")
     assert [p.name for p in paths] == ["m-linear_logprobs.svg", "m-grpo_step.svg", "m-padding.svg"]
     before = [p.read_bytes() for p in paths]
-    bench_figures.write_figures(tmp_path, content["records"], "m-", "svg")
+    figures.write_figures(tmp_path, content["records"], "m-", "svg")
     assert [p.read_bytes() for p in paths] == before
     texts = [
         [t.text for t in ElementTree.parse(p).iter("{http://www.w3.org/2000/svg}text")]
@@ -382,7 +371,7 @@ def test_pictures_name_their_lines_and_are_the_same_every_time(content, tmp_path
 
 
 def test_names_at_the_ends_of_lines_do_not_touch():
-    spaced = bench_figures.spaced
+    spaced = figures.spaced
     assert spaced({"a": 0.2, "b": 0.9}, 0.1) == {"a": 0.2, "b": 0.9}
     assert spaced({"b": 0.25, "a": 0.2}, 0.1) == pytest.approx({"a": 0.2, "b": 0.3})
     assert spaced({"a": 0.98, "b": 0.97, "c": 0.1}, 0.1) == pytest.approx(
@@ -419,7 +408,7 @@ def test_machines_have_names(cpu, cores, name, make_bench):
 
 def test_make_bench_writes_results_and_the_page(make_bench, content, tmp_path, monkeypatch, capsys):
     configs = []
-    monkeypatch.setattr(bench_run, "measured", lambda c, _: configs.append(c) or content)
+    monkeypatch.setattr(run, "measured", lambda c, _: configs.append(c) or content)
     page = tmp_path / "page.md"
     page.write_text(MARKED + CURVES)
     options = ["--tokens", "32", "--out", str(tmp_path / "results"), "--page", str(page)]
@@ -457,7 +446,7 @@ def test_make_bench_says_what_it_cannot_run(make_bench, capsys):
 
 def test_make_bench_does_not_publish_wrong_results(make_bench, content, tmp_path, monkeypatch):
     next(r for r in content["records"] if r["provider"] == "fused_rl")["verdict"] = "wrong"
-    monkeypatch.setattr(bench_run, "measured", lambda *_: content)
+    monkeypatch.setattr(run, "measured", lambda *_: content)
     page = tmp_path / "page.md"
     page.write_text(MARKED)
     assert make_bench.main(["--out", str(tmp_path), "--page", str(page)]) == 1
@@ -504,9 +493,9 @@ def test_the_folder_is_collected_whole():
 
 
 def test_a_run_in_which_ours_is_wrong_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_peers, "fused", lambda h, w, y: TokenStats(*eager(h * 2, w, y)))
+    monkeypatch.setattr(peers, "fused", lambda h, w, y: TokenStats(*eager(h * 2, w, y)))
     config = BenchConfig(tokens=16, hidden=16, vocabulary=100, rounds=1, out=str(tmp_path))
-    assert bench_run.run(config) == 1
+    assert run.run(config) == 1
     records = json.loads((tmp_path / "bench.json").read_text())["records"]
     assert next(r for r in records if r["provider"] == "fused_rl")["verdict"] == "wrong"
 
@@ -515,14 +504,14 @@ def stop_at(monkeypatch, kinds, *numbers):
     """Signals reach the process once so many kinds have been measured."""
     begun = []
 
-    def head_task(case, kind, original=bench_run.head_task):
+    def head_task(case, kind, original=run.head_task):
         if len(begun) == kinds:
             for number in numbers:
                 os.kill(os.getpid(), number)
         begun.append(kind)
         return original(case, kind)
 
-    monkeypatch.setattr(bench_run, "head_task", head_task)
+    monkeypatch.setattr(run, "head_task", head_task)
 
 
 @pytest.mark.parametrize(
@@ -533,17 +522,17 @@ def test_a_run_that_is_stopped_writes_what_was_measured(
 ):
     stop_at(monkeypatch, 2, number)
 
-    def save(*args, original=bench_report.write_bars):
+    def save(*args, original=report.write_bars):
         os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
 
-    monkeypatch.setattr(bench_report, "write_bars", save)
+    monkeypatch.setattr(report, "write_bars", save)
     options = [*SMALL, "--peers", "none", "--out", str(tmp_path)]
     assert cli.main(["bench", *options]) == status
     content = json.loads((tmp_path / "bench.json").read_text())
     assert content["interrupted"] == status
     assert list(dict.fromkeys(r["case"] for r in content["records"])) == [NO_GRAD.title, STEP.title]
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(bench_report.FILES)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(report.FILES)
     printed = capsys.readouterr()
     assert "fused_rl linear_policy_loss" in printed.out and printed.err == ""
 
@@ -558,7 +547,7 @@ def test_a_run_that_is_stopped_at_once_leaves_an_older_result(tmp_path, monkeypa
 @pytest.mark.parametrize("kinds", range(1, 14))
 def test_figures_of_a_sweep_that_was_stopped_anywhere(kinds, content, tmp_path, monkeypatch):
     """After the shape asked for, and between the points of every curve."""
-    monkeypatch.setattr(bench_figures, "save", lambda figure, path: path.touch())
+    monkeypatch.setattr(figures, "save", lambda figure, path: path.touch())
 
     def group(record):
         return record["case"], record.get("axis"), *shape_of(record)
@@ -566,14 +555,14 @@ def test_figures_of_a_sweep_that_was_stopped_anywhere(kinds, content, tmp_path, 
     groups = list(dict.fromkeys(map(group, content["records"])))
     chosen = groups[: kinds * len(groups) // 13]
     content["records"] = [r for r in content["records"] if group(r) in chosen]
-    for path in bench_report.write(tmp_path, content):
+    for path in report.write(tmp_path, content):
         assert path.exists()
 
 
 def test_make_bench_that_is_stopped_leaves_page_and_result(
     make_bench, content, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(bench_run, "measured", lambda *_: {**content, "interrupted": 143})
+    monkeypatch.setattr(run, "measured", lambda *_: {**content, "interrupted": 143})
     page = tmp_path / "page.md"
     page.write_text(MARKED)
     options = ["--out", str(tmp_path), "--page", str(page), "--name", "here"]
@@ -581,9 +570,7 @@ def test_make_bench_that_is_stopped_leaves_page_and_result(
     assert page.read_text() == MARKED
     written = sorted(p.name for p in tmp_path.iterdir() if p != page)
     assert written == [f"here-bfloat16-interrupted.{suffix}" for suffix in ("csv", "json")]
-    monkeypatch.setattr(
-        bench_run, "measured", lambda *_: {**content, "records": [], "interrupted": 130}
-    )
+    monkeypatch.setattr(run, "measured", lambda *_: {**content, "records": [], "interrupted": 130})
     assert make_bench.main(options) == 130
 
 
@@ -609,13 +596,13 @@ def result(ratio, low=None, high=None, provider="fused_rl", **more):
     ],
 )
 def test_verdicts(before, after, verdict):
-    (change,) = bench_report.compare(before, after)
+    (change,) = report.compare(before, after)
     assert change["verdict"] == verdict
     assert change["shape"] == (1, 2, 3, "float32")
 
 
 def test_what_is_new_and_what_is_gone():
-    changes = bench_report.compare(result(1.0), result(1.0, provider="other"))
+    changes = report.compare(result(1.0), result(1.0, provider="other"))
     assert [(c["provider"], c["verdict"]) for c in changes] == [
         ("fused_rl", "gone"),
         ("other", "new"),
@@ -700,10 +687,10 @@ def test_mistakes(options, complaint, capsys):
 
 def test_presets_and_options_reach_the_run(monkeypatch):
     configs = []
-    monkeypatch.setattr(bench_run, "run", lambda config: configs.append(config) or 0)
+    monkeypatch.setattr(run, "run", lambda config: configs.append(config) or 0)
     assert cli.main(["bench", "--preset", "Qwen3-8B", "--peers", "none"]) == 0
     assert cli.main(["bench", "--preset", "Qwen3-8B", "--hidden", "64", "--sweep"]) == 0
-    usual = bench_peers.USUAL_PEERS["cpu"]
+    usual = peers.USUAL_PEERS["cpu"]
     assert configs == [
         BenchConfig(hidden=4096, vocabulary=151936, peers=()),
         BenchConfig(hidden=64, vocabulary=151936, peers=usual, sweep=True),

@@ -5,7 +5,10 @@ import subprocess
 
 import pytest
 
-from fused_rl import children, cli, demo_report, hub
+from fused_rl import cli
+from fused_rl.demo import report
+from fused_rl.integrations import hub
+from fused_rl.system import children
 
 # Modules that a child needs, or that what it needs imports.
 INNOCENT = ("torch", "random", "json", "fused_rl", "sitecustomize")
@@ -44,6 +47,6 @@ def test_the_export_does_not_run_the_current_folder(evil, tmp_path):
 
 @pytest.mark.parametrize("evil", [children.HAS_SAFE_PATH], indirect=True, ids=["here"])
 def test_the_measurement_of_the_demo_does_not_run_the_current_folder(evil):
-    comparison = demo_report.compare_loss_steps(16, 8, 100)
-    assert set(comparison["ways"]) == set(demo_report.WAYS)
+    comparison = report.compare_loss_steps(16, 8, 100)
+    assert set(comparison["ways"]) == set(report.WAYS)
     assert not (evil / "mark").exists()

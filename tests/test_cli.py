@@ -71,13 +71,13 @@ def test_wrong_options(options, complaint, capsys):
 
 
 def test_demo_on_a_model_that_is_not_there(capsys, tmp_path):
-    pytest.importorskip("fused_rl.demo", exc_type=ImportError)
+    pytest.importorskip("fused_rl.demo.train", exc_type=ImportError)
     assert cli.main(["demo", "--model", str(tmp_path / "nowhere")]) == 2
     assert "must be a directory" in capsys.readouterr().err
 
 
 def test_options_reach_the_demo_and_defaults_are_its_own(monkeypatch):
-    demo = pytest.importorskip("fused_rl.demo", exc_type=ImportError)
+    demo = pytest.importorskip("fused_rl.demo.train", exc_type=ImportError)
     configs = []
     monkeypatch.setattr(demo, "run", lambda config: configs.append(config) or 0)
     assert cli.main(["demo"]) == 0
@@ -94,7 +94,7 @@ def test_import_stays_light():
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    heavy = {"transformers", "tokenizers", "rich", "matplotlib", "triton", "fused_rl.demo"}
+    heavy = {"transformers", "tokenizers", "rich", "matplotlib", "triton", "fused_rl.demo.train"}
     assert heavy & set(json.loads(result.stdout)) == set()
 
 
@@ -123,7 +123,7 @@ def test_plan_of_what_is_no_config(capsys, tmp_path):
 
 
 def test_export_hub_names_what_it_wrote(capsys, monkeypatch, tmp_path):
-    from fused_rl import hub
+    from fused_rl.integrations import hub
 
     monkeypatch.setattr(hub, "export", lambda directory: [directory / "build" / "torch-cpu"])
     assert cli.main(["export-hub", str(tmp_path)]) == 0
@@ -171,7 +171,7 @@ def test_output_for_which_there_is_no_room():
 def test_a_command_that_is_stopped_says_so_by_its_status_alone(
     number, status, capsys, monkeypatch, tmp_path
 ):
-    from fused_rl import hub
+    from fused_rl.integrations import hub
 
     monkeypatch.setattr(hub, "package_sources", lambda: os.kill(os.getpid(), number))
     assert cli.main(["export-hub", str(tmp_path / "export")]) == status
@@ -180,19 +180,20 @@ def test_a_command_that_is_stopped_says_so_by_its_status_alone(
 
 def test_a_result_that_cannot_be_written_after_all(capsys, monkeypatch, tmp_path):
     pytest.importorskip("rich")
-    from fused_rl import bench_run, outputs
+    from fused_rl.bench import run
+    from fused_rl.system import outputs
 
-    def run(config):
+    def unwritable(config):
         raise outputs.Unwritable("cannot write a.json: No space left on device")
 
-    monkeypatch.setattr(bench_run, "run", run)
+    monkeypatch.setattr(run, "run", unwritable)
     assert cli.main(["bench"]) == 1
     assert capsys.readouterr().err == "fused-rl: cannot write a.json: No space left on device\n"
 
 
 @pytest.mark.parametrize("command", ["demo", "bench"])
 def test_results_that_have_nowhere_to_go_are_a_mistake(command, capsys, tmp_path):
-    pytest.importorskip("fused_rl.demo", exc_type=ImportError)
+    pytest.importorskip("fused_rl.demo.train", exc_type=ImportError)
     (tmp_path / "file").touch()
     assert cli.main([command, "--out", str(tmp_path / "file")]) == 2
     error = capsys.readouterr().err

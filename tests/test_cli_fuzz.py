@@ -12,8 +12,8 @@ from drawn import examples
 from hypothesis import given
 
 from fused_rl import cli
-from fused_rl.bench_records import SHAPE
-from fused_rl.plan_config import NESTED, WIDTHS
+from fused_rl.bench.records import SHAPE
+from fused_rl.plan.config import NESTED, WIDTHS
 
 pytest.importorskip("rich")
 

@@ -8,7 +8,7 @@ from by_name import loss_of
 
 import fused_rl
 from fused_rl import KL, KLPenalty, Level, TokenBatch, TokenStats
-from fused_rl.losses import NAMES
+from fused_rl.losses.named import NAMES
 
 B, T, H, V, GROUP = 4, 5, 6, 11, 2
 ELSEWHERE = "meta"

@@ -12,9 +12,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from fused_rl import KL, demo, demo_report
-from fused_rl.demo import DemoConfig
-from fused_rl.demo_task import Problem, UnusableModel, load, reward, sample_problems, start
+from fused_rl import KL
+from fused_rl.demo import report, train
+from fused_rl.demo.task import Problem, UnusableModel, load, reward, sample_problems, start
+from fused_rl.demo.train import DemoConfig
 
 COMPARISON = {
     "tokens": 2,
@@ -31,7 +32,7 @@ COMPARISON = {
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """Three steps of 12 answers; the comparison at a large vocabulary has a test of its own."""
-    monkeypatch.setattr(demo, "compare_loss_steps", lambda: COMPARISON)
+    monkeypatch.setattr(train, "compare_loss_steps", lambda: COMPARISON)
     return DemoConfig(steps=3, prompts=3, group_size=4, out=str(tmp_path / "out"))
 
 
@@ -84,7 +85,7 @@ def test_rollout_ends_at_the_first_end_of_sequence(config):
     torch.manual_seed(0)
     model, tokenizer = start(None, 1.0)
     problems = sample_problems(64, torch.Generator().manual_seed(0))
-    rollout = demo.sample(model, tokenizer, problems)
+    rollout = train.sample(model, tokenizer, problems)
     for labels, mask, problem, r in zip(
         rollout.labels.tolist(), rollout.loss_mask.tolist(), problems, rollout.rewards, strict=True
     ):
@@ -100,11 +101,11 @@ def test_answer_logprobs_are_those_of_the_models_own_logits(config):
     torch.manual_seed(0)
     model, tokenizer = start(None, 1.0)
     problems = sample_problems(16, torch.Generator().manual_seed(0))
-    rollout = demo.sample(model, tokenizer, problems)
+    rollout = train.sample(model, tokenizer, problems)
     logits = model(rollout.sequences, attention_mask=rollout.attention_mask).logits[:, 5:-1]
     expected = torch.log_softmax(logits.double() / 0.7, -1)
     expected = expected.gather(-1, rollout.labels[..., None])[..., 0].where(rollout.loss_mask, 0.0)
-    actual = demo.answer_logprobs(model, rollout, 0.7).where(rollout.loss_mask, 0.0)
+    actual = train.answer_logprobs(model, rollout, 0.7).where(rollout.loss_mask, 0.0)
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=0)
 
 
@@ -113,17 +114,17 @@ def test_padding_on_the_left_changes_no_logprob():
     torch.manual_seed(0)
     model, tokenizer = start(None, 1.0)
     problems = [Problem((3, 1)), Problem((3, 1, 4, 1))]
-    both = demo.sample(model, tokenizer, problems)
+    both = train.sample(model, tokenizer, problems)
     assert both.attention_mask[0, :6].tolist() == [0, 0, 1, 1, 1, 1]
     alone = replace(both, sequences=both.sequences[:1, 2:], labels=both.labels[:1])
     alone = replace(alone, attention_mask=both.attention_mask[:1, 2:])
     torch.testing.assert_close(
-        demo.answer_logprobs(model, both, 1.0)[:1], demo.answer_logprobs(model, alone, 1.0)
+        train.answer_logprobs(model, both, 1.0)[:1], train.answer_logprobs(model, alone, 1.0)
     )
 
 
 def test_a_run_writes_log_and_figure(config, capsys):
-    assert demo.run(config) == 0
+    assert train.run(config) == 0
     log = log_of(config)
     assert set(log) == {"config", "versions", "interrupted", "summary", "loss_step", "steps"}
     assert [record["step"] for record in log["steps"]] == [1, 2, 3]
@@ -144,7 +145,7 @@ def test_a_run_writes_log_and_figure(config, capsys):
 def test_a_seed_repeats_a_run_and_another_does_not(config):
     runs = []
     for seed in (1, 1, 2):
-        demo.run(replace(config, seed=seed))
+        train.run(replace(config, seed=seed))
         runs.append(log_of(config)["steps"])
     for record in (record for run in runs for record in run):
         del record["seconds"], record["tokens_per_second"]
@@ -153,20 +154,20 @@ def test_a_seed_repeats_a_run_and_another_does_not(config):
 
 
 def test_ctrl_c_keeps_what_was_logged(config, monkeypatch, capsys):
-    demo.run(config)
+    train.run(config)
     whole = rewards_of(config)
     updates = 0
 
-    def update(*args, original=demo.update):
+    def update(*args, original=train.update):
         nonlocal updates
         updates += 1
         if updates == 2 * config.epochs * config.minibatches + 1:
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(demo, "update", update)
+    monkeypatch.setattr(train, "update", update)
     capsys.readouterr()
-    assert demo.run(config) == 130
+    assert train.run(config) == 130
     assert rewards_of(config) == whole[:2]
     assert log_of(config)["interrupted"] is True
     assert "Interrupted after 2 of 3 steps" in capsys.readouterr().out
@@ -176,8 +177,8 @@ def test_ctrl_c_before_the_first_step(config, monkeypatch):
     def sample(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "sample", sample)
-    assert demo.run(config) == 130
+    monkeypatch.setattr(train, "sample", sample)
+    assert train.run(config) == 130
     assert log_of(config)["steps"] == []
     assert log_of(config)["summary"]["first_mean_reward"] is None
 
@@ -186,8 +187,8 @@ def test_ctrl_c_in_the_comparison_keeps_a_complete_log(config, monkeypatch):
     def compare():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "compare_loss_steps", compare)
-    assert demo.run(config) == 130
+    monkeypatch.setattr(train, "compare_loss_steps", compare)
+    assert train.run(config) == 130
     assert log_of(config)["interrupted"] is False
     assert len(rewards_of(config)) == 3
 
@@ -196,7 +197,7 @@ def stop_after_steps(monkeypatch, config, steps, *numbers):
     """One signal after another reaches the process, in the midst of an update."""
     updates = 0
 
-    def update(*args, original=demo.update):
+    def update(*args, original=train.update):
         nonlocal updates
         updates += 1
         if updates == steps * config.epochs * config.minibatches + 1:
@@ -204,7 +205,7 @@ def stop_after_steps(monkeypatch, config, steps, *numbers):
                 os.kill(os.getpid(), number)
         return original(*args)
 
-    monkeypatch.setattr(demo, "update", update)
+    monkeypatch.setattr(train, "update", update)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def stop_after_steps(monkeypatch, config, steps, *numbers):
 )
 def test_every_signal_keeps_what_was_logged(number, status, config, monkeypatch, capsys):
     stop_after_steps(monkeypatch, config, 2, number)
-    assert demo.run(config) == status
+    assert train.run(config) == status
     assert len(rewards_of(config)) == 2 and log_of(config)["interrupted"] is True
     assert "Interrupted after 2 of 3 steps" in capsys.readouterr().out
     with open(f"{config.out}/curves.png", "rb") as file:
@@ -222,37 +223,37 @@ def test_every_signal_keeps_what_was_logged(number, status, config, monkeypatch,
 def test_a_second_signal_while_results_are_written_spoils_nothing(config, monkeypatch, capsys):
     stop_after_steps(monkeypatch, config, 1, signal.SIGTERM)
 
-    def save(*args, original=demo.write_figure):
+    def save(*args, original=train.write_figure):
         os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
 
-    monkeypatch.setattr(demo, "write_figure", save)
-    assert demo.run(config) == 143
+    monkeypatch.setattr(train, "write_figure", save)
+    assert train.run(config) == 143
     assert len(rewards_of(config)) == 1
     assert sorted(os.listdir(config.out)) == ["curves.png", "log.json"]
     assert "Interrupted after 1 of 3 steps" in capsys.readouterr().out
 
 
 def test_a_signal_while_a_whole_run_is_written_ends_it_afterwards(config, monkeypatch, capsys):
-    def save(*args, original=demo.write_figure):
+    def save(*args, original=train.write_figure):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(demo, "write_figure", save)
-    assert demo.run(config) == 143
+    monkeypatch.setattr(train, "write_figure", save)
+    assert train.run(config) == 143
     assert len(rewards_of(config)) == 3 and log_of(config)["interrupted"] is False
     assert "Interrupted while measuring" in capsys.readouterr().out
 
 
 def test_a_failure_keeps_what_was_logged_and_is_told(config, monkeypatch):
-    def record_of(step, *rest, original=demo.record_of):
+    def record_of(step, *rest, original=train.record_of):
         if step == 3:
             raise RuntimeError("out of memory")
         return original(step, *rest)
 
-    monkeypatch.setattr(demo, "record_of", record_of)
+    monkeypatch.setattr(train, "record_of", record_of)
     with pytest.raises(RuntimeError, match="out of memory"):
-        demo.run(config)
+        train.run(config)
     assert len(rewards_of(config)) == 2 and log_of(config)["interrupted"] is True
 
 
@@ -260,29 +261,29 @@ def test_a_terminal_that_is_gone_does_not_take_the_results_with_it(config, monke
     """SIGHUP, and whatever is printed from then on fails."""
     stop_after_steps(monkeypatch, config, 2, signal.SIGHUP)
 
-    class Gone(demo.Progress):
+    class Gone(train.Progress):
         def __exit__(self, *args):
             super().__exit__(*args)
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(demo, "Progress", Gone)
-    assert demo.run(config) == 129
+    monkeypatch.setattr(train, "Progress", Gone)
+    assert train.run(config) == 129
     assert len(rewards_of(config)) == 2
 
 
 def test_where_results_go_is_tried_before_anything_else(config, monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "start", lambda *args: pytest.fail("the model was made"))
+    monkeypatch.setattr(train, "start", lambda *args: pytest.fail("the model was made"))
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="file"):
-            demo.run(replace(config, out=str(out)))
+            train.run(replace(config, out=str(out)))
 
 
 @pytest.mark.parametrize("own_model", [False, True])
 def test_the_number_of_threads_comes_back(config, own_model, saved, threads):
     torch.set_num_threads(3)
     config = replace(config, steps=1, model=str(saved) if own_model else None)
-    assert demo.run(config) == 0
+    assert train.run(config) == 0
     assert log_of(config)["versions"]["threads"] == (3 if own_model else 1)
     assert torch.get_num_threads() == 3
 
@@ -302,7 +303,7 @@ def test_learning_rate_by_hand():
 
 
 def test_a_model_of_the_users(config, saved):
-    assert demo.run(replace(config, model=str(saved))) == 0
+    assert train.run(replace(config, model=str(saved))) == 0
     assert len(rewards_of(config)) == 3
     assert log_of(config)["config"]["model"] == str(saved)
 
@@ -342,25 +343,25 @@ def test_an_update_moves_only_towards_better_answers():
     """The log-probability of an answer with a positive advantage rises, of the other one falls."""
     torch.manual_seed(0)
     model, tokenizer = start(None, 1.0)
-    rollout = demo.sample(model, tokenizer, [Problem((3, 1, 4, 1))] * 2)
-    before = demo.answer_logprobs(model, rollout, 1.0)
-    batch = demo.TokenBatch.padded(rollout.labels, rollout.loss_mask, torch.tensor([1.0, -1.0]))
+    rollout = train.sample(model, tokenizer, [Problem((3, 1, 4, 1))] * 2)
+    before = train.answer_logprobs(model, rollout, 1.0)
+    batch = train.TokenBatch.padded(rollout.labels, rollout.loss_mask, torch.tensor([1.0, -1.0]))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     config = DemoConfig(beta=0.0)
-    demo.update(model, optimizer, rollout, torch.arange(2), batch, config)
-    after = demo.answer_logprobs(model, rollout, 1.0)
+    train.update(model, optimizer, rollout, torch.arange(2), batch, config)
+    after = train.answer_logprobs(model, rollout, 1.0)
     change = (after - before).where(rollout.loss_mask, 0.0).sum(-1)
     assert change[0] > 0 > change[1]
 
 
 def test_both_ways_of_the_comparison_give_the_same_loss(monkeypatch):
-    monkeypatch.setattr(demo_report, "DTYPE", torch.float32)
-    fused, plain = (demo_report.loss_step(way, 7, 16, 33)() for way in demo_report.WAYS)
+    monkeypatch.setattr(report, "DTYPE", torch.float32)
+    fused, plain = (report.loss_step(way, 7, 16, 33)() for way in report.WAYS)
     assert fused == pytest.approx(plain, abs=1e-6)
 
 
 def test_comparison_runs_in_processes_of_its_own():
-    comparison = demo_report.compare_loss_steps(16, 8, 1000)
+    comparison = report.compare_loss_steps(16, 8, 1000)
     fused, plain = (comparison["ways"][way] for way in ("fused_rl", "plain torch"))
     assert comparison["vocabulary"] == 1000
     assert fused["loss"] == pytest.approx(plain["loss"], abs=0.02)
@@ -368,13 +369,13 @@ def test_comparison_runs_in_processes_of_its_own():
 
 
 def test_running_mean_by_hand():
-    assert demo_report.running_mean([1.0, 2.0, 6.0, 0.0], 1) == pytest.approx([1.5, 3, 8 / 3, 3])
-    assert demo_report.running_mean([1.0, 2.0], 0) == [1.0, 2.0]
+    assert report.running_mean([1.0, 2.0, 6.0, 0.0], 1) == pytest.approx([1.5, 3, 8 / 3, 3])
+    assert report.running_mean([1.0, 2.0], 0) == [1.0, 2.0]
 
 
 def test_summary_by_hand():
     records = [{"reward": float(i), "seconds": 0.5} for i in range(20)]
-    assert demo_report.summarise(records) == {
+    assert report.summarise(records) == {
         "steps_done": 20,
         "first_mean_reward": 2.0,
         "last_mean_reward": 18.5,
@@ -386,7 +387,7 @@ def test_summary_by_hand():
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_mean_reward_at_least_triples(config, seed):
     out = DemoConfig(seed=seed, out=config.out)
-    assert demo.run(out) == 0
+    assert train.run(out) == 0
     summary = log_of(out)["summary"]
     assert summary["last_mean_reward"] >= 3 * summary["first_mean_reward"]
     assert summary["last_mean_reward"] >= 0.8

@@ -17,8 +17,9 @@ pytest.importorskip("matplotlib")
 
 from safetensors.torch import load_file, save_file
 
-from fused_rl import cli, demo, demo_task
-from fused_rl.demo_task import UnusableModel, explained, start
+from fused_rl import cli
+from fused_rl.demo import task, train
+from fused_rl.demo.task import UnusableModel, explained, start
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer_config.json", "model.safetensors"
 
@@ -115,7 +116,7 @@ def test_unusable_directories_are_told_in_one_line(spoil, folder, tmp_path, caps
 def test_code_beside_a_known_type_is_left_alone(name, folder, tmp_path):
     edited(name, auto_map=AUTO)(folder)
     model, tokenizer = start(folder, 1.0)
-    demo.try_out(model, tokenizer, folder, 1.0)
+    train.try_out(model, tokenizer, folder, 1.0)
     assert not (tmp_path / "mark").exists()
 
 
@@ -123,7 +124,7 @@ def test_code_is_refused_in_so_many_words(saved, monkeypatch):
     """Without them transformers asks, on a terminal, and takes yes for an answer."""
     asked = []
     for name in ("AutoTokenizer", "AutoModelForCausalLM"):
-        kind = getattr(demo_task, name)
+        kind = getattr(task, name)
 
         def from_pretrained(*args, original=kind.from_pretrained, **options):
             asked.append((options["trust_remote_code"], options["local_files_only"]))
@@ -137,7 +138,7 @@ def test_code_is_refused_in_so_many_words(saved, monkeypatch):
 def test_trying_a_model_out_draws_no_number(saved):
     model, tokenizer = start(saved, 1.0)
     before = torch.get_rng_state()
-    demo.try_out(model, tokenizer, saved, 1.0)
+    train.try_out(model, tokenizer, saved, 1.0)
     assert torch.equal(torch.get_rng_state(), before)
 
 

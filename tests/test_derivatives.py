@@ -21,8 +21,8 @@ from fused_rl import (
     linear_policy_loss,
     linear_top_logprobs,
     logprobs_from_logits,
-    named,
 )
+from fused_rl.losses import named
 
 B, N, H, V = 3, 4, 5, 7
 

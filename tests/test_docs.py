@@ -103,7 +103,7 @@ def test_the_loop_takes_the_same_step_in_micro_batches_of_any_size(model, rollou
 def test_the_kernel_repository_loads(tmp_path):
     pytest.importorskip("kernels")
     (block,) = blocks("I take kernels from the Hub")
-    from fused_rl import hub
+    from fused_rl.integrations import hub
 
     hub.export(tmp_path / "DIR")
     code = (

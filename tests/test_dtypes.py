@@ -11,7 +11,8 @@ import torch
 from by_name import loss_of
 
 import fused_rl
-from fused_rl import KL, KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats, losses
+from fused_rl import KL, KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats
+from fused_rl.losses import named
 
 B, T, GROUP = 12, 7, 4
 HALVES = [torch.bfloat16, torch.float16]
@@ -76,10 +77,10 @@ def of_surrogate(surrogate) -> Callable:
         given = (n.per_token, n.logprobs, n.advantages[:, None].expand(B, T))
         log_ratio, logprobs, A = (t.detach().reshape(-1) for t in given)
         leaves = log_ratio.requires_grad_(), logprobs.requires_grad_()
-        losses = surrogate(*leaves, A)
+        one_pass = surrogate(*leaves, A)
         bounds = *surrogate.clipped(*leaves, A), surrogate.dual_clipped(*leaves, A)
-        grads = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
-        return [losses, *bounds, *(Rounded(g) for g in grads)]
+        grads = torch.autograd.grad(one_pass.sum(), leaves, materialize_grads=True)
+        return [one_pass, *bounds, *(Rounded(g) for g in grads)]
 
     return case
 
@@ -189,7 +190,7 @@ CASES: dict[str, Callable[[Numbers], list]] = {
     "AdaptiveBeta": lambda n: [
         torch.tensor(fused_rl.AdaptiveBeta(0.1, 300.0).update(n.rewards[0]), dtype=torch.float64)
     ],
-    **{name: of_loss(name) for name in losses.NAMES},
+    **{name: of_loss(name) for name in named.NAMES},
     **{
         type(surrogate).__name__: of_surrogate(surrogate)
         for surrogate in (
@@ -296,7 +297,7 @@ def test_a_value_loss_of_float16_goes_beyond_its_own_range():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *HALVES], ids=str)
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", named.NAMES)
 def test_advantages_of_another_dtype_than_log_probs(name, dtype):
     """Rewards of numpy are float64, those of a reward model bfloat16; log-probs are float32."""
     n = Numbers(torch.Tensor.float)

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_rl
-from fused_rl import LMHead, Thresholds, TokenBatch, named
-from fused_rl.layers import LinearLogProbs
+from fused_rl import LMHead, Thresholds, TokenBatch
+from fused_rl.integrations.layers import LinearLogProbs
+from fused_rl.losses import named
 
 B, T, H, V = 2, 2, 3, 5
 LABELS = torch.tensor([[0, 1], [2, 3]])

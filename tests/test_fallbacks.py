@@ -47,7 +47,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 
         case = case.rows(torch.arange(10, 70))
         batch = oracle.policy_batch(case)
-        batch = fused_rl.batch.replace(batch, shape=torch.Size((2, 30)))
+        batch = fused_rl.losses.batch.replace(batch, shape=torch.Size((2, 30)))
         leaves = (case.hidden, case.weight, case.bias)
         wide = [None if t is None else t.double().requires_grad_() for t in leaves]
         leaves = [None if t is None else t.requires_grad_() for t in leaves]

@@ -43,7 +43,7 @@ from fused_rl import (
     linear_top_logprobs,
     logprobs_from_logits,
 )
-from fused_rl.losses import NAMES
+from fused_rl.losses.named import NAMES
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

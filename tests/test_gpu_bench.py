@@ -11,8 +11,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from fused_rl import losses
-from fused_rl.bench import KINDS
+from fused_rl import one_pass
+from fused_rl.bench.tasks import KINDS
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -278,9 +278,9 @@ def test_scaling_by_one_leaves_gradients_alone_on_a_cpu():
     held = [torch.randn(3, 2), torch.randn(3, dtype=torch.float64)]
     before = [g.clone() for g in held]
     versions = [g._version for g in held]
-    losses.scale_(held, torch.tensor(1.0))
+    one_pass.scale_(held, torch.tensor(1.0))
     assert [g._version for g in held] == versions
-    losses.scale_(held, torch.tensor(0.5))
+    one_pass.scale_(held, torch.tensor(0.5))
     assert all(torch.equal(g, b / 2) for g, b in zip(held, before, strict=True))
 
 
@@ -290,7 +290,7 @@ def test_elsewhere_the_scale_is_not_read_by_the_host():
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool(dloss == 1)
     held = [torch.empty(3, 2, dtype=torch.bfloat16, device="meta")]
-    losses.scale_(held, dloss)
+    one_pass.scale_(held, dloss)
     assert held[0]._version == 1 and held[0].dtype == torch.bfloat16
 
 

@@ -13,7 +13,7 @@ from fused_rl import (
     linear_policy_loss,
     logprobs_from_logits,
 )
-from fused_rl.losses import NAMES
+from fused_rl.losses.named import NAMES
 
 pytestmark = [
     pytest.mark.gpu,

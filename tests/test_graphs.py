@@ -12,7 +12,7 @@ from by_name import loss_of
 from torch.overrides import TorchFunctionMode
 
 from fused_rl import TokenBatch, TokenStats
-from fused_rl.losses import NAMES
+from fused_rl.losses.named import NAMES
 
 SHAPE = (4, 5)
 # They choose as many tokens as a share of those that count: a number that is asked for.

@@ -4,7 +4,9 @@ import ast
 import inspect
 import subprocess
 import sys
+from collections import Counter
 from enum import Enum
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,89 +15,101 @@ import torch
 import fused_rl
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {
-    "reference": 0,
-    "checks": 0,
-    "log_ratios": 1,
-    "derivatives": 0,
-    "recipes": 0,
-    "children": 0,
-    "outputs": 0,
-    "signals": 0,
-    "watched": 0,
-    "kernels": 0,
-    "checkout": 0,
-    "chunked": 1,
-    "models": 1,
-    "asked": 2,
-    "ops": 2,
-    "ops_cuda": 3,
-    "head": 3,
-    "sequences": 3,
-    "kept_ops": 3,
-    "filter_ops": 3,
-    "kl": 3,
-    "logprobs": 4,
-    "layers": 5,
-    "kept": 5,
-    "schedules": 3,
-    "overoptimisation": 3,
-    "diagnosis": 4,
-    "rewards": 4,
-    "batch": 5,
-    "surrogates": 5,
-    "advantages": 5,
-    "means": 6,
-    "penalties": 6,
-    "mismatch": 6,
-    "ratios": 6,
-    "trust_regions": 6,
-    "policy": 7,
-    "named": 8,
-    "losses": 9,
-    "backends": 4,
-    "__init__": 10,
-    "bench_clock": 10,
-    "bench_records": 8,
-    "bench_figures": 9,
-    "bench_packages": 9,
-    "bench_peers": 10,
-    "bench_report": 10,
-    "bench": 11,
-    "bench_ops": 12,
-    "bench_run": 12,
-    "plan_config": 10,
-    "plan": 11,
-    "hub": 11,
-    "demo": 11,
-    "demo_task": 11,
-    "demo_rollout": 11,
-    "demo_report": 11,
-    "cli_numbers": 12,
-    "cli": 13,
-}
+PACKAGE = ROOT / "fused_rl"
+MOST_FLOORS = 9
+MOST_ROOMS = 28
+# What the cheap half may hear of. kl works on vectors [N], by the number of its estimator.
+CHEAP = {"losses", "rollouts"}
+OPEN_TO_THE_CHEAP_HALF = {"reference", "checks", "stats", "log_ratios", "derivatives", "kl"} | CHEAP
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Modules of the package that a file imports, at any depth of its code."""
+def name_of(path: Path) -> str:
+    """losses/batch for fused_rl/losses/batch.py; a folder's __init__ is the folder."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "/".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in PACKAGE.rglob("*.py") if "kernels" not in path.parts}
+FOLDERS = sorted({name.split("/")[0] for name in FILES if "/" in name})
+
+
+def imported_files(path: Path) -> set[str]:
+    """Files of the package that a file imports, at any depth of its code."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "fused_rl":
-            found |= {a.name if a.name in FLOORS else "__init__" for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fused_rl."):
-            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fused_rl":
+            folder = node.module.split(".")[1:]
+            found |= {file_of([*folder, alias.name]) for alias in node.names}
         elif isinstance(node, ast.Import):
-            for name in (a.name for a in node.names if a.name.split(".")[0] == "fused_rl"):
-                found.add(name.split(".")[1] if "." in name else "__init__")
+            names = (alias.name.split(".") for alias in node.names)
+            found |= {file_of(parts[1:]) for parts in names if parts[0] == "fused_rl"}
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "fused_rl").glob("*.py")), ids=lambda p: p.stem)
-def test_imports_only_go_down(path):
-    assert path.stem in FLOORS, f"give {path.name} a floor"
-    for name in imported_modules(path):
-        same_room = path.stem.startswith("demo") and name.startswith("demo")
-        assert FLOORS[name] < FLOORS[path.stem] or same_room, f"{path.stem} imports {name}"
+def file_of(parts: list[str]) -> str:
+    """The file that holds what is imported by that path."""
+    if parts[:1] == ["kernels"]:
+        return "kernels"
+    while parts and "/".join(parts) not in FILES:
+        parts = parts[:-1]
+    return "/".join(parts) or "__init__"
+
+
+def room_of(name: str) -> str:
+    return name.split("/")[0]
+
+
+def rooms() -> dict[str, set[str]]:
+    """Each room, a file or a folder of the package, and the rooms that it imports."""
+    graph = {"kernels": set()}
+    for name, path in FILES.items():
+        graph.setdefault(room_of(name), set()).update(map(room_of, imported_files(path)))
+    return {room: below - {room} for room, below in graph.items()}
+
+
+def floors(graph: dict[str, set[str]]) -> dict[str, int]:
+    """0 for what imports nothing, else one above the highest import; CycleError at a circle."""
+    heights: dict[str, int] = {}
+    for name in TopologicalSorter(graph).static_order():
+        heights[name] = 1 + max((heights[below] for below in graph.get(name, ())), default=-1)
+    return heights
+
+
+def test_imports_only_go_down():
+    """Rooms stand on floors, and there are few of either: a newcomer can know them all."""
+    heights = floors(rooms())
+    assert len(heights) <= MOST_ROOMS, sorted(heights)
+    assert 1 + max(heights.values()) <= MOST_FLOORS, sorted(heights.items(), key=lambda i: i[1])
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_files_of_a_folder_import_each_other_without_circles(folder):
+    inside = {name: imported_files(FILES[name]) for name in FILES if room_of(name) == folder}
+    floors({name: {b for b in below if b in inside} - {name} for name, below in inside.items()})
+
+
+@pytest.mark.parametrize("name", sorted(name for name in FILES if room_of(name) in CHEAP))
+def test_the_cheap_half_hears_nothing_of_the_vocabulary(name):
+    below = imported_files(FILES[name])
+    assert not {b for b in below if room_of(b) not in OPEN_TO_THE_CHEAP_HALF}
+
+
+def test_the_expensive_half_hears_nothing_of_a_loss():
+    for name in (n for n in FILES if room_of(n) in ("ops", "head", "logprobs", "kept", "kl")):
+        assert not {b for b in imported_files(FILES[name]) if room_of(b) in CHEAP}, name
+
+
+def test_three_files_with_one_prefix_are_a_folder():
+    for folder in {path.parent for path in FILES.values()}:
+        stems = [p.stem for p in folder.glob("*.py") if not p.stem.startswith("_")]
+        prefixes = Counter(stem.split("_")[0] for stem in stems)
+        assert max(prefixes.values()) < 3, f"{folder}: {prefixes.most_common(1)}"
+
+
+def test_folders_say_what_is_in_them():
+    for path in PACKAGE.rglob("__init__.py"):
+        documentation = ast.get_docstring(ast.parse(path.read_text()))
+        assert documentation and len(documentation.split()) >= 5, path
 
 
 def test_child_processes_begin_in_one_place():
@@ -109,7 +123,7 @@ def test_child_processes_begin_in_one_place():
 
 def test_kernels_import_torch_and_triton_only():
     for path in (ROOT / "kernels").glob("*.py"):
-        assert not imported_modules(path), path.name
+        assert not imported_files(path), path.name
 
 
 def test_kernels_is_no_package():

@@ -1,5 +1,6 @@
 """The export for Hugging Face's kernels: loaded by `kernels` itself, in processes of their own."""
 
+import ast
 import os
 import re
 import shutil
@@ -14,7 +15,8 @@ import torch
 from kernels.variants import resolve_variants
 
 import fused_rl
-from fused_rl import cli, hub, layers, ops
+from fused_rl import cli, ops
+from fused_rl.integrations import hub, layers
 
 # fused_rl is not to be found; as on a machine where it is not installed.
 WITHOUT_FUSED_RL = """
@@ -298,6 +300,15 @@ def test_imports_and_operators_are_rewritten_and_nothing_else():
         'op = custom_op("frlabcde::kl", mutates_args=())\n'
         'x = torch.ops.frlabcde.kl(files(__package__), "fused_rl: text")\n'
     )
+
+
+def test_a_module_in_a_folder_climbs_out_of_it():
+    source = "from fused_rl import kl\nfrom fused_rl.ops.kl import kl\nfiles('fused_rl')\n"
+    source = source.replace("'", '"')
+    assert hub.rewritten(source, "frlabcde", depth=1) == (
+        'from .. import kl\nfrom ..ops.kl import kl\nfiles(__package__.rsplit(".", 1)[0])\n'
+    )
+    assert hub.imported(ast.parse(source)) == {"kl", "ops/kl", "ops/kl/kl"}
 
 
 def test_a_library_whose_namespace_is_not_found_is_refused():

@@ -22,7 +22,7 @@ from fused_rl import (
     reference,
 )
 from fused_rl.logprobs import chunked_gradients, flat_arguments
-from fused_rl.losses import token_gradients
+from fused_rl.losses.policy import token_gradients
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

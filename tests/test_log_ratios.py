@@ -20,11 +20,11 @@ from fused_rl import (
     TokenStats,
     kl_penalty,
     linear_policy_loss,
-    losses,
     shape_rewards,
     truncated_weights,
 )
 from fused_rl.log_ratios import log_ratio
+from fused_rl.losses import named
 
 NAN, INF = math.nan, math.inf
 B, T, V, H = 4, 6, 13, 5
@@ -86,7 +86,7 @@ class Step:
 
 
 @pytest.mark.parametrize("which", ["old_logprobs", "ref_logprobs", "weights"])
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", named.NAMES)
 def test_nan_counts_as_the_policys_own(name, which):
     step, loss = Step(), loss_of(name, beta=0.1, entropy_coef=0.1)
     neutral = torch.ones(B, T).double() if which == "weights" else step.own
@@ -135,7 +135,7 @@ def test_everything_not_known_is_reinforce():
         assert metrics["kl"] == 0
 
 
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", named.NAMES)
 def test_infinities_stay_finite_for_every_loss(name):
     """Of both signs within a sequence, so that their sum is no number; and where all agree."""
     step, loss = Step(), loss_of(name, beta=0.1, entropy_coef=0.1)
@@ -214,7 +214,7 @@ def test_a_policy_of_nan_is_broken_and_says_so():
             assert loss.isnan()
 
 
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", named.NAMES)
 def test_nan_outside_the_mask_reaches_nothing_and_is_not_counted(name):
     step, loss = Step(), loss_of(name, beta=0.1)
     dirty = {key: tensor.where(MASK, NAN) for key, tensor in step.given.items()}

@@ -7,7 +7,8 @@ import torch
 from by_name import loss_of
 
 import fused_rl
-from fused_rl import Clip, ClipCov, PolicyLoss, TokenBatch, TokenStats, losses
+from fused_rl import Clip, ClipCov, PolicyLoss, TokenBatch, TokenStats
+from fused_rl.losses import named
 
 
 def packed(ratios: list[float], advantages: list[float], cu_seqlens: list[int]):
@@ -83,7 +84,7 @@ def test_gmpo_counts_what_it_clips_inside_the_ratio():
     assert (slope == 0).double().mean().item() == pytest.approx(4 / 12) == pytest.approx(idle)
 
 
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", named.NAMES)
 def test_a_loss_made_inside_a_compiled_function(name):
     stats, batch = packed(RATIOS, ADVANTAGES, [0, 4, 12])
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_rl import TokenStats
-from fused_rl.asked import accepted
 from fused_rl.integrations.transformers import logprobs
+from fused_rl.models.asked import accepted
 
 TOLERANCE = 1e-4  # nats
 

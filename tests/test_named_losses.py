@@ -19,9 +19,8 @@ from fused_rl import (
     TokenBatch,
     TokenStats,
     linear_policy_loss,
-    losses,
-    named,
 )
+from fused_rl.losses import named
 
 COUPLED = {"clip_cov", "kl_cov"}
 # Options a name needs here, and what naive.py makes of it: level, formula, mean.
@@ -60,8 +59,8 @@ BY_TOKENS = {n for n, (_, _, _, mean) in NAIVE.items() if mean is naive.token_me
 
 
 def test_every_name_is_public_and_has_a_naive_formula():
-    assert set(losses.NAMES) == set(NAIVE) | COUPLED
-    for name, constructor in losses.NAMES.items():
+    assert set(named.NAMES) == set(NAIVE) | COUPLED
+    for name, constructor in named.NAMES.items():
         assert getattr(fused_rl, name) is constructor
         assert "Advantages:" in constructor.__doc__ or "arXiv" in constructor.__doc__
 
@@ -71,7 +70,7 @@ def test_every_name_is_public_and_has_a_naive_formula():
 @given(tokens=drawn.batches())
 def test_named_losses_against_naive_formulas(name, tokens):
     options, level, formula, mean = NAIVE[name]
-    value = drawn.ours(losses.NAMES[name](**options), tokens)
+    value = drawn.ours(named.NAMES[name](**options), tokens)
     drawn.assert_same(value, naive.loss(tokens, level, formula, mean), tokens.logprobs)
 
 
@@ -173,7 +172,7 @@ def test_uneven_micro_batches_add_up_to_the_step(name):
         torch.testing.assert_close(a, b, atol=1e-14, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", named.NAMES)
 def test_padded_and_packed_are_the_same_loss(name):
     step = Step()
     loss = loss_of(name, beta=0.1)
@@ -192,7 +191,7 @@ def test_padded_and_packed_are_the_same_loss(name):
         torch.testing.assert_close(other.metrics[key], value)
 
 
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", named.NAMES)
 def test_the_head_takes_one_pass_where_tokens_are_separable(name):
     step = Step()
     loss = loss_of(name, beta=0.1, entropy_coef=0.05)
@@ -204,7 +203,7 @@ def test_the_head_takes_one_pass_where_tokens_are_separable(name):
     drawn.assert_same(output.loss, loss(step.stats(), batch).loss, step.hidden)
 
 
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", named.NAMES)
 def test_nothing_counted_is_a_loss_of_0_with_gradients_of_0(name):
     hidden = torch.randn(2, 3, 4, requires_grad=True)
     weight = torch.randn(7, 4, requires_grad=True)
@@ -233,7 +232,7 @@ def test_weights_multiply_the_surrogate_and_nothing_else(name):
     torch.testing.assert_close(bare.objective(stats, weighted), expected)
 
 
-@pytest.mark.parametrize("name", [n for n in losses.NAMES if loss_of(n).token_separable])
+@pytest.mark.parametrize("name", [n for n in named.NAMES if loss_of(n).token_separable])
 def test_separable_losses_compile_into_one_graph(name):
     step = Step()
     batch, loss = step.batch(), loss_of(name, beta=0.1, entropy_coef=0.1)
@@ -249,7 +248,7 @@ def test_separable_losses_compile_into_one_graph(name):
 
 
 def test_terms_reach_the_loss():
-    for name in losses.NAMES:
+    for name in named.NAMES:
         loss = loss_of(name, beta=0.1, kl=KL.K1, kl_grad=KL.K2, entropy_coef=0.3)
         assert loss.kl == KLPenalty(0.1, KL.K1, KL.K2) and loss.entropy_coef == 0.3
         assert loss_of(name).kl == KLPenalty(0.0)

@@ -8,8 +8,15 @@ from contextlib import contextmanager
 
 import pytest
 
-from fused_rl import outputs
-from fused_rl.outputs import UnusableFolder, Unwritable, one_line, read_json, replacing, try_folder
+from fused_rl.system import outputs
+from fused_rl.system.outputs import (
+    UnusableFolder,
+    Unwritable,
+    one_line,
+    read_json,
+    replacing,
+    try_folder,
+)
 
 
 @contextmanager

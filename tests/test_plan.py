@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_rl import LMHead, logprobs, losses, ops
-from fused_rl.plan import head_shape, plan, readable
+from fused_rl import LMHead, logprobs, one_pass, ops
+from fused_rl.plan.memory import head_shape, plan, readable
 
 HEAD = {"hidden_size": 256, "vocab_size": 65536}
 TOKENS = 512
@@ -108,7 +108,7 @@ def test_the_way_and_the_chunks_are_those_of_the_library(chunk_bytes, frozen):
     assert planned.chunk_bytes == ops.scratch_bytes(hidden.device, chunk_bytes)
     head = LMHead(weight if frozen else weight.requires_grad_())
     batch = SimpleNamespace(labels=hidden[:, 0])
-    pays = losses._one_pass_pays(hidden, head, batch, chunk_bytes)
+    pays = one_pass._one_pass_pays(hidden, head, batch, chunk_bytes)
     assert (by_name(planned)["linear_policy_loss"].nhv < 8) == pays
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_rl import cli, plan_config
-from fused_rl.plan import plan
-from fused_rl.plan_config import head_shape
+from fused_rl import cli
+from fused_rl.plan import config
+from fused_rl.plan.config import head_shape
+from fused_rl.plan.memory import plan
 
 # Abridged; what matters is what is left out of the nested ones.
 LLAVA = {
@@ -66,7 +67,7 @@ def test_head_shape_of_real_configs(config, shape):
 
 
 def test_what_is_in_the_file_needs_no_transformers(monkeypatch):
-    monkeypatch.setattr(plan_config, "find_spec", lambda name: None)
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
     assert head_shape(OMNI) == (3584, 152064) and head_shape(OPT_350M) == (512, 50272)
     with pytest.raises(ValueError, match="must have vocab_size and hidden_size, got model_type"):
         head_shape(LLAVA)
@@ -92,7 +93,7 @@ def test_sizes_that_are_none(name, size):
 def test_configs_that_are_none(config):
     with pytest.raises(ValueError, match="config must be an object, got "):
         head_shape(config)
-    for name in plan_config.NESTED:
+    for name in config.NESTED:
         with pytest.raises(ValueError, match=f"{name} must be an object, got "):
             head_shape({"hidden_size": 64, "vocab_size": 99, name: config})
 

@@ -59,5 +59,5 @@ def test_the_table_of_kl_gradients_is_the_one_that_the_enumeration_prints():
 
 
 def test_every_named_loss_is_listed():
-    for name in fused_rl.losses.NAMES:
+    for name in fused_rl.losses.named.NAMES:
         assert f"`{name}`" in TEXT, name

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fused_rl.sequences import has_next, segment_min, segment_sum, sequence_ids, suffix_scan
+from fused_rl.losses.sequences import has_next, segment_min, segment_sum, sequence_ids, suffix_scan
 
 IDS = torch.tensor([0, 0, 0, 2, 2, 4])
 

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from fused_rl import signals
-from fused_rl.signals import Stopped, status_of, stop_behind, stoppable, stops
+from fused_rl.system import signals
+from fused_rl.system.signals import Stopped, status_of, stop_behind, stoppable, stops
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 

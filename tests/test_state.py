@@ -19,8 +19,8 @@ from fused_rl import (
     diagnose,
     linear_logprobs,
     linear_policy_loss,
-    losses,
 )
+from fused_rl.losses import named
 
 B, T, V, H = 3, 5, 17, 6
 TENSORS = ["labels", "loss_mask", "advantages", "old_logprobs", "ref_logprobs", "weights"]
@@ -212,7 +212,7 @@ def test_gradients_are_handed_over_and_not_copied():
     assert weight.grad.data_ptr() == dweight
 
 
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", named.NAMES)
 def test_metrics_under_inference_mode(name):
     """Also of statistics and batches that were made there, and a beta."""
     for beta in (0.0, 0.1):
@@ -300,7 +300,7 @@ def test_batches_and_results_are_loaded_as_weights_only():
 @pytest.mark.parametrize(
     "thing",
     [
-        *(loss_of(name, beta=0.1, kl=fused_rl.KL.K2) for name in losses.NAMES),
+        *(loss_of(name, beta=0.1, kl=fused_rl.KL.K2) for name in named.NAMES),
         fused_rl.PolicyLoss(kl=KLPenalty(0.1, level=Level.SEQUENCE, importance=Level.GEOMETRIC)),
         fused_rl.AdaptiveBeta(0.1, 0.2),
         fused_rl.AnnealedBeta(1.0, 0.1, 10, fused_rl.Anneal.COSINE, done=3),

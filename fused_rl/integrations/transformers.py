@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fused_rl import LMHead, TokenStats, asked, linear_logprobs, models
+from fused_rl import LMHead, TokenStats, linear_logprobs
 from fused_rl.checks import is_labels, require, same_shape
-from fused_rl.logprobs import IGNORE_INDEX
-from fused_rl.models import backbone
+from fused_rl.models import asked, parts
+from fused_rl.models.parts import backbone
+from fused_rl.stats import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,7 +119,7 @@ def _logprobs(
     same_shape("labels", labels, "input_ids", input_ids)
     # First, so that a model that is refused is so before it runs.
     answer = asked.answer(model, ask=ask, within=within)
-    model = models.unwrap(model)
+    model = parts.unwrap(model)
     body = backbone(model)
     inputs = {**inputs, "use_cache": False, "return_dict": True}
     targets = labels[:, 1:]
@@ -133,7 +134,7 @@ def _logprobs(
     if completion_mask is not None:
         targets = _completion(targets, completion_mask)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-    layer = models.output_layer(model)
+    layer = parts.output_layer(model)
     with answer.around(input_ids.device):
         hidden = body(**asked.accepted(body, inputs)).last_hidden_state
         head = LMHead(*answer.recipe.parts(layer.weight, layer.bias))
@@ -242,7 +243,7 @@ def patch_model(model: "PreTrainedModel", *, ask: bool = True) -> "PreTrainedMod
     Raises:
         ValueError: a wrapper.
     """
-    model_inside = models.unwrap(model)
+    model_inside = parts.unwrap(model)
     if not _is_patched(model_inside):
         own = vars(model_inside).get("forward")
         model_inside.forward = _Forward(model_inside, own, ask)
@@ -255,7 +256,7 @@ def unpatch_model(model: "PreTrainedModel") -> "PreTrainedModel":
     Raises:
         ValueError: a model that is not patched, or whose forward someone else replaced since.
     """
-    inside = models.unwrap(model)
+    inside = parts.unwrap(model)
     require(_is_patched(inside), lambda: f"this {type(inside).__name__} is not patched")
     own = asked.own_forward(inside)
     if own is None:
@@ -268,7 +269,7 @@ def unpatch_model(model: "PreTrainedModel") -> "PreTrainedModel":
 @contextmanager
 def patched(model: "PreTrainedModel", *, ask: bool = True) -> Iterator["PreTrainedModel"]:
     """`with patched(model):` patches, and unpatches unless the model was patched before."""
-    before = _is_patched(models.unwrap(model))
+    before = _is_patched(parts.unwrap(model))
     patch_model(model, ask=ask)
     try:
         yield model

@@ -4,9 +4,9 @@ import torch
 from swap import swap
 from verl.trainer.ppo import core_algos
 
-from fused_rl.batch import TokenBatch
 from fused_rl.integrations import verl
 from fused_rl.integrations.verl.losses import mean_of
+from fused_rl.losses.batch import TokenBatch
 
 
 def agg_loss(loss_mat, loss_mask, loss_agg_mode, **counts):

@@ -9,7 +9,7 @@ from torch import Tensor
 from fused_rl import LMHead, TokenBatch, linear_logprobs, linear_policy_loss
 from fused_rl.checks import require
 from fused_rl.integrations.liger.options import Options, Reported, sapo_temperatures
-from fused_rl.logprobs import IGNORE_INDEX
+from fused_rl.stats import IGNORE_INDEX
 
 
 class LigerFusedLinearGRPOFunction:

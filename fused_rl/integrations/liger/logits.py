@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 from fused_rl import PolicyLoss, TokenBatch, TokenStats, logprobs_from_logits
 from fused_rl.checks import require
 from fused_rl.integrations.liger.options import Options, Reported
-from fused_rl.logprobs import IGNORE_INDEX
+from fused_rl.stats import IGNORE_INDEX
 
 
 def triton_grpo_loss(

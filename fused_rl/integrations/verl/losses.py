@@ -8,16 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rl import kl, named
-from fused_rl.batch import TokenBatch
+from fused_rl import kl
 from fused_rl.checks import require
 from fused_rl.integrations.verl import metrics as of
 from fused_rl.kl import KL
-from fused_rl.logprobs import TokenStats
-from fused_rl.means import FixedLengthMean, SequenceMean, SequenceSumMean, TokenMean, TokenSum
-from fused_rl.policy import PolicyLoss
-from fused_rl.surrogates import Clip
-from fused_rl.trust_regions import DPPOKL, DPPOTV, ClipCov, TrustRegion
+from fused_rl.losses import named
+from fused_rl.losses.batch import TokenBatch
+from fused_rl.losses.means import (
+    FixedLengthMean,
+    SequenceMean,
+    SequenceSumMean,
+    TokenMean,
+    TokenSum,
+)
+from fused_rl.losses.policy import PolicyLoss
+from fused_rl.losses.surrogates import Clip
+from fused_rl.losses.trust_regions import DPPOKL, DPPOTV, ClipCov, TrustRegion
+from fused_rl.stats import TokenStats
 
 _ESTIMATORS = {
     "kl": KL.K1,

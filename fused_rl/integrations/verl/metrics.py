@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rl.batch import TokenBatch
-from fused_rl.policy import PolicyLoss
+from fused_rl.losses.batch import TokenBatch
+from fused_rl.losses.policy import PolicyLoss
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,1 @@
+"""The benchmark: tasks, providers, clocks, records, figures."""

@@ -1,0 +1,1 @@
+"""`fused-rl demo`: GRPO on a small transformers model, through the kernels."""

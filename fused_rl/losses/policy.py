@@ -1,0 +1,229 @@
+"""PolicyLoss: a policy-gradient loss is a composition.
+
+    loss = sum_n weight[n] * (w[n] * surrogate[n] + kl[n] - entropy_coef * entropy[n])
+
+with weight from means.py, surrogate from surrogates.py or trust_regions.py, of the log-ratio that
+ratios.py forms, kl from penalties.py, and w = batch.weights, the importance weights of the rollout,
+where the batch has them. named.py has the compositions that have a name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import pad
+
+from fused_rl import checks
+from fused_rl.derivatives import transformed
+from fused_rl.losses.batch import TokenBatch, outside_inference
+from fused_rl.losses.means import TokenMean
+from fused_rl.losses.penalties import KLPenalty
+from fused_rl.losses.ratios import TokenRatio
+from fused_rl.losses.surrogates import Clip, bounded
+from fused_rl.reference import promoted
+from fused_rl.stats import TokenStats
+
+
+class LossOutput(NamedTuple):
+    """A scalar to call backward() on, and detached scalars to log."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A policy loss, called as loss(stats, batch).
+
+    Args:
+        surrogate: (log_ratio, logprobs, advantages) -> [N]; `clipped` as in surrogates.Surrogate.
+            Unless it has token_separable = True it is called with the counted tokens alone.
+        ratio: (log_ratio, batch) -> [N]: at which level ratios are formed; `clipped` as in
+            ratios.ClippedSequenceRatio, if it has bounds of its own.
+        kl: (logprobs, batch) -> [N], the penalty towards batch.ref_logprobs, or None.
+        entropy_coef: weight of the entropy bonus.
+        mean: batch -> [N]: the weight of each token.
+    """
+
+    surrogate: Callable[[Tensor, Tensor, Tensor], Tensor] = field(default_factory=Clip)
+    ratio: Callable[[Tensor, TokenBatch], Tensor] = field(default_factory=TokenRatio)
+    kl: KLPenalty | None = None
+    entropy_coef: float = 0.0
+    mean: Callable[[TokenBatch], Tensor] = field(default_factory=TokenMean)
+
+    def __post_init__(self) -> None:
+        checks.is_callable("surrogate", self.surrogate, "Clip()")
+        checks.is_callable("ratio", self.ratio, "TokenRatio()")
+        checks.is_callable("mean", self.mean, "TokenMean()")
+        if self.kl is not None:
+            checks.is_callable("kl", self.kl, "KLPenalty(0.1)")
+        checks.is_number("entropy_coef", self.entropy_coef)
+
+    @property
+    def token_separable(self) -> bool:
+        """Whether a token's loss depends on no other token, so that one pass can form it."""
+        parts = (self.surrogate, self.ratio, self.kl if self._pulls else None)
+        return all(_separable(part) for part in parts if part is not None)
+
+    def __call__(self, stats: TokenStats, batch: TokenBatch) -> LossOutput:
+        """The loss and its metrics.
+
+        Args:
+            stats: of the tokens of batch, [N] or in the shape the batch was built from.
+            batch: the tokens.
+
+        Returns:
+            LossOutput(loss, metrics), the metrics over the counted tokens:
+
+            entropy, kl: means, in nats; kl where the batch has ref_logprobs.
+            ratio_mean, ratio_max: of the ratio at the level of `ratio`.
+            clip_fraction_low, clip_fraction_high: of tokens below a lower bound, above an upper
+                one, where the bound is at work: the surrogate's, and the ratio's own (GMPO).
+            clip_fraction_dual: of those of clip_fraction_high, the losing tokens (A < 0), which
+                dual or delta holds. verl's pg_clipfrac is low + high - dual, its pg_clipfrac_lower
+                dual.
+            unknown_fraction: of tokens with a NaN among old_logprobs, ref_logprobs,
+                rollout_logprobs and weights: ratio 1, KL 0, weight 1 (log_ratios.py).
+            zero_gradient_fraction: of tokens without a gradient; not under torch.compile.
+
+        Raises:
+            ValueError: stats that do not fit the batch; a KL penalty without ref_logprobs.
+        """
+        flat = self._flat(stats, batch)
+        loss = self.objective(flat, batch)
+        # No decorator: torch.compile could not follow it in a loss that is made where it is traced.
+        with torch.no_grad():
+            return LossOutput(loss, self._metrics(flat, batch))
+
+    def objective(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
+        """The loss alone."""
+        weighted = self.mean(batch) * self.token_losses(stats, batch)
+        return weighted.where(batch.loss_mask, 0.0).sum()
+
+    def token_losses(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
+        """What the mean weighs, [N]; 0 outside loss_mask."""
+        logprobs, entropy = self._flat(stats, batch)
+        log_ratio = self._log_ratio(logprobs, batch)
+        rows = self._rows(batch)
+        args = _chosen(rows, log_ratio, logprobs, batch.advantages)
+        losses = _placed(self.surrogate(*args), rows, len(logprobs))
+        if batch.weights is not None:
+            known = batch.weights.nan_to_num(nan=1.0, posinf=torch.inf, neginf=-torch.inf)
+            losses = known * losses
+        if self._pulls:
+            losses = losses + self.kl(logprobs, batch)
+        if self.entropy_coef:
+            losses = losses - self.entropy_coef * entropy
+        return losses.where(batch.loss_mask, 0.0)
+
+    @property
+    def _pulls(self) -> bool:
+        """Whether kl is a term of the loss. With a beta of 0 it only says what metrics report; a
+        tensor may be changed between steps, and is no 0 for good.
+        """
+        beta = getattr(self.kl, "beta", 1.0)
+        return self.kl is not None and (isinstance(beta, Tensor) or beta != 0)
+
+    def _flat(self, stats: TokenStats, batch: TokenBatch) -> TokenStats:
+        """Flattened, with zeros outside loss_mask: whatever is there cannot reach an exp. Half
+        precision becomes float32 here, once.
+        """
+        if any(t.numel() != batch.labels.numel() for t in stats):
+            raise ValueError(
+                "stats must have one entry per token of the batch, got "
+                f"{[list(t.shape) for t in stats]} for {list(batch.shape)}"
+            )
+        return TokenStats(*(t.reshape(-1).where(batch.loss_mask, 0.0) for t in promoted(*stats)))
+
+    def _log_ratio(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
+        return self.ratio(batch.log_ratio(logprobs), batch)
+
+    def _rows(self, batch: TokenBatch) -> Tensor | None:
+        """The counted tokens, for a surrogate that couples tokens; None: it takes all of them."""
+        return None if _separable(self.surrogate) else batch.loss_mask.nonzero()[:, 0]
+
+    def _clipped(self, log_ratio: Tensor, logprobs: Tensor, batch: TokenBatch) -> Tensor:
+        """[3, N] bool: below a lower bound, above an upper one, and the losing among the latter."""
+        rows = self._rows(batch)
+        args = _chosen(rows, log_ratio, logprobs, batch.advantages)
+        low = high = dual = torch.zeros_like(args[0], dtype=torch.bool)
+        if hasattr(self.surrogate, "clipped"):
+            low, high = self.surrogate.clipped(*args)
+        if hasattr(self.surrogate, "dual_clipped"):
+            dual = self.surrogate.dual_clipped(*args)
+        bounds = _placed(torch.stack([low, high, dual]), rows, len(logprobs))
+        if not hasattr(self.ratio, "clipped"):
+            return bounds
+        below, above = self.ratio.clipped(batch.log_ratio(logprobs), batch)
+        return bounds | torch.stack([below, above, torch.zeros_like(above)])
+
+    def _metrics(self, stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
+        logprobs, entropy = stats
+        log_ratio = self._log_ratio(logprobs, batch)
+        ratio = torch.exp(bounded(log_ratio))
+        means = {
+            "entropy": entropy,
+            "ratio_mean": ratio,
+            **dict(zip(_CLIP_FRACTIONS, self._clipped(log_ratio, logprobs, batch), strict=True)),
+            "unknown_fraction": _unknown(batch),
+        }
+        if batch.ref_logprobs is not None:
+            means["kl"] = (self.kl or KLPenalty(1.0)).estimate(logprobs, batch)
+        if not (torch.compiler.is_compiling() or transformed()):
+            dlogprobs, dentropy = token_gradients(self, stats, batch)
+            means["zero_gradient_fraction"] = (dlogprobs == 0) & (dentropy == 0)
+        counted = torch.stack(promoted(*means.values())).where(batch.loss_mask, 0.0)
+        metrics = counted.sum(-1) / batch.num_tokens.clamp(min=1)
+        # Padded, so that an empty batch has a maximum too.
+        largest = pad(ratio.where(batch.loss_mask, 0.0), (0, 1)).max()
+        return {**dict(zip(means, metrics.unbind(), strict=True)), "ratio_max": largest}
+
+
+_CLIP_FRACTIONS = ("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual")
+
+
+def _separable(part: object) -> bool:
+    return getattr(part, "token_separable", False)
+
+
+def _unknown(batch: TokenBatch) -> Tensor:
+    """[N] bool: tokens of which something that was given is NaN."""
+    given = (batch.old_logprobs, batch.ref_logprobs, batch.rollout_logprobs, batch.weights)
+    given = [t for t in given if t is not None]
+    return torch.stack(given).isnan().any(0) if given else torch.zeros_like(batch.loss_mask)
+
+
+def _chosen(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors if rows is None else tuple(t[rows] for t in tensors)
+
+
+def _placed(part: Tensor, rows: Tensor | None, N: int) -> Tensor:
+    """part [..., n] at its rows in [..., N], 0 elsewhere."""
+    if rows is None:
+        return part
+    return part.new_zeros(*part.shape[:-1], N).index_copy(-1, rows, part)
+
+
+Loss = Callable[[TokenStats, TokenBatch], LossOutput]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def token_gradients(loss: Loss, stats: TokenStats, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """dlogprobs and dentropy [N] of a loss, under torch.inference_mode too."""
+    # What is saved in here is used in here: hooks that offload or recompute have no part in it.
+    with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
+        leaves = [outside_inference(t.detach()).requires_grad_() for t in stats]
+        tensors, others = batch.parts()
+        batch = TokenBatch.of_parts([outside_inference(t) for t in tensors], others)
+        objective = getattr(loss, "objective", None)
+        of = TokenStats(*leaves)
+        value = objective(of, batch) if objective else loss(of, batch).loss
+        if not value.requires_grad:
+            return tuple(torch.zeros_like(t) for t in leaves)
+        return torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)

@@ -1,0 +1,1 @@
+"""A transformers model, asked what it does between hidden states and logits."""

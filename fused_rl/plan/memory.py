@@ -1,0 +1,279 @@
+"""What a head needs and costs, before anything runs: `fused-rl plan`.
+
+    peak = max over the phases of a way of the sum of what is alive in it
+
+Sizes are those of the code: logits in the accumulator dtype, for all tokens (eager torch) or for
+one chunk; dweight in the dtype of the head, or in float32 while chunks add to it; dhidden in
+float32 until it is handed over; the operands that a pass lays out for its products. Every token
+counts, and hidden states and weight, which are there already, are left out. On a CPU the C++
+kernels are assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_rl import ops
+from fused_rl.logprobs import chunks, round_up
+from fused_rl.plan.config import head_shape, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Of the one pass; a plan with more is a slip of the pen, and its list would fill the memory.
+MOST_CHUNKS = 2**20
+
+# The C++ kernels' tiles: rows of a super-block of the vocabulary, tokens in one product over it,
+# columns in a panel of dweight, partial softmaxes of three numbers per token.
+SUPER_BLOCK, PASS_TOKENS, PANEL, SLABS = 2048, 4096, 64, 64
+
+Parts = dict[str, int]
+COLUMNS = ("logits", "dweight", "dhidden", "operands")
+
+
+class Way(NamedTuple):
+    """nhv: cost in multiples of N H V. phases: name -> part -> bytes alive in it."""
+
+    name: str
+    nhv: int
+    flop: int
+    phases: dict[str, Parts]
+
+    @property
+    def phase(self) -> str:
+        """The one that needs most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return sum(self.phases[self.phase].values())
+
+
+class Plan(NamedTuple):
+    """A head's ways; chunk_bytes, and the tokens of the chunks that it allows in the one pass."""
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    chunk_bytes: int
+    chunks: list[int]
+    ways: list[Way]
+
+
+class _Sizes(NamedTuple):
+    """N, H, V; bytes of a number: of the model, of an accumulator, of an operand of a product, and
+    of a gradient that waits for the loss's scale. device: its type.
+    """
+
+    N: int
+    H: int
+    V: int
+    w: int
+    acc: int
+    op: int
+    kept: int
+    device: str
+
+    def way(self, name: str, nhv: int, **phases: Parts) -> Way:
+        return Way(name, nhv, nhv * self.N * self.H * self.V, phases)
+
+
+def plan(
+    config: Mapping[str, Any],
+    tokens: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    frozen: bool = False,
+    chunk_bytes: int | None = None,
+    device: str = "cpu",
+) -> Plan:
+    """Bytes and FLOP of the head, in eager torch and in each of our ways.
+
+    Args:
+        config: of a transformers model, as in config.json.
+        tokens: N of one call, all of them under the loss.
+        dtype: of hidden states and weight.
+        frozen: whether the head is not trained.
+        chunk_bytes: as in linear_policy_loss; None for the default.
+        device: "cpu" or "cuda"; without one here, chunks are not fitted to its multiprocessors.
+
+    Raises:
+        ValueError: a config without sizes; a size that is no number of a head; tokens, or
+            chunk_bytes, that are not positive or beyond counting; chunk_bytes that are too few for
+            so many tokens.
+    """
+    H, V = head_shape(config)
+    size("tokens", tokens)
+    if chunk_bytes is not None and not 0 < chunk_bytes < 2**48:
+        raise ValueError(f"chunk_bytes must be positive and less than 2**48, got {chunk_bytes}")
+    hidden, weight = _stand_ins(tokens, H, V, dtype, device)
+    scratch = ops.scratch_bytes(torch.device(device), chunk_bytes)
+    most = min(tokens, ops.chunk_tokens(hidden, weight, scratch))
+    if tokens > MOST_CHUNKS * most:
+        raise ValueError(
+            f"chunk_bytes must allow chunks of more than {most} of {tokens} tokens, got {scratch}"
+        )
+    sizes = chunks(tokens, hidden, weight, scratch)
+    s = _Sizes(
+        *(tokens, H, V, dtype.itemsize, ops.acc_dtype(hidden, weight).itemsize),
+        op=_operand_bytes(dtype, device),
+        kept=4 if dtype == torch.float16 else dtype.itemsize,
+        device=device,
+    )
+    any_loss = _frozen(s, most) if frozen else _two_passes(s, "linear_logprobs", scratch)
+    pays = len(sizes) <= 1 or sizes[0] >= ops.one_pass_tokens(torch.device(device)) or frozen
+    loss = _one_pass(s, sizes, frozen) if pays else _two_passes(s, "linear_policy_loss", scratch)
+    ways = [_eager_no_grad(s), _no_grad(s), _eager(s, frozen), any_loss, loss]
+    return Plan(tokens, H, V, scratch, sizes, ways)
+
+
+def _stand_ins(N: int, H: int, V: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """hidden and weight of these shapes that hold one number."""
+    there = device != "cuda" or torch.cuda.is_available()
+    number = torch.zeros((), dtype=dtype, device=device if there else "cpu")
+    return number.expand(N, H), number.expand(V, H)
+
+
+def _operand_bytes(dtype: torch.dtype, device: str) -> int:
+    """Of a number in a product: bfloat16 needs a CPU that multiplies it."""
+    if device == "cpu" and dtype.itemsize == 2:
+        features = "" if ops.native_missing else torch.ops.fused_rl.cpu_features()
+        return 2 if dtype == torch.bfloat16 and "bfloat16" in features.split() else 4
+    return dtype.itemsize
+
+
+def _eager_no_grad(s: _Sizes) -> Way:
+    # log p, p and their product.
+    return s.way("eager torch, no gradient", 2, entropy={"logits": 3 * s.N * s.V * s.acc})
+
+
+def _eager(s: _Sizes, frozen: bool) -> Way:
+    dweight = 0 if frozen else s.V * s.H * s.w
+    of_products = {"logits": s.N * s.V * (s.acc + s.w), "dweight": dweight}
+    return s.way(
+        "eager torch",
+        4 if frozen else 6,
+        # log p, its gradient, and that of the logits.
+        softmax={"logits": 3 * s.N * s.V * s.acc},
+        products={**of_products, "dhidden": s.N * s.H * s.w},
+    )
+
+
+def _no_grad(s: _Sizes) -> Way:
+    packed = s.N * s.H * s.op if s.device == "cpu" else 0
+    return s.way(
+        "linear_logprobs, no gradient", 2, forward={"operands": packed + 3 * SLABS * s.N * s.acc}
+    )
+
+
+def _pass_operands(s: _Sizes, n: int, *, dweight: bool, recompute: bool) -> int:
+    """Bytes that a backward pass over n tokens lays out, beside gradients and kept logits."""
+    if s.device != "cpu":
+        return 0
+    n, rows, H = round_up(n, 16), min(SUPER_BLOCK, s.V), s.H
+    columns = round_up(H, PANEL)
+    at_once = min(n, PASS_TOKENS)
+    draw = rows * (at_once + 32) * s.op
+    transposed = H * rows * s.op + (at_once * rows * s.op if s.op == 2 else 0)
+    of_weight = n * columns * s.op + (rows * columns * s.acc if n > PASS_TOKENS else 0)
+    return draw + transposed + dweight * of_weight + recompute * n * H * s.op
+
+
+def _pass_dhidden(s: _Sizes, n: int) -> int:
+    """Sums of dhidden, and on a CPU their transpose."""
+    return n * s.H * s.acc * (2 if s.device == "cpu" else 1)
+
+
+def _chunk_logits(s: _Sizes, n: int) -> int:
+    """The logits of a chunk; on CUDA their gradient stands beside them in half precision."""
+    beside = s.w if s.device != "cpu" and s.w < s.acc else 0
+    return round_up(n, 16) * s.V * (s.acc + beside)
+
+
+def _two_passes(s: _Sizes, name: str, scratch: int) -> Way:
+    # The kernels of a CPU keep a super-block of logit gradients, those of CUDA fill the scratch.
+    logits = min(scratch, _chunk_logits(s, s.N)) if s.device != "cpu" else 0
+    return s.way(
+        name,
+        8,
+        backward={
+            "logits": logits,
+            "dweight": s.V * s.H * s.w,
+            "dhidden": _pass_dhidden(s, s.N),
+            "operands": _pass_operands(s, s.N, dweight=True, recompute=True),
+        },
+    )
+
+
+def _one_pass(s: _Sizes, sizes: list[int], frozen: bool) -> Way:
+    n, several = max(sizes), len(sizes) > 1
+    words = 0 if frozen else s.V * s.H
+    phases = {
+        "chunk": {
+            "logits": _chunk_logits(s, n),
+            "dweight": words * (s.acc if several else s.kept),
+            "dhidden": s.N * s.H * s.kept + _pass_dhidden(s, n),
+            "operands": n * s.H * s.w + _pass_operands(s, n, dweight=not frozen, recompute=False),
+        }
+    }
+    if several and s.kept < s.acc:
+        phases["narrow"] = {"dweight": words * (s.acc + s.kept), "dhidden": s.N * s.H * s.kept}
+    if s.w < s.kept:
+        both = s.kept + s.w
+        phases["hand over"] = {"dweight": words * both, "dhidden": s.N * s.H * both}
+    return s.way("linear_policy_loss", 4 if frozen else 6, **phases)
+
+
+def _frozen(s: _Sizes, n: int) -> Way:
+    return s.way(
+        "linear_logprobs",
+        4,
+        forward={
+            "logits": _chunk_logits(s, n),
+            "dhidden": s.N * s.H * s.w + _pass_dhidden(s, n),
+            "operands": n * s.H * s.w + _pass_operands(s, n, dweight=False, recompute=False),
+        },
+        backward={"dhidden": s.N * s.H * (s.w + 2 * s.acc)},
+    )
+
+
+def readable(count: int) -> str:
+    """Bytes for people."""
+    if count >= 2**30:
+        return f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+
+
+def show(console: Console, planned: Plan) -> None:
+    """The plan as a table: each way at its peak."""
+    from rich.table import Table
+
+    p = planned
+    table = Table(
+        title=f"N = {p.tokens} tokens, H = {p.hidden}, V = {p.vocabulary}", title_justify="left"
+    )
+    table.add_column("way")
+    for name in ("NHV", "TFLOP", *COLUMNS, "peak"):
+        table.add_column(name, justify="right")
+    table.add_column("in")
+    for way in p.ways:
+        parts = way.phases[way.phase]
+        cells = (readable(parts[c]) if parts.get(c) else "" for c in COLUMNS)
+        work = (str(way.nhv), f"{way.flop / 1e12:.3g}")
+        table.add_row(way.name, *work, *cells, readable(way.peak), way.phase)
+    console.print(table)
+    count = len(p.chunks)
+    console.print(
+        f"chunk_bytes {readable(p.chunk_bytes)}: {count} chunk{'s' * (count > 1)} "
+        f"of {max(p.chunks)} tokens"
+    )
+    if p.ways[-1].nhv == 8:
+        console.print(
+            "linear_policy_loss takes two passes: chunks so small would read and write dweight too "
+            "often. A larger --chunk-bytes gives the one pass of 6 NHV."
+        )

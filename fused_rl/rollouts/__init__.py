@@ -1,0 +1,1 @@
+"""What becomes of rollouts before the loss: rewards, advantages, weights; and how a run goes."""

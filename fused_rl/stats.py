@@ -1,0 +1,23 @@
+"""What is known of each token: the numbers that pass from the expensive half to the cheap one."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# The label of a token that does not count.
+IGNORE_INDEX = -100
+
+
+class TokenStats(NamedTuple):
+    """Two numbers per token, in the shape of labels; float32, or float64 for float64 inputs."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class TopStats(NamedTuple):
+    """Three numbers per token, in the shape of labels; float32, or float64 for float64 inputs."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    top_logprobs: Tensor

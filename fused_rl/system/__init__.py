@@ -1,0 +1,1 @@
+"""What commands need of the machine: files, signals, child processes, numbers as text."""
