@@ -1,4 +1,13 @@
-"""Fused log-probs, entropies, KL terms and policy losses for RL on language models."""
+"""Fused log-probs, entropies, KL terms and policy losses for RL on language models.
+
+The expensive half takes hidden states and a head to numbers per token and back: linear_logprobs,
+linear_kept_logprobs, logprobs_from_logits. The cheap half makes a loss of such numbers: the named
+losses and PolicyLoss. linear_policy_loss does both at once. What a loss is composed of, and what
+comes before and after it, has a module for each kind: surrogates, trust_regions, ratios, means,
+penalties; rewards, advantages, mismatch, schedules, diagnosis, overoptimisation.
+"""
+
+import sys
 
 import torch
 
@@ -9,16 +18,8 @@ from fused_rl.head import LMHead
 from fused_rl.kept import KeptStats, linear_kept_logprobs
 from fused_rl.kl import KL, kl_penalty
 from fused_rl.logprobs import linear_logprobs, linear_top_logprobs, logprobs_from_logits
+from fused_rl.losses import means, penalties, ratios, surrogates, trust_regions
 from fused_rl.losses.batch import TokenBatch
-from fused_rl.losses.means import (
-    FixedLengthMean,
-    LengthWeightedMean,
-    RolloutMean,
-    SequenceMean,
-    SequenceSumMean,
-    TokenMean,
-    TokenSum,
-)
 from fused_rl.losses.named import (
     aspo,
     bnpo,
@@ -44,61 +45,17 @@ from fused_rl.losses.named import (
 )
 from fused_rl.losses.penalties import KLPenalty
 from fused_rl.losses.policy import LossOutput, PolicyLoss
-from fused_rl.losses.ratios import (
-    ClippedSequenceRatio,
-    FullProductRatio,
-    SequenceRatio,
-    SequenceTokenRatio,
-    TokenRatio,
-)
 from fused_rl.losses.sequences import Level
-from fused_rl.losses.surrogates import (
-    ASPO,
-    CISPO,
-    DRO,
-    SAPO,
-    VESPO,
-    Clip,
-    Kimi,
-    Reinforce,
-    Surrogate,
-    Unclipped,
-)
-from fused_rl.losses.trust_regions import DPPOKL, DPPOTV, ClipCov, KLCov
 from fused_rl.one_pass import linear_policy_loss
-from fused_rl.rollouts.advantages import (
-    GAEOutput,
-    clipped_value_loss,
-    discounted_returns,
-    gae,
-    group_mean_advantages,
-    group_zscore_advantages,
-    leave_one_out_advantages,
-    length_weighted_advantages,
-    pass_at_k_advantages,
-    reinforce_plus_plus_advantages,
-    reinforce_plus_plus_baseline_advantages,
+from fused_rl.rollouts import (
+    advantages,
+    diagnosis,
+    mismatch,
+    overoptimisation,
+    rewards,
+    schedules,
 )
-from fused_rl.rollouts.diagnosis import Finding, Thresholds, diagnose
-from fused_rl.rollouts.mismatch import (
-    acceptance_mask,
-    masked_weights,
-    off_policy_sequence_mask,
-    top_entropy_mask,
-    truncated_weights,
-    veto_mask,
-)
-from fused_rl.rollouts.overoptimisation import RewardCurve, RewardForm, fit_reward_curve
-from fused_rl.rollouts.rewards import (
-    Moments,
-    length_rewards,
-    merge_moments,
-    moments,
-    overlong_penalty,
-    shape_rewards,
-    whiten,
-)
-from fused_rl.rollouts.schedules import AdaptiveBeta, Anneal, AnnealedBeta, FixedBeta
+from fused_rl.rollouts.diagnosis import diagnose
 from fused_rl.stats import TokenStats, TopStats
 
 _find_kernels()
@@ -106,108 +63,61 @@ _find_kernels()
 __version__ = "0.1.0"
 
 __all__ = [
-    "ASPO",
-    "CISPO",
-    "DPPOKL",
-    "DPPOTV",
-    "DRO",
     "KL",
-    "SAPO",
-    "VESPO",
-    "AdaptiveBeta",
-    "Anneal",
-    "AnnealedBeta",
-    "Backend",
-    "Clip",
-    "ClipCov",
-    "ClippedSequenceRatio",
-    "Finding",
-    "FixedBeta",
-    "FixedLengthMean",
-    "FullProductRatio",
-    "GAEOutput",
-    "KLCov",
     "KLPenalty",
     "KeptStats",
-    "Kimi",
     "LMHead",
-    "LengthWeightedMean",
     "Level",
     "LossOutput",
-    "Moments",
     "PolicyLoss",
-    "Reinforce",
-    "RewardCurve",
-    "RewardForm",
-    "RolloutMean",
-    "SequenceMean",
-    "SequenceRatio",
-    "SequenceSumMean",
-    "SequenceTokenRatio",
-    "Surrogate",
-    "Thresholds",
     "TokenBatch",
-    "TokenMean",
-    "TokenRatio",
     "TokenStats",
-    "TokenSum",
     "TopStats",
-    "Unclipped",
-    "acceptance_mask",
     "aspo",
     "backends",
     "bnpo",
     "cispo",
     "clip_cov",
-    "clipped_value_loss",
     "dapo",
     "diagnose",
-    "discounted_returns",
     "dppo",
     "dr_grpo",
     "dro",
-    "fit_reward_curve",
-    "gae",
     "gmpo",
     "gpg",
-    "group_mean_advantages",
-    "group_zscore_advantages",
     "grpo",
     "gspo",
     "gspo_token",
     "kimi",
     "kl_cov",
     "kl_penalty",
-    "leave_one_out_advantages",
-    "length_rewards",
-    "length_weighted_advantages",
     "linear_kept_logprobs",
     "linear_logprobs",
     "linear_policy_loss",
     "linear_top_logprobs",
     "logprobs_from_logits",
     "luspo",
-    "masked_weights",
-    "merge_moments",
-    "moments",
-    "off_policy_sequence_mask",
-    "overlong_penalty",
-    "pass_at_k_advantages",
     "ppo",
     "reinforce_plus_plus",
-    "reinforce_plus_plus_advantages",
-    "reinforce_plus_plus_baseline_advantages",
     "rloo",
     "sapo",
-    "shape_rewards",
-    "top_entropy_mask",
-    "truncated_weights",
     "vespo",
-    "veto_mask",
-    "whiten",
 ]
+
+MODULES = (
+    *(advantages, diagnosis, means, mismatch, overoptimisation, penalties, ratios, rewards),
+    *(schedules, surrogates, trust_regions),
+)
+"""The public modules: fused_rl.advantages, and so on; what is public in each is its __all__."""
+
+# The path of a public module is the one that users write, wherever its file lies.
+sys.modules.update({f"{__name__}.{m.__name__.rpartition('.')[2]}": m for m in MODULES})
 
 # What holds numbers alone may be read again: torch.load takes only types that it knows.
 torch.serialization.add_safe_globals(
-    [public for public in map(globals().get, __all__) if isinstance(public, type)]
+    [
+        *(thing for thing in map(globals().get, __all__) if isinstance(thing, type)),
+        *(t for m in MODULES for t in map(vars(m).get, m.__all__) if isinstance(t, type)),
+        Backend,
+    ]
 )

@@ -96,8 +96,9 @@ def _members(kind: type[Enum]) -> str:
 
 
 def is_callable(name: str, value: object, such_as: str) -> None:
+    """A function, or an object that can be called; not the class of such an object."""
     require(
-        callable(value),
+        callable(value) and not isinstance(value, type),
         lambda: f"{name} must be a function or an object like {such_as}, got {shown(value)}",
     )
 

@@ -12,21 +12,13 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
+from fused_rl.advantages import discounted_returns
+from fused_rl.mismatch import truncated_weights
+from fused_rl.rewards import shape_rewards
+from fused_rl.surrogates import Reinforce, Unclipped
 from torch import Tensor
 
-from fused_rl import (
-    KL,
-    KLPenalty,
-    Level,
-    PolicyLoss,
-    Reinforce,
-    TokenBatch,
-    TokenStats,
-    Unclipped,
-    discounted_returns,
-    shape_rewards,
-    truncated_weights,
-)
+from fused_rl import KL, KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats
 
 V, T = 3, 3
 END = V - 1
@@ -168,9 +160,9 @@ class World:
             ref_logprobs=ref,
             rollout_logprobs=old,
         )
-        if setup.ratio is not Level.SEQUENCE:
+        if setup.ratio is not Level.PRODUCT:
             return batch
-        weights = truncated_weights(batch, level=Level.SEQUENCE, high=torch.inf, logprobs=now)
+        weights = truncated_weights(batch, level=Level.PRODUCT, high=torch.inf, logprobs=now)
         return batch.with_weights(weights)
 
     def advantages(self, setup: Setup, kind: KL, logprobs: Tensor, ref: Tensor) -> Tensor:
@@ -178,7 +170,7 @@ class World:
         nothing = torch.zeros(self.B, dtype=torch.float64)
         if setup.reward is None:
             return torch.zeros_like(logprobs)
-        level = Level.SEQUENCE if setup.reward is Credit.TERMINAL else Level.TOKEN
+        level = Level.PRODUCT if setup.reward is Credit.TERMINAL else Level.TOKEN
         rewards = shape_rewards(nothing, logprobs, ref, self.mask, beta=1.0, kind=kind, level=level)
         if setup.reward is Credit.TOTAL:
             return rewards.sum(-1, keepdim=True).expand_as(rewards)
@@ -214,8 +206,8 @@ def penalty(setup: Setup, kind: KL) -> KLPenalty | None:
 
 LOSS_SETUPS = [
     Setup(loss=level, importance=importance, attached=attached)
-    for level in (Level.TOKEN, Level.SEQUENCE)
-    for importance in (None, Level.TOKEN, Level.GEOMETRIC, Level.SEQUENCE)
+    for level in (Level.TOKEN, Level.PRODUCT)
+    for importance in (None, Level.TOKEN, Level.GEOMETRIC, Level.PRODUCT)
     for attached in (False, True)
     if importance or not attached
     if level is Level.TOKEN or importance is not Level.TOKEN
@@ -223,17 +215,17 @@ LOSS_SETUPS = [
 REWARD_SETUPS = [
     Setup(reward=credit, ratio=ratio)
     for credit in Credit
-    for ratio in (None, Level.TOKEN, Level.SEQUENCE)
+    for ratio in (None, Level.TOKEN, Level.PRODUCT)
 ]
-STALE_SETUPS = [Setup(reward=Credit.TO_GO, ratio=Level.SEQUENCE, stale=True)]
+STALE_SETUPS = [Setup(reward=Credit.TO_GO, ratio=Level.PRODUCT, stale=True)]
 BOTH_SETUPS = [
     replace(where, importance=ratio, ratio=ratio)
     for where in (
         Setup(loss=Level.TOKEN, reward=Credit.OWN),
         Setup(loss=Level.TOKEN, reward=Credit.TO_GO),
-        Setup(loss=Level.SEQUENCE, reward=Credit.TERMINAL),
+        Setup(loss=Level.PRODUCT, reward=Credit.TERMINAL),
     )
-    for ratio in (None, Level.SEQUENCE)
+    for ratio in (None, Level.PRODUCT)
 ]
 SETUPS = LOSS_SETUPS + REWARD_SETUPS + STALE_SETUPS + BOTH_SETUPS
 

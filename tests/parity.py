@@ -8,19 +8,12 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+from fused_rl.ratios import GeometricRatio, TokenRatio
+from fused_rl.surrogates import Clip
 from torch import Tensor
 
 import fused_rl
-from fused_rl import (
-    Clip,
-    KLPenalty,
-    Level,
-    PolicyLoss,
-    SequenceRatio,
-    TokenBatch,
-    TokenRatio,
-    TokenStats,
-)
+from fused_rl import KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -63,7 +56,7 @@ def counterpart(
     loss = dataclasses.replace(loss, kl=KLPenalty(beta, importance=importance))
     if loss_type != "vespo":
         # The ratio of VESPO is that of whole sequences, whatever the level.
-        ratio = TokenRatio() if level == "token" else SequenceRatio()
+        ratio = TokenRatio() if level == "token" else GeometricRatio()
         loss = dataclasses.replace(loss, ratio=ratio)
     if delta is not None:
         loss = dataclasses.replace(loss, surrogate=Clip(low, high, delta=delta))

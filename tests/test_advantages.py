@@ -6,10 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from fused_rl import (
+from fused_rl.advantages import (
     clipped_value_loss,
     discounted_returns,
     gae,
@@ -17,12 +14,13 @@ from fused_rl import (
     group_zscore_advantages,
     leave_one_out_advantages,
     length_weighted_advantages,
-    merge_moments,
-    moments,
     pass_at_k_advantages,
     reinforce_plus_plus_advantages,
     reinforce_plus_plus_baseline_advantages,
 )
+from fused_rl.rewards import Moments
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def length_weighted(rewards, group_size):
@@ -251,7 +249,7 @@ def test_ranks_with_common_statistics_agree_with_one_that_sees_all():
     rewards, mask = torch.randn(4, 5, dtype=torch.float64), torch.ones(4, 5).bool()
     whole = reinforce_plus_plus_advantages(rewards, mask)
     halves = [slice(0, 2), slice(2, 4)]
-    common = merge_moments([moments(discounted_returns(rewards[h], mask[h])) for h in halves])
+    common = Moments.merged([Moments.of(discounted_returns(rewards[h], mask[h])) for h in halves])
     parts = [reinforce_plus_plus_advantages(rewards[h], mask[h], statistics=common) for h in halves]
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-14, rtol=1e-13)
 

@@ -141,7 +141,7 @@ def test_levels_by_hand():
     values = torch.tensor([1.0, 2.0, 6.0, 99.0, 3.0, 4.0, 99.0, 99.0])
     rows = batch.loss_mask.nonzero()[:, 0]
     assert torch.equal(batch.at_level(values, Level.TOKEN), values)
-    assert batch.at_level(values, Level.SEQUENCE)[rows].tolist() == [9, 9, 9, 7, 7]
+    assert batch.at_level(values, Level.PRODUCT)[rows].tolist() == [9, 9, 9, 7, 7]
     assert batch.at_level(values, Level.GEOMETRIC)[rows].tolist() == [3, 3, 3, 3.5, 3.5]
 
 

@@ -76,37 +76,49 @@ CALLS = {
     ),
     "logprobs_from_logits": lambda g: f.logprobs_from_logits(g["logits"], g["labels"]),
     "kl_penalty": lambda g: f.kl_penalty(g["logprobs"], g["ref"], value=KL.K3, grad=KL.K2),
-    "group_mean": lambda g: f.group_mean_advantages(g["rewards"], GROUP),
-    "group_zscore": lambda g: f.group_zscore_advantages(g["rewards"], GROUP),
-    "leave_one_out": lambda g: f.leave_one_out_advantages(g["rewards"], GROUP),
-    "length_weighted": lambda g: f.length_weighted_advantages(g["rewards"], g["lengths"], GROUP),
-    "length_rewards": lambda g: f.length_rewards(g["lengths"], g["rewards"] > 0, GROUP),
-    "overlong": lambda g: f.overlong_penalty(g["lengths"], max_length=5, cache=2),
-    "pass_at_k": lambda g: f.pass_at_k_advantages((g["rewards"] > 0).float(), GROUP, 2),
-    "returns": lambda g: f.discounted_returns(g["values"], g["mask"], gamma=0.9),
-    "packed returns": lambda g: f.discounted_returns(
+    "group_mean": lambda g: f.advantages.group_mean_advantages(g["rewards"], GROUP),
+    "group_zscore": lambda g: f.advantages.group_zscore_advantages(g["rewards"], GROUP),
+    "leave_one_out": lambda g: f.advantages.leave_one_out_advantages(g["rewards"], GROUP),
+    "length_weighted": lambda g: f.advantages.length_weighted_advantages(
+        g["rewards"], g["lengths"], GROUP
+    ),
+    "length_rewards": lambda g: f.rewards.length_rewards(g["lengths"], g["rewards"] > 0, GROUP),
+    "overlong": lambda g: f.rewards.overlong_penalty(g["lengths"], max_length=5, cache=2),
+    "pass_at_k": lambda g: f.advantages.pass_at_k_advantages((g["rewards"] > 0).float(), GROUP, 2),
+    "returns": lambda g: f.advantages.discounted_returns(g["values"], g["mask"], gamma=0.9),
+    "packed returns": lambda g: f.advantages.discounted_returns(
         g["values"][g["mask"]],
         torch.ones_like(g["values"][g["mask"]]).bool(),
         cu_seqlens=g["cu_seqlens"],
     ),
-    "gae": lambda g: f.gae(g["values"], g["old"], g["mask"]),
-    "value loss": lambda g: f.clipped_value_loss(g["values"], g["old"], g["ref"]),
-    "reinforce_plus_plus": lambda g: f.reinforce_plus_plus_advantages(g["values"], g["mask"]),
-    "baseline": lambda g: f.reinforce_plus_plus_baseline_advantages(g["rewards"], GROUP, g["mask"]),
-    "moments": lambda g: f.merge_moments([f.moments(g["values"], g["mask"])] * 2),
-    "whiten": lambda g: f.whiten(g["values"], g["mask"]),
-    "shape_rewards": lambda g: f.shape_rewards(
+    "gae": lambda g: f.advantages.gae(g["values"], g["old"], g["mask"]),
+    "value loss": lambda g: f.advantages.clipped_value_loss(g["values"], g["old"], g["ref"]),
+    "reinforce_plus_plus": lambda g: f.advantages.reinforce_plus_plus_advantages(
+        g["values"], g["mask"]
+    ),
+    "baseline": lambda g: f.advantages.reinforce_plus_plus_baseline_advantages(
+        g["rewards"], GROUP, g["mask"]
+    ),
+    "moments": lambda g: f.rewards.Moments.merged(
+        [f.rewards.Moments.of(g["values"], g["mask"])] * 2
+    ),
+    "whiten": lambda g: f.rewards.whiten(g["values"], g["mask"]),
+    "shape_rewards": lambda g: f.rewards.shape_rewards(
         g["rewards"], g["logprobs"], g["ref"], g["mask"], beta=0.1
     ),
-    "truncated_weights": lambda g: f.truncated_weights(rollout(g), level=Level.SEQUENCE),
-    "masked_weights": lambda g: f.masked_weights(rollout(g)),
-    "acceptance_mask": lambda g: f.acceptance_mask(rollout(g)),
-    "veto_mask": lambda g: f.veto_mask(rollout(g)),
-    "off_policy": lambda g: f.off_policy_sequence_mask(g["logprobs"], padded(g), delta=0.1),
-    "top_entropy": lambda g: f.top_entropy_mask(g["values"].abs(), padded(g), fraction=0.5),
-    "fit_reward_curve": lambda g: f.fit_reward_curve([0.1, 1, 4], [1.0, 2.0, 1.0], baseline=0.0)[
-        1:
-    ],
+    "truncated_weights": lambda g: f.mismatch.truncated_weights(rollout(g), level=Level.PRODUCT),
+    "masked_weights": lambda g: f.mismatch.masked_weights(rollout(g)),
+    "acceptance_mask": lambda g: f.mismatch.acceptance_mask(rollout(g)),
+    "veto_mask": lambda g: f.mismatch.veto_mask(rollout(g)),
+    "off_policy": lambda g: f.mismatch.off_policy_sequence_mask(
+        g["logprobs"], padded(g), delta=0.1
+    ),
+    "top_entropy": lambda g: f.mismatch.top_entropy_mask(
+        g["values"].abs(), padded(g), fraction=0.5
+    ),
+    "fit_reward_curve": lambda g: f.overoptimisation.fit_reward_curve(
+        [0.1, 1, 4], [1.0, 2.0, 1.0], baseline=0.0
+    )[1:],
     **{
         f"{name} {kind.__name__}": lambda g, name=name, kind=kind: loss_of(
             name, beta=0.1, entropy_coef=0.1
@@ -114,7 +126,7 @@ CALLS = {
         for name in NAMES
         for kind in (padded, packed)
     },
-    "KLPenalty": lambda g: f.PolicyLoss(kl=KLPenalty(0.1, level=Level.SEQUENCE))(
+    "KLPenalty": lambda g: f.PolicyLoss(kl=KLPenalty(0.1, level=Level.PRODUCT))(
         stats(g), padded(g)
     ),
     "linear_policy_loss": lambda g: f.linear_policy_loss(

@@ -8,7 +8,7 @@ from enum import Enum
 
 import pytest
 import torch
-from by_name import loss_of
+from by_name import loss_of, public
 
 import fused_rl
 from fused_rl import KL, KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats
@@ -95,7 +95,7 @@ class Rounded:
 def of_ratio(ratio) -> Callable:
     def case(n: Numbers) -> list:
         log_ratio = n.per_token.reshape(-1)
-        if ratio == fused_rl.TokenRatio():
+        if ratio == fused_rl.ratios.TokenRatio():
             return [Rounded(ratio(log_ratio, n.batch))]
         bounds = ratio.clipped(log_ratio, n.batch) if hasattr(ratio, "clipped") else ()
         return [ratio(log_ratio, n.batch), *bounds]
@@ -119,7 +119,7 @@ def of_loss(name: str) -> Callable:
 def of_penalties(n: Numbers) -> list:
     found = []
     for kind in KL:
-        for level, importance in ((Level.TOKEN, Level.TOKEN), (Level.SEQUENCE, Level.SEQUENCE)):
+        for level, importance in ((Level.TOKEN, Level.TOKEN), (Level.PRODUCT, Level.PRODUCT)):
             penalty = KLPenalty(0.3, kind, level=level, importance=importance)
             found += [penalty(n.logprobs.reshape(-1), n.batch)]
         found += [fused_rl.kl_penalty(n.logprobs, n.ref, value=kind, weight=n.weights)]
@@ -127,93 +127,139 @@ def of_penalties(n: Numbers) -> list:
 
 
 CASES: dict[str, Callable[[Numbers], list]] = {
-    "group_zscore_advantages": lambda n: [fused_rl.group_zscore_advantages(n.rewards, GROUP)],
-    "group_mean_advantages": lambda n: [fused_rl.group_mean_advantages(n.rewards, GROUP)],
-    "leave_one_out_advantages": lambda n: [fused_rl.leave_one_out_advantages(n.rewards, GROUP)],
-    "length_weighted_advantages": lambda n: [
-        fused_rl.length_weighted_advantages(n.rewards, n.lengths, GROUP)
+    "group_zscore_advantages": lambda n: [
+        fused_rl.advantages.group_zscore_advantages(n.rewards, GROUP)
     ],
-    "pass_at_k_advantages": lambda n: [fused_rl.pass_at_k_advantages(n.rewards, GROUP, 2)],
-    "discounted_returns": lambda n: [fused_rl.discounted_returns(n.per_token, n.mask, gamma=0.97)],
-    "gae": lambda n: [*fused_rl.gae(n.per_token, n.values, n.mask, gamma=0.97)],
+    "group_mean_advantages": lambda n: [
+        fused_rl.advantages.group_mean_advantages(n.rewards, GROUP)
+    ],
+    "leave_one_out_advantages": lambda n: [
+        fused_rl.advantages.leave_one_out_advantages(n.rewards, GROUP)
+    ],
+    "length_weighted_advantages": lambda n: [
+        fused_rl.advantages.length_weighted_advantages(n.rewards, n.lengths, GROUP)
+    ],
+    "pass_at_k_advantages": lambda n: [
+        fused_rl.advantages.pass_at_k_advantages(n.rewards, GROUP, 2)
+    ],
+    "discounted_returns": lambda n: [
+        fused_rl.advantages.discounted_returns(n.per_token, n.mask, gamma=0.97)
+    ],
+    "gae": lambda n: [*fused_rl.advantages.gae(n.per_token, n.values, n.mask, gamma=0.97)],
     "reinforce_plus_plus_advantages": lambda n: [
-        fused_rl.reinforce_plus_plus_advantages(n.per_token, n.mask, gamma=0.97)
+        fused_rl.advantages.reinforce_plus_plus_advantages(n.per_token, n.mask, gamma=0.97)
     ],
     "reinforce_plus_plus_baseline_advantages": lambda n: [
-        fused_rl.reinforce_plus_plus_baseline_advantages(n.rewards, GROUP, n.mask)
+        fused_rl.advantages.reinforce_plus_plus_baseline_advantages(n.rewards, GROUP, n.mask)
     ],
     "clipped_value_loss": lambda n: [
-        fused_rl.clipped_value_loss(n.values, n.per_token, n.logprobs)
+        fused_rl.advantages.clipped_value_loss(n.values, n.per_token, n.logprobs)
     ],
     "shape_rewards": lambda n: [
-        fused_rl.shape_rewards(
+        fused_rl.rewards.shape_rewards(
             n.rewards, n.logprobs, n.ref, n.mask, beta=0.1, kind=kind, level=level
         )
         for kind in KL
-        for level in (Level.TOKEN, Level.SEQUENCE)
+        for level in (Level.TOKEN, Level.PRODUCT)
     ],
-    "moments": lambda n: [*fused_rl.moments(n.rewards)],
-    "merge_moments": lambda n: [
-        *fused_rl.merge_moments([fused_rl.moments(n.rewards), fused_rl.moments(n.values, n.mask)])
+    "Moments.of": lambda n: [*fused_rl.rewards.Moments.of(n.rewards)],
+    "Moments.merged": lambda n: [
+        *fused_rl.rewards.Moments.merged(
+            [fused_rl.rewards.Moments.of(n.rewards), fused_rl.rewards.Moments.of(n.values, n.mask)]
+        )
     ],
     "whiten": lambda n: [
-        fused_rl.whiten(n.values, n.mask),
-        fused_rl.whiten(n.rewards, keep_mean=True),
+        fused_rl.rewards.whiten(n.values, n.mask),
+        fused_rl.rewards.whiten(n.rewards, keep_mean=True),
     ],
-    "length_rewards": lambda n: [fused_rl.length_rewards(n.lengths, n.rewards > 300, GROUP)],
+    "length_rewards": lambda n: [
+        fused_rl.rewards.length_rewards(n.lengths, n.rewards > 300, GROUP)
+    ],
     "overlong_penalty": lambda n: [
-        fused_rl.overlong_penalty(n.lengths, max_length=2500, cache=900)
+        fused_rl.rewards.overlong_penalty(n.lengths, max_length=2500, cache=900)
     ],
     "truncated_weights": lambda n: [
-        fused_rl.truncated_weights(n.batch, level=level, logprobs=n.logprobs) for level in Level
+        fused_rl.mismatch.truncated_weights(n.batch, level=level, logprobs=n.logprobs)
+        for level in Level
     ],
     "masked_weights": lambda n: [
-        fused_rl.masked_weights(n.batch, level=level, logprobs=n.logprobs) for level in Level
+        fused_rl.mismatch.masked_weights(n.batch, level=level, logprobs=n.logprobs)
+        for level in Level
     ],
     "acceptance_mask": lambda n: [
-        fused_rl.acceptance_mask(n.batch, level=level, low=0.9, high=1.2) for level in Level
+        fused_rl.mismatch.acceptance_mask(n.batch, level=level, low=0.9, high=1.2)
+        for level in Level
     ],
-    "veto_mask": lambda n: [fused_rl.veto_mask(n.batch, floor=0.9)],
+    "veto_mask": lambda n: [fused_rl.mismatch.veto_mask(n.batch, floor=0.9)],
     "off_policy_sequence_mask": lambda n: [
-        fused_rl.off_policy_sequence_mask(n.logprobs, n.batch, delta=0.05)
+        fused_rl.mismatch.off_policy_sequence_mask(n.logprobs, n.batch, delta=0.05)
     ],
-    "top_entropy_mask": lambda n: [fused_rl.top_entropy_mask(n.entropy, n.batch, fraction=0.3)],
+    "top_entropy_mask": lambda n: [
+        fused_rl.mismatch.top_entropy_mask(n.entropy, n.batch, fraction=0.3)
+    ],
     "kl_penalty": of_penalties,
     "KLPenalty": of_penalties,
     "TokenBatch": lambda n: [
         *(getattr(n.batch, x) for x in ("advantages", "old_logprobs", "ref_logprobs", "weights")),
         n.batch.sequence_sum(n.per_token.reshape(-1)),
-        *(n.batch.at_level(n.per_token.reshape(-1), x) for x in (Level.SEQUENCE, Level.GEOMETRIC)),
+        *(n.batch.at_level(n.per_token.reshape(-1), x) for x in (Level.PRODUCT, Level.GEOMETRIC)),
         n.batch.with_weights(n.weights).weights,
     ],
     "PolicyLoss": lambda n: [PolicyLoss()(n.stats, n.batch).loss],
     "AdaptiveBeta": lambda n: [
-        torch.tensor(fused_rl.AdaptiveBeta(0.1, 300.0).update(n.rewards[0]), dtype=torch.float64)
+        torch.tensor(
+            fused_rl.schedules.AdaptiveBeta(0.1, 300.0).update(n.rewards[0]), dtype=torch.float64
+        )
     ],
     **{name: of_loss(name) for name in named.NAMES},
     **{
         type(surrogate).__name__: of_surrogate(surrogate)
         for surrogate in (
-            *(fused_rl.ASPO(), fused_rl.CISPO(0.8, 1.3), fused_rl.DPPOKL(), fused_rl.DPPOTV()),
-            *(fused_rl.DRO(), fused_rl.SAPO(), fused_rl.VESPO(), fused_rl.Clip(dual=2.0)),
-            *(fused_rl.ClipCov(fraction=0.1, cov_low=0.0), fused_rl.KLCov(fraction=0.1)),
-            *(fused_rl.Kimi(0.5), fused_rl.Reinforce(), fused_rl.Unclipped()),
+            *(
+                fused_rl.surrogates.ASPO(),
+                fused_rl.surrogates.CISPO(0.8, 1.3),
+                fused_rl.trust_regions.DPPOKL(),
+                fused_rl.trust_regions.DPPOTV(),
+            ),
+            *(
+                fused_rl.surrogates.DRO(),
+                fused_rl.surrogates.SAPO(),
+                fused_rl.surrogates.VESPO(),
+                fused_rl.surrogates.Clip(dual=2.0),
+            ),
+            *(
+                fused_rl.trust_regions.ClipCov(fraction=0.1, cov_low=0.0),
+                fused_rl.trust_regions.KLCov(fraction=0.1),
+            ),
+            *(
+                fused_rl.surrogates.Kimi(0.5),
+                fused_rl.surrogates.Reinforce(),
+                fused_rl.surrogates.Unclipped(),
+            ),
         )
     },
     **{
         type(ratio).__name__: of_ratio(ratio)
         for ratio in (
-            *(fused_rl.TokenRatio(), fused_rl.SequenceRatio(), fused_rl.SequenceTokenRatio()),
-            *(fused_rl.FullProductRatio(), fused_rl.ClippedSequenceRatio(0.3, 0.3)),
+            *(
+                fused_rl.ratios.TokenRatio(),
+                fused_rl.ratios.GeometricRatio(),
+                fused_rl.ratios.GeometricTokenRatio(),
+            ),
+            *(fused_rl.ratios.ProductRatio(), fused_rl.ratios.ClippedGeometricRatio(0.3, 0.3)),
         )
     },
     **{
         type(mean).__name__: of_mean(mean)
         for mean in (
-            *(fused_rl.TokenMean(), fused_rl.TokenMean(3.0), fused_rl.TokenSum()),
-            *(fused_rl.SequenceMean(), fused_rl.SequenceSumMean(), fused_rl.FixedLengthMean(11)),
-            fused_rl.LengthWeightedMean(11),
-            fused_rl.RolloutMean(torch.arange(B), 5),
+            *(fused_rl.means.TokenMean(), fused_rl.means.TokenMean(3.0), fused_rl.means.TokenSum()),
+            *(
+                fused_rl.means.SequenceMean(),
+                fused_rl.means.SequenceSumMean(),
+                fused_rl.means.FixedLengthMean(11),
+            ),
+            fused_rl.means.LengthWeightedMean(11),
+            fused_rl.means.RolloutMean(torch.arange(B), 5),
         )
     },
 }
@@ -221,16 +267,25 @@ CASES: dict[str, Callable[[Numbers], list]] = {
 ELSEWHERE = {
     *("LMHead", "backends", "linear_kept_logprobs", "linear_logprobs", "linear_policy_loss"),
     *("linear_top_logprobs", "logprobs_from_logits"),
-    *("GAEOutput", "KeptStats", "LossOutput", "Moments", "TokenStats", "TopStats", "Surrogate"),
+    *(
+        "GAEOutput",
+        "KeptStats",
+        "LossOutput",
+        "Moments",
+        "TokenStats",
+        "TopStats",
+        "Surrogate",
+        "TrustRegion",
+    ),
     *("Finding", "Thresholds", "diagnose", "RewardCurve", "fit_reward_curve"),
     *("AnnealedBeta", "FixedBeta"),
 }
 
 
 def test_every_public_name_has_a_case():
-    enums = {n for n in fused_rl.__all__ if isinstance(getattr(fused_rl, n), type(Enum))}
-    named = {"Backend"} | enums | ELSEWHERE
-    assert set(fused_rl.__all__) - named == set(CASES)
+    enums = {name for name, thing in public().items() if isinstance(thing, type(Enum))}
+    methods = {"Moments.of", "Moments.merged"}
+    assert (set(public()) | methods) - enums - ELSEWHERE == set(CASES)
 
 
 def tensors(case: list) -> list[torch.Tensor]:
@@ -275,22 +330,24 @@ def test_the_default_dtype_changes_nothing(name, default):
 @pytest.mark.parametrize("half", HALVES, ids=str)
 def test_rewards_by_hand_that_half_precision_cannot_subtract(half):
     close = torch.tensor([1.0, 1.0, 1.0, 1.0078125]).to(half)
-    z = fused_rl.group_zscore_advantages(close, 4, eps=0.0)
+    z = fused_rl.advantages.group_zscore_advantages(close, 4, eps=0.0)
     assert z.tolist() == pytest.approx([-0.5, -0.5, -0.5, 1.5], rel=1e-5)
     near = torch.tensor([1000.0, 1000.0, 1000.0, 1004.0]).to(half)
-    assert fused_rl.group_mean_advantages(near, 4).tolist() == [-1, -1, -1, 3]
-    assert fused_rl.leave_one_out_advantages(near, 4).tolist() == pytest.approx([-4 / 3] * 3 + [4])
+    assert fused_rl.advantages.group_mean_advantages(near, 4).tolist() == [-1, -1, -1, 3]
+    assert fused_rl.advantages.leave_one_out_advantages(near, 4).tolist() == pytest.approx(
+        [-4 / 3] * 3 + [4]
+    )
     large = torch.tensor([300.0, 700.0, 0.0, 400.0]).to(half)
     deviation = math.sqrt((50**2 + 350**2 + 350**2 + 50**2) / 3)
     right = [x / deviation for x in (-50, 350, -350, 50)]
-    found = fused_rl.group_zscore_advantages(large, 4, eps=0.0).tolist()
+    found = fused_rl.advantages.group_zscore_advantages(large, 4, eps=0.0).tolist()
     assert found == pytest.approx(right, rel=1e-5 if half == torch.float16 else 2e-2)
 
 
 def test_a_value_loss_of_float16_goes_beyond_its_own_range():
     values = torch.tensor([700.0], dtype=torch.float16, requires_grad=True)
     zero = torch.zeros(1, dtype=torch.float16)
-    loss = fused_rl.clipped_value_loss(values, zero, zero)
+    loss = fused_rl.advantages.clipped_value_loss(values, zero, zero)
     assert loss.tolist() == [245000.0]
     loss.sum().backward()
     assert values.grad.tolist() == [700.0] and values.grad.dtype == torch.float16

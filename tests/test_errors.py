@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from by_name import public
+from fused_rl.diagnosis import Thresholds
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_rl
-from fused_rl import LMHead, Thresholds, TokenBatch
+from fused_rl import LMHead, TokenBatch
 from fused_rl.integrations.layers import LinearLogProbs
 from fused_rl.losses import named
 
@@ -70,12 +72,12 @@ RIGHT: dict[str, Any] = {
     "rows": torch.tensor([0]),
     "keep": MASK,
     "log_ratio": torch.zeros(B * T),
-    "level": fused_rl.Level.SEQUENCE,
+    "level": fused_rl.Level.PRODUCT,
     "n": 1,
 }
 OWN: dict[str, dict[str, Any]] = {
     "fit_reward_curve": {"kl": [1.0, 2.0, 3.0, 4.0], "gold_rewards": [1.0, 2.0, 2.0, 1.0]},
-    "merge_moments": {"parts": [fused_rl.moments(LOGPROBS)]},
+    "merged": {"parts": [fused_rl.rewards.Moments.of(LOGPROBS)]},
     "discounted_returns": {"rewards": LOGPROBS},
     "gae": {"rewards": LOGPROBS},
     "reinforce_plus_plus_advantages": {"rewards": LOGPROBS},
@@ -104,10 +106,10 @@ SIGNED |= {"seed", "baseline", "length_correlation", "delta off_policy_sequence_
 ALSO = {"head": "(head|weight)"}
 
 
-def public() -> dict[str, Callable]:
+def callables() -> dict[str, Callable]:
     """Everything that a user calls, by its last name."""
     outputs = (Enum, tuple)
-    things = {name: getattr(fused_rl, name) for name in fused_rl.__all__}
+    things = public()
     del things["TokenBatch"]
     methods = {
         "packed": TokenBatch.packed,
@@ -115,7 +117,9 @@ def public() -> dict[str, Callable]:
         "with_weights": BATCH.with_weights,
         "with_mask": BATCH.with_mask,
         "at_level": BATCH.at_level,
-        "update": fused_rl.AdaptiveBeta(0.1, 0.1).update,
+        "of": fused_rl.rewards.Moments.of,
+        "merged": fused_rl.rewards.Moments.merged,
+        "update": fused_rl.schedules.AdaptiveBeta(0.1, 0.1).update,
     }
     kept = {n: t for n, t in things.items() if not (inspect.isclass(t) and issubclass(t, outputs))}
     return kept | methods
@@ -131,7 +135,7 @@ class Option(NamedTuple):
 
 
 def options() -> Iterator[Option]:
-    for name, thing in public().items():
+    for name, thing in callables().items():
         owner = thing.__init__ if inspect.isclass(thing) else thing
         hints = typing.get_type_hints(owner) if not inspect.isbuiltin(owner) else {}
         for parameter in inspect.signature(thing).parameters.values():
@@ -191,17 +195,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name", public())
+@pytest.mark.parametrize("name", callables())
 def test_the_right_arguments_are_right(name):
     """Else the errors below would prove nothing."""
-    thing = public()[name]
+    thing = callables()[name]
     assert thing(**given(name, thing)) is not None
 
 
 @pytest.mark.filterwarnings("ignore:Sparse", "ignore:The PyTorch API of nested")
 @pytest.mark.parametrize("option", CASES, ids=str)
 def test_a_wrong_value_is_a_value_error_that_names_the_option(option):
-    thing = public()[option.callable]
+    thing = callables()[option.callable]
     arguments = given(option.callable, thing)
     for value in wrong(option):
         with pytest.raises(ValueError, match=rf"\b{ALSO.get(option.name, option.name)}\b"):
@@ -210,7 +214,7 @@ def test_a_wrong_value_is_a_value_error_that_names_the_option(option):
 
 MISTAKES = {
     "a beta where the count goes": (
-        lambda: fused_rl.grpo(0.04),
+        lambda: fused_rl.grpo(num_sequences=0.04),
         "num_sequences must be 0, or 1 or more, got 0.04: it is the count of the whole step; a "
         "weight of the KL goes by its name, beta=0.04",
     ),
@@ -220,7 +224,7 @@ MISTAKES = {
     ),
     "a length of 0": (lambda: fused_rl.dr_grpo(0), "length must be at least 1, got 0"),
     "bounds on the wrong side": (
-        lambda: fused_rl.Clip(low=-0.2, high=-0.5),
+        lambda: fused_rl.surrogates.Clip(low=-0.2, high=-0.5),
         "low (clip_low) must be at least 0, got -0.2",
     ),
     "a loss that was not called": (
@@ -231,6 +235,11 @@ MISTAKES = {
         lambda: fused_rl.linear_policy_loss(RIGHT["hidden"], RIGHT["head"], {}, fused_rl.grpo()),
         "batch must be a TokenBatch (TokenBatch.padded, TokenBatch.packed), got {}",
     ),
+    "a class where its object goes": (
+        lambda: fused_rl.PolicyLoss(surrogate=fused_rl.surrogates.Clip),
+        "surrogate must be a function or an object like Clip(), got <class "
+        "'fused_rl.losses.surrogates.Clip'>",
+    ),
     "a weight of the KL for the KL": (
         lambda: fused_rl.PolicyLoss(kl=0.1),
         "kl must be a function or an object like KLPenalty(0.1), got 0.1",
@@ -240,11 +249,11 @@ MISTAKES = {
         "kl (value) must be a KL (KL.K1, KL.K2, KL.K3, KL.ABS), got 'k3'",
     ),
     "a name for a level": (
-        lambda: fused_rl.truncated_weights(BATCH, level="sequence"),
-        "level must be a Level (Level.TOKEN, Level.SEQUENCE, Level.GEOMETRIC), got 'sequence'",
+        lambda: fused_rl.mismatch.truncated_weights(BATCH, level="sequence"),
+        "level must be a Level (Level.TOKEN, Level.PRODUCT, Level.GEOMETRIC), got 'sequence'",
     ),
     "groups of several sizes": (
-        lambda: fused_rl.group_mean_advantages(torch.ones(5), torch.tensor([2, 3])),
+        lambda: fused_rl.advantages.group_mean_advantages(torch.ones(5), torch.tensor([2, 3])),
         "group_size must be a 64-bit integer, got a tensor [2] of torch.int64",
     ),
     "bytes in floating point": (
@@ -321,7 +330,7 @@ def test_a_linear_layer_with_hooks_is_none(hook):
 
 
 def test_numbers_of_numpy_are_numbers():
-    loss = fused_rl.grpo(np.int64(4), clip_low=np.float32(0.25), beta=np.float64(0.5))
+    loss = fused_rl.grpo(num_sequences=np.int64(4), clip_low=np.float32(0.25), beta=np.float64(0.5))
     assert (loss.mean.num_sequences, loss.surrogate.low, loss.kl.beta) == (4, 0.25, 0.5)
     stats = fused_rl.linear_logprobs(
         *(RIGHT["hidden"], RIGHT["head"], LABELS),
@@ -368,7 +377,7 @@ def test_without_values_there_are_shapes(name, fake):
 def test_a_policy_loss_without_values(fake):
     with FakeTensorMode() if fake else torch.device("meta"):
         hidden, weight = torch.ones(B, T, H, requires_grad=True), torch.ones(V, H)
-        advantages = fused_rl.group_zscore_advantages(torch.ones(B), 2)
+        advantages = fused_rl.advantages.group_zscore_advantages(torch.ones(B), 2)
         labels, mask = torch.zeros(B, T, dtype=torch.int64), torch.ones(B, T, dtype=torch.bool)
         batch = TokenBatch.padded(labels, mask, advantages, ref_logprobs=torch.zeros(B, T))
         for loss in (fused_rl.grpo(beta=0.1), fused_rl.gspo()):

@@ -12,26 +12,18 @@ import enumeration
 import pytest
 import torch
 from enumeration import KINDS, Credit, Setup, Target, World
+from fused_rl.advantages import pass_at_k_advantages
+from fused_rl.ratios import ProductRatio
+from fused_rl.surrogates import Unclipped
 
-from fused_rl import (
-    KL,
-    FullProductRatio,
-    KLPenalty,
-    Level,
-    PolicyLoss,
-    TokenBatch,
-    TokenStats,
-    Unclipped,
-    kl_penalty,
-    pass_at_k_advantages,
-)
+from fused_rl import KL, KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats, kl_penalty
 
 ZERO, BIASED = Target.ZERO, None
 REV, FWD = Target.REVERSE, Target.FORWARD
 TOK_REV, TOK_FWD = Target.TOKEN_REVERSE, Target.TOKEN_FORWARD
 OLD_REV, OLD_FWD = Target.OLD_TOKEN_REVERSE, Target.OLD_TOKEN_FORWARD
 
-TOKEN, SEQUENCE, GEOMETRIC = Level.TOKEN, Level.SEQUENCE, Level.GEOMETRIC
+TOKEN, SEQUENCE, GEOMETRIC = Level.TOKEN, Level.PRODUCT, Level.GEOMETRIC
 WRONG = (BIASED, BIASED, BIASED)
 K1_ALONE = (REV, BIASED, BIASED)
 K1_AND_K3 = (REV, BIASED, REV)
@@ -150,7 +142,7 @@ def test_the_full_product_ratio_with_the_whole_return_is_exact_off_policy(world)
 
     leaf = world.current.clone().requires_grad_()
     logprobs = world.logprobs(leaf)
-    loss = PolicyLoss(Unclipped(), FullProductRatio(), mean=shared)
+    loss = PolicyLoss(Unclipped(), ProductRatio(), mean=shared)
     value = loss.objective(TokenStats(logprobs, torch.zeros_like(logprobs)), batch)
     (got,) = torch.autograd.grad(value, leaf)
     torch.testing.assert_close(got, world.truth[REV], atol=1e-14, rtol=0)

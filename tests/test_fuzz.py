@@ -22,6 +22,7 @@ from drawn_heads import (
     strided,
     transposed,
 )
+from fused_rl.trust_regions import ClipCov, KLCov
 from hypothesis import given
 from oracle import IGNORED, assert_same_bits
 from test_kept import differentiated, from_logits, packed, random_sets
@@ -29,8 +30,6 @@ from torch import Tensor
 
 from fused_rl import (
     KL,
-    ClipCov,
-    KLCov,
     KLPenalty,
     Level,
     LMHead,
@@ -217,9 +216,9 @@ STEPS = (0.125, -0.125, 0.5, -0.5, 1.0, -1.0)
 def penalties(draw: st.DrawFn) -> KLPenalty | None:
     if draw(st.booleans()):
         return None
-    level = draw(st.sampled_from((Level.TOKEN, Level.SEQUENCE)))
+    level = draw(st.sampled_from((Level.TOKEN, Level.PRODUCT)))
     importance = draw(st.sampled_from((None, *Level)))
-    if level is Level.SEQUENCE and importance is Level.TOKEN:
+    if level is Level.PRODUCT and importance is Level.TOKEN:
         importance = None
     value = draw(st.sampled_from(KL))
     grad = draw(st.sampled_from((None, *KL)))

@@ -1,6 +1,7 @@
 """The house: imports only go down, every public name says what it is, importing is harmless."""
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from by_name import public
 
 import fused_rl
 
@@ -131,9 +133,33 @@ def test_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("name", fused_rl.__all__)
+def test_the_public_names_can_be_learned():
+    """About 40 at the top, none beside another that differs only in case, the rest by modules."""
+    assert len(fused_rl.__all__) <= 40
+    names = [*fused_rl.__all__, *(m.__name__.rpartition(".")[2] for m in fused_rl.MODULES)]
+    for space in (names, *(m.__all__ for m in fused_rl.MODULES)):
+        assert len({name.lower() for name in space}) == len(space), space
+
+
+@pytest.mark.parametrize("module", fused_rl.MODULES, ids=lambda m: m.__name__)
+def test_public_modules_are_imported_by_the_path_that_users_write(module):
+    name = module.__name__.rpartition(".")[2]
+    assert getattr(fused_rl, name) is module is importlib.import_module(f"fused_rl.{name}")
+
+
+@pytest.mark.parametrize("level", fused_rl.Level)
+def test_each_level_has_the_ratio_of_its_name(level):
+    batch = fused_rl.TokenBatch.padded(
+        torch.zeros(2, 3).long(), torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.ones(2)
+    )
+    d = torch.tensor([0.1, 0.3, 9.0, 0.1, 0.2, 0.6])
+    ratio = getattr(fused_rl.ratios, f"{level.name.title()}Ratio")()
+    assert ratio(d, batch).tolist() == batch.at_level(d, level).tolist()
+
+
+@pytest.mark.parametrize("name", public())
 def test_public_names_are_documented(name):
-    thing = getattr(fused_rl, name)
+    thing = public()[name]
     documentation = inspect.getdoc(thing)
     assert documentation and len(documentation.split()) >= 5
     if inspect.isfunction(thing):

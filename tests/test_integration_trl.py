@@ -581,7 +581,7 @@ def test_tool_tokens_weights_and_counts(trl, arguments):
     weighted = inputs | {"importance_sampling_ratio": torch.full((2, 1), 2.0)}
     twice = trainer.compute_loss(trainer.model, weighted)
     assert twice.item() == pytest.approx(2 * ours.item(), rel=1e-5)
-    trainer.policy_loss = fused_rl.dapo(20, clip_high=0.2)
+    trainer.policy_loss = fused_rl.dapo(num_tokens=20, clip_high=0.2)
     given = trainer.compute_loss(trainer.model, inputs)
     assert given.item() == pytest.approx(ours.item() / 2, rel=1e-5)
 

@@ -10,19 +10,11 @@ import math
 import pytest
 import torch
 from by_name import loss_of
+from fused_rl.mismatch import truncated_weights
+from fused_rl.rewards import shape_rewards
 
 import fused_rl
-from fused_rl import (
-    KL,
-    KLPenalty,
-    Level,
-    TokenBatch,
-    TokenStats,
-    kl_penalty,
-    linear_policy_loss,
-    shape_rewards,
-    truncated_weights,
-)
+from fused_rl import KL, KLPenalty, Level, TokenBatch, TokenStats, kl_penalty, linear_policy_loss
 from fused_rl.log_ratios import log_ratio
 from fused_rl.losses import named
 
@@ -36,7 +28,7 @@ PENALTIES = [
     for value, grad in ((KL.K1, None), (KL.K2, None), (KL.K3, None), (KL.K3, KL.K2), (KL.ABS, None))
     for level, importance in (
         *((Level.TOKEN, level) for level in (None, *Level)),
-        *((Level.SEQUENCE, level) for level in (None, Level.SEQUENCE, Level.GEOMETRIC)),
+        *((Level.PRODUCT, level) for level in (None, Level.PRODUCT, Level.GEOMETRIC)),
     )
 ]
 
@@ -257,21 +249,23 @@ def test_sums_of_both_infinities_are_no_weight(level):
         assert (weights[0, 1].item(), weights[0, 4].item()) == pytest.approx((0.1, 3.0))
     else:
         assert weights[0].tolist() == [1.0] * T
-        assert not fused_rl.acceptance_mask(batch, level=level)[:T].any()
+        assert not fused_rl.mismatch.acceptance_mask(batch, level=level)[:T].any()
 
 
 def test_the_masks_reject_what_is_not_known_and_nothing_else():
     step = Step()
     for which in ("rollout_logprobs", "old_logprobs"):
         batch = step.batch(**{which: step.put(which, NAN)})
-        kept = fused_rl.acceptance_mask(batch, level=Level.TOKEN, low=0.0, high=99.0)
+        kept = fused_rl.mismatch.acceptance_mask(batch, level=Level.TOKEN, low=0.0, high=99.0)
         dropped = (~kept.reshape(B, T)).nonzero().tolist()
         assert dropped == [list(at) for at in AT]
-        vetoed = ~fused_rl.veto_mask(batch, floor=1e-9).reshape(B, T)
+        vetoed = ~fused_rl.mismatch.veto_mask(batch, floor=1e-9).reshape(B, T)
         assert torch.equal(vetoed, MASK & torch.tensor([True, False, False, True])[:, None])
     both = {key: step.put(key, -INF) for key in ("rollout_logprobs", "old_logprobs")}
-    assert fused_rl.veto_mask(step.batch(**both), floor=1e-9).all()
-    assert fused_rl.acceptance_mask(step.batch(**both), level=Level.TOKEN, low=0, high=99).all()
+    assert fused_rl.mismatch.veto_mask(step.batch(**both), floor=1e-9).all()
+    assert fused_rl.mismatch.acceptance_mask(
+        step.batch(**both), level=Level.TOKEN, low=0, high=99
+    ).all()
 
 
 def test_a_sequence_is_left_behind_by_what_is_known_of_it():
@@ -289,11 +283,13 @@ def test_a_sequence_is_left_behind_by_what_is_known_of_it():
         for at in AT if which == "current" else ():
             now[at] = value
         # Of mean gaps of 1, (6 - 2) / 6 and (5 - 1) / 5.
-        mask = fused_rl.off_policy_sequence_mask(now, step.batch(old_logprobs=old), delta=0.85)
+        mask = fused_rl.mismatch.off_policy_sequence_mask(
+            now, step.batch(old_logprobs=old), delta=0.85
+        )
         assert mask.reshape(B, T)[:, 0].tolist() == kept
 
 
-@pytest.mark.parametrize("level", [Level.TOKEN, Level.SEQUENCE])
+@pytest.mark.parametrize("level", [Level.TOKEN, Level.PRODUCT])
 def test_shaped_rewards_have_no_kl_where_it_is_not_known(level):
     step = Step()
     rewards = torch.arange(4.0).double()

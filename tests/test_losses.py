@@ -4,17 +4,15 @@ import math
 
 import pytest
 import torch
+from fused_rl.means import FixedLengthMean, SequenceMean, TokenMean
+from fused_rl.surrogates import Clip
 
 import fused_rl
 from fused_rl import (
     KL,
-    Clip,
-    FixedLengthMean,
     LossOutput,
     PolicyLoss,
-    SequenceMean,
     TokenBatch,
-    TokenMean,
     TokenStats,
     linear_logprobs,
     linear_policy_loss,
@@ -132,7 +130,7 @@ def counted(tokens, b):
         (fused_rl.grpo, lambda k: lambda b: 4 * counted(k, b)),
         (fused_rl.bnpo, lambda k: lambda b: int(k.mask.sum())),
         (fused_rl.dapo, lambda k: lambda b: int(k.mask.sum())),
-        (lambda **o: fused_rl.dapo(60, **o), lambda k: lambda b: 60),
+        (lambda **o: fused_rl.dapo(num_tokens=60, **o), lambda k: lambda b: 60),
         (lambda **o: fused_rl.dr_grpo(11, **o), lambda k: lambda b: 4 * 11),
     ],
     ids=["grpo", "bnpo", "dapo", "dapo of 60 tokens", "dr_grpo"],
@@ -227,14 +225,14 @@ def test_float16_gradients_survive_a_loss_scale():
     """Formed in the forward pass, before the scale is known, they must not underflow meanwhile."""
     tokens = Tokens(torch.float16)
     output = linear_policy_loss(
-        tokens.hidden, tokens.head, tokens.batch, fused_rl.dapo(10**7), temperature=1.0
+        tokens.hidden, tokens.head, tokens.batch, fused_rl.dapo(num_tokens=10**7), temperature=1.0
     )
     found = tokens.gradients(output._replace(loss=output.loss * 2.0**24))
     # The same in float32, from the same numbers.
     for t in (tokens.hidden, tokens.weight, tokens.bias):
         t.data = t.data.float()
     wide = linear_policy_loss(
-        tokens.hidden, tokens.head, tokens.batch, fused_rl.dapo(10**7), temperature=1.0
+        tokens.hidden, tokens.head, tokens.batch, fused_rl.dapo(num_tokens=10**7), temperature=1.0
     )
     exact = tokens.gradients(wide._replace(loss=wide.loss * 2.0**24))
     for a, b in zip(found, exact, strict=True):

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-
-from fused_rl import (
+from fused_rl.means import (
     FixedLengthMean,
     LengthWeightedMean,
     RolloutMean,
     SequenceMean,
     SequenceSumMean,
-    TokenBatch,
     TokenMean,
     TokenSum,
 )
+
+from fused_rl import TokenBatch
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
 

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from by_name import loss_of
+from fused_rl.surrogates import Clip
+from fused_rl.trust_regions import ClipCov
 
 import fused_rl
-from fused_rl import Clip, ClipCov, PolicyLoss, TokenBatch, TokenStats
+from fused_rl import PolicyLoss, TokenBatch, TokenStats
 from fused_rl.losses import named
 
 
@@ -44,7 +46,7 @@ ADVANTAGES = [1.0] * 6 + [-1.0] * 6
         (Clip(delta=2.0), 1, 5, 2),
         (Clip(0.2, 0.9, delta=1.4), 1, 5, 2),
         (ClipCov(Clip(dual=3.0), cov_low=1e9, cov_high=2e9), 1, 4, 1),
-        (fused_rl.Unclipped(), 0, 0, 0),
+        (fused_rl.surrogates.Unclipped(), 0, 0, 0),
         (lambda log_ratio, logprobs, A: -log_ratio.exp() * A, 0, 0, 0),
     ],
     ids=str,

@@ -4,10 +4,7 @@ import math
 
 import pytest
 import torch
-
-from fused_rl import (
-    Level,
-    TokenBatch,
+from fused_rl.mismatch import (
     acceptance_mask,
     masked_weights,
     off_policy_sequence_mask,
@@ -15,6 +12,8 @@ from fused_rl import (
     truncated_weights,
     veto_mask,
 )
+
+from fused_rl import Level, TokenBatch
 
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
 # Ratios 4, 1/2, 1 and 1/8, 2: products 2 and 1/4, geometric means 2^(1/3) and 1/2.
@@ -54,7 +53,7 @@ def counted(tensor: torch.Tensor) -> list:
 
 RATIOS = {
     Level.TOKEN: [4, 0.5, 1, 0.125, 2],
-    Level.SEQUENCE: [2, 2, 2, 0.25, 0.25],
+    Level.PRODUCT: [2, 2, 2, 0.25, 0.25],
     Level.GEOMETRIC: [C, C, C, 0.5, 0.5],
 }
 
@@ -144,7 +143,7 @@ def test_weights_of_whole_sequences_have_mean_one_under_the_rollout_policy():
         old_logprobs=policy[tokens],
         rollout_logprobs=rollout[tokens],
     )
-    weights = truncated_weights(batch, level=Level.SEQUENCE, high=math.inf).reshape(9, 2)
+    weights = truncated_weights(batch, level=Level.PRODUCT, high=math.inf).reshape(9, 2)
     probability = rollout[tokens].sum(-1).exp()
     assert (probability @ weights).tolist() == pytest.approx([1, 1], abs=1e-14)
 

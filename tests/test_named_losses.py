@@ -1,5 +1,6 @@
 """Named losses: each against a naive formula, padded and packed, whole and in micro-batches."""
 
+import inspect
 from dataclasses import replace
 from functools import partial
 
@@ -7,19 +8,12 @@ import drawn
 import naive
 import pytest
 import torch
-from by_name import loss_of
+from by_name import NEEDS, loss_of
+from fused_rl.trust_regions import DPPOKL, ClipCov
 from hypothesis import given
 
 import fused_rl
-from fused_rl import (
-    DPPOKL,
-    KL,
-    ClipCov,
-    KLPenalty,
-    TokenBatch,
-    TokenStats,
-    linear_policy_loss,
-)
+from fused_rl import KL, KLPenalty, TokenBatch, TokenStats, linear_policy_loss
 from fused_rl.losses import named
 
 COUPLED = {"clip_cov", "kl_cov"}
@@ -96,8 +90,8 @@ TRL = {
     ("sapo", False): named.sapo(),
     ("vespo", False): named.vespo(),
     ("grpo", True): named.gspo(clip_low=0.2, clip_high=0.2),
-    ("dapo", True): replace(named.dapo(clip_high=0.2), ratio=fused_rl.SequenceRatio()),
-    ("cispo", True): replace(named.cispo(), ratio=fused_rl.SequenceRatio()),
+    ("dapo", True): replace(named.dapo(clip_high=0.2), ratio=fused_rl.ratios.GeometricRatio()),
+    ("cispo", True): replace(named.cispo(), ratio=fused_rl.ratios.GeometricRatio()),
     ("luspo", True): named.luspo(clip_low=0.2, clip_high=0.2),
 }
 
@@ -116,7 +110,7 @@ def test_trl_loss_types(case, tokens):
 @given(tokens=drawn.batches(per_token=False))
 def test_luspo_at_token_level_of_older_trl_divides_by_the_padded_width(tokens):
     if tokens.mask.any():
-        mean = fused_rl.LengthWeightedMean(tokens.mask.shape[1])
+        mean = fused_rl.means.LengthWeightedMean(tokens.mask.shape[1])
         value = drawn.ours(fused_rl.PolicyLoss(mean=mean), tokens)
         drawn.assert_same(value, naive.trl(tokens, "luspo"), tokens.logprobs)
 
@@ -254,17 +248,40 @@ def test_terms_reach_the_loss():
         assert loss_of(name).kl == KLPenalty(0.0)
     beta = torch.tensor(0.0)
     assert named.grpo(beta=beta).kl.beta is beta
-    with pytest.raises(TypeError, match="clip_higher"):
-        named.gpg(clip_higher=0.3)
+
+
+@pytest.mark.parametrize("name", named.NAMES)
+def test_an_option_that_a_loss_does_not_have(name):
+    with pytest.raises(TypeError) as raised:
+        loss_of(name, clip_higher=0.3)
+    said = str(raised.value)
+    assert said.startswith(
+        f"{name}() got an unexpected keyword argument 'clip_higher'; its options"
+    )
+    options = said.partition("options are ")[2].split(", ")
+    own = inspect.signature(named.NAMES[name]).parameters
+    assert set(options) == {*own, *named.Terms.__annotations__} - {"terms"}
+
+
+@pytest.mark.parametrize("name", named.NAMES)
+def test_counts_go_by_name(name):
+    """A beta or a count in the wrong place would scale the loss and raise nothing."""
+    (*own,) = NEEDS.get(name, {}).values()
+    with pytest.raises(TypeError, match="positional"):
+        named.NAMES[name](*own, 64)
 
 
 def test_options_reach_the_surrogate():
-    assert named.ppo(clip_low=0.1, clip_high=0.3, dual=4.0).surrogate == fused_rl.Clip(
+    assert named.ppo(clip_low=0.1, clip_high=0.3, dual=4.0).surrogate == fused_rl.surrogates.Clip(
         0.1, 0.3, 4.0
     )
-    assert named.cispo(ratio_min=0.5, ratio_max=2.0).surrogate == fused_rl.CISPO(0.5, 2.0)
-    assert named.sapo(tau_positive=2.0).surrogate == fused_rl.SAPO(2.0, 1.05)
-    assert named.vespo(positive=(1.0, 2.0)).surrogate == fused_rl.VESPO(1.0, 2.0, 3.0, 2.0)
-    assert named.gmpo(clip_low=0.1).ratio == fused_rl.ClippedSequenceRatio(0.1, 0.4)
-    assert named.aspo(dual=2.0).surrogate == fused_rl.ASPO(0.2, 0.2, 2.0)
-    assert named.dro(penalty=0.2).surrogate == fused_rl.DRO(0.2)
+    assert named.cispo(ratio_min=0.5, ratio_max=2.0).surrogate == fused_rl.surrogates.CISPO(
+        0.5, 2.0
+    )
+    assert named.sapo(tau_positive=2.0).surrogate == fused_rl.surrogates.SAPO(2.0, 1.05)
+    assert named.vespo(positive=(1.0, 2.0)).surrogate == fused_rl.surrogates.VESPO(
+        1.0, 2.0, 3.0, 2.0
+    )
+    assert named.gmpo(clip_low=0.1).ratio == fused_rl.ratios.ClippedGeometricRatio(0.1, 0.4)
+    assert named.aspo(dual=2.0).surrogate == fused_rl.surrogates.ASPO(0.2, 0.2, 2.0)
+    assert named.dro(penalty=0.2).surrogate == fused_rl.surrogates.DRO(0.2)

@@ -11,7 +11,7 @@ from fused_rl import KL, KLPenalty, Level, TokenBatch
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
 WEIGHED = [
     (level, importance, attached)
-    for level in (Level.TOKEN, Level.SEQUENCE)
+    for level in (Level.TOKEN, Level.PRODUCT)
     for importance in (None, *Level)
     for attached in (True, False)
     if level is Level.TOKEN or importance is not Level.TOKEN
@@ -44,12 +44,12 @@ def naive(logprobs, old, ref, penalty: KLPenalty) -> torch.Tensor:
             ratio = {
                 None: torch.ones((), dtype=torch.float64),
                 Level.TOKEN: log_ratios[i].exp(),
-                Level.SEQUENCE: sum(log_ratios).exp(),
+                Level.PRODUCT: sum(log_ratios).exp(),
                 Level.GEOMETRIC: (sum(log_ratios) / len(counted)).exp(),
             }[penalty.importance]
             ratio = ratio if penalty.attached else ratio.detach()
             k = estimator(gaps[i], penalty.value)
-            if penalty.level is Level.SEQUENCE:
+            if penalty.level is Level.PRODUCT:
                 k = estimator(sum(gaps), penalty.value) / len(counted)
             out[b, t] = penalty.beta * ratio * k
     return out
@@ -94,7 +94,7 @@ def test_sequence_level_by_hand():
         ref_logprobs=torch.tensor([-1.5, -1.25], dtype=torch.float64),
     )
     logprobs = torch.tensor([-1.0, -1.0], dtype=torch.float64, requires_grad=True)
-    terms = KLPenalty(2.0, KL.K2, level=Level.SEQUENCE)(logprobs, batch)
+    terms = KLPenalty(2.0, KL.K2, level=Level.PRODUCT)(logprobs, batch)
     assert terms.tolist() == [0.28125, 0.28125]
     terms.sum().backward()
     assert logprobs.grad.tolist() == [1.5, 1.5]
@@ -104,16 +104,16 @@ def test_a_sequences_terms_add_up_to_its_estimate_also_when_tokens_are_dropped()
     logprobs, old, ref = tensors()
     batch = padded(old, ref).with_mask(torch.tensor([[1, 0, 1, 1]]).bool().expand(4, 4))
     for kind in KL:
-        terms = KLPenalty(1.0, kind, level=Level.SEQUENCE)(logprobs.reshape(-1), batch)
+        terms = KLPenalty(1.0, kind, level=Level.PRODUCT)(logprobs.reshape(-1), batch)
         gaps = (logprobs - ref).reshape(-1).where(batch.loss_mask, 0.0).reshape(4, 4).sum(-1)
         torch.testing.assert_close(batch.sequence_sum(terms), estimator(gaps, kind))
 
 
-@pytest.mark.parametrize("level", [Level.TOKEN, Level.SEQUENCE])
+@pytest.mark.parametrize("level", [Level.TOKEN, Level.PRODUCT])
 def test_without_old_logprobs_an_attached_ratio_is_one_and_still_has_a_gradient(level):
     logprobs, _, ref = tensors()
     leaf = logprobs.clone().requires_grad_()
-    penalty = KLPenalty(1.0, KL.K1, level=level, importance=Level.SEQUENCE)
+    penalty = KLPenalty(1.0, KL.K1, level=level, importance=Level.PRODUCT)
     terms = penalty(leaf.reshape(-1), padded(None, ref))
     plain = KLPenalty(1.0, KL.K1, level=level)(logprobs.reshape(-1), padded(None, ref))
     assert torch.equal(terms, plain)
@@ -125,7 +125,7 @@ def test_without_old_logprobs_an_attached_ratio_is_one_and_still_has_a_gradient(
 def test_value_and_gradient_are_chosen_apart_at_the_sequence_level():
     logprobs, _, ref = tensors()
     leaf = logprobs.clone().requires_grad_()
-    terms = KLPenalty(1.0, KL.K3, KL.K2, level=Level.SEQUENCE)(leaf.reshape(-1), padded(None, ref))
+    terms = KLPenalty(1.0, KL.K3, KL.K2, level=Level.PRODUCT)(leaf.reshape(-1), padded(None, ref))
     totals = (logprobs - ref).where(MASK, 0.0).sum(-1)
     torch.testing.assert_close(
         padded(None, ref).sequence_sum(terms.detach()), estimator(totals, KL.K3)
@@ -173,9 +173,9 @@ def test_compiles_without_a_break_and_never_as_another(order):
 def test_separable_where_no_token_needs_another():
     assert KLPenalty(1.0).token_separable
     assert KLPenalty(1.0, importance=Level.TOKEN).token_separable
-    assert not KLPenalty(1.0, importance=Level.SEQUENCE).token_separable
+    assert not KLPenalty(1.0, importance=Level.PRODUCT).token_separable
     assert not KLPenalty(1.0, importance=Level.GEOMETRIC).token_separable
-    assert not KLPenalty(1.0, level=Level.SEQUENCE).token_separable
+    assert not KLPenalty(1.0, level=Level.PRODUCT).token_separable
 
 
 def test_beta_may_change_between_steps():
@@ -193,14 +193,14 @@ def test_beta_may_change_between_steps():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"beta must be a number or a tensor \[\], got \[2\]"):
         KLPenalty(torch.zeros(2))
-    with pytest.raises(ValueError, match=r"level must be .*SEQUENCE, got <Level.GEOMETRIC"):
+    with pytest.raises(ValueError, match=r"level must be .*PRODUCT, got <Level.GEOMETRIC"):
         KLPenalty(1.0, level=Level.GEOMETRIC)
     with pytest.raises(ValueError, match=r"level must be .* got 'token'"):
         KLPenalty(1.0, level="token")
     with pytest.raises(ValueError, match="importance must be a Level or None, got 'token'"):
         KLPenalty(1.0, importance="token")
     with pytest.raises(ValueError, match="whole sequences has no ratio per token"):
-        KLPenalty(1.0, level=Level.SEQUENCE, importance=Level.TOKEN)
+        KLPenalty(1.0, level=Level.PRODUCT, importance=Level.TOKEN)
     with pytest.raises(ValueError, match="the batch has no ref_logprobs"):
         KLPenalty(1.0)(torch.zeros(16), padded())
 
@@ -210,9 +210,9 @@ def test_mistakes_are_named():
     ("level", "importance"),
     [
         (Level.TOKEN, Level.TOKEN),
-        (Level.TOKEN, Level.SEQUENCE),
-        (Level.SEQUENCE, Level.SEQUENCE),
-        (Level.SEQUENCE, Level.GEOMETRIC),
+        (Level.TOKEN, Level.PRODUCT),
+        (Level.PRODUCT, Level.PRODUCT),
+        (Level.PRODUCT, Level.GEOMETRIC),
     ],
 )
 def test_k3_with_an_attached_ratio_far_below_the_reference(level, importance, nats):

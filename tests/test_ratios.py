@@ -6,33 +6,27 @@ import drawn
 import naive
 import pytest
 import torch
+from fused_rl.means import SequenceMean, TokenMean
+from fused_rl.ratios import (
+    ClippedGeometricRatio,
+    GeometricRatio,
+    GeometricTokenRatio,
+    ProductRatio,
+    TokenRatio,
+)
+from fused_rl.surrogates import CISPO, SAPO, Clip, Kimi, Unclipped
 from hypothesis import given
 
-from fused_rl import (
-    CISPO,
-    SAPO,
-    Clip,
-    ClippedSequenceRatio,
-    FullProductRatio,
-    Kimi,
-    PolicyLoss,
-    SequenceMean,
-    SequenceRatio,
-    SequenceTokenRatio,
-    TokenBatch,
-    TokenMean,
-    TokenRatio,
-    Unclipped,
-)
+from fused_rl import PolicyLoss, TokenBatch
 
 LEVELS = {
     "token": (TokenRatio(), naive.token),
-    "sequence": (SequenceRatio(), naive.sequence),
-    "sequence, token": (SequenceTokenRatio(), naive.sequence_token),
-    "product": (FullProductRatio(), naive.product),
-    "gmpo": (ClippedSequenceRatio(), partial(naive.gmpo, low=0.4, high=0.4)),
+    "sequence": (GeometricRatio(), naive.sequence),
+    "sequence, token": (GeometricTokenRatio(), naive.sequence_token),
+    "product": (ProductRatio(), naive.product),
+    "gmpo": (ClippedGeometricRatio(), partial(naive.gmpo, low=0.4, high=0.4)),
     "gmpo at the bounds": (
-        ClippedSequenceRatio(0.125, 0.5),
+        ClippedGeometricRatio(0.125, 0.5),
         partial(naive.gmpo, low=0.125, high=0.5),
     ),
 }
@@ -57,10 +51,10 @@ def uneven() -> tuple[torch.Tensor, TokenBatch]:
     ("ratio", "first", "second"),
     [
         (TokenRatio(), [1.0, 2.0, 6.0], [4.0, -8.0]),
-        (SequenceRatio(), [3.0, 3.0, 3.0], [-2.0, -2.0]),
-        (SequenceTokenRatio(), [3.0, 3.0, 3.0], [-2.0, -2.0]),
-        (FullProductRatio(), [9.0, 9.0, 9.0], [-4.0, -4.0]),
-        (ClippedSequenceRatio(0.5, 1.5), [4 / 3, 4 / 3, 4 / 3], [1.75, 1.75]),
+        (GeometricRatio(), [3.0, 3.0, 3.0], [-2.0, -2.0]),
+        (GeometricTokenRatio(), [3.0, 3.0, 3.0], [-2.0, -2.0]),
+        (ProductRatio(), [9.0, 9.0, 9.0], [-4.0, -4.0]),
+        (ClippedGeometricRatio(0.5, 1.5), [4 / 3, 4 / 3, 4 / 3], [1.75, 1.75]),
     ],
 )
 def test_by_hand(ratio, first, second):
@@ -73,10 +67,10 @@ def test_by_hand(ratio, first, second):
 @pytest.mark.parametrize(
     ("ratio", "slopes"),
     [
-        (SequenceRatio(), [1 / 3, 1 / 3, 1 / 3]),
-        (SequenceTokenRatio(), [1.0, 0.0, 0.0]),
-        (FullProductRatio(), [1.0, 1.0, 1.0]),
-        (ClippedSequenceRatio(0.5, 1.5), [1 / 3, 0.0, 0.0]),
+        (GeometricRatio(), [1 / 3, 1 / 3, 1 / 3]),
+        (GeometricTokenRatio(), [1.0, 0.0, 0.0]),
+        (ProductRatio(), [1.0, 1.0, 1.0]),
+        (ClippedGeometricRatio(0.5, 1.5), [1 / 3, 0.0, 0.0]),
     ],
 )
 def test_gradient_by_hand_of_the_first_token(ratio, slopes):
@@ -117,7 +111,7 @@ def test_gspo_token_has_the_gradient_of_gspo_where_a_sequence_has_one_advantage(
         torch.autograd.grad(
             drawn.ours(PolicyLoss(ratio=ratio, mean=SequenceMean()), tokens), tokens.logprobs
         )[0]
-        for ratio in (SequenceRatio(), SequenceTokenRatio())
+        for ratio in (GeometricRatio(), GeometricTokenRatio())
     ]
     torch.testing.assert_close(*gradients, atol=1e-14, rtol=1e-12)
 
@@ -130,7 +124,7 @@ def test_gradcheck(name):
     batch = TokenBatch.padded(torch.zeros_like(mask).long(), mask, A)
     x = torch.randn(12, dtype=torch.float64, requires_grad=True)
     ratio = LEVELS[name][0]
-    if not isinstance(ratio, SequenceTokenRatio):  # whose gradient is not that of its value
+    if not isinstance(ratio, GeometricTokenRatio):  # whose gradient is not that of its value
         assert torch.autograd.gradcheck(lambda x: ratio(x, batch)[batch.loss_mask], x)
 
 

@@ -4,20 +4,11 @@ import math
 
 import pytest
 import torch
+from fused_rl.rewards import Moments, length_rewards, overlong_penalty, shape_rewards, whiten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_rl import (
-    KL,
-    Level,
-    Moments,
-    length_rewards,
-    merge_moments,
-    moments,
-    overlong_penalty,
-    shape_rewards,
-    whiten,
-)
+from fused_rl import KL, Level
 
 MASK = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]).bool()
 LOGPROBS = torch.tensor([[-1.0, -2.0, 9.0, 9.0], [9.0, -0.5, 9.0, -1.0], [9.0, 9.0, 9.0, 9.0]])
@@ -40,13 +31,13 @@ def test_clamped_at_zero_by_hand():
 
 def test_of_the_sum_by_hand():
     """k2 of -0.5 and of 1."""
-    got = shape_rewards(REWARDS, LOGPROBS, REF, MASK, beta=0.1, kind=KL.K2, level=Level.SEQUENCE)
+    got = shape_rewards(REWARDS, LOGPROBS, REF, MASK, beta=0.1, kind=KL.K2, level=Level.PRODUCT)
     expected = [[0, 1 - 0.0125, 0, 0], [0, 0, 0, -3.05], [0, 0, 0, 0]]
     torch.testing.assert_close(got, torch.tensor(expected))
 
 
 @pytest.mark.parametrize("kind", list(KL))
-@pytest.mark.parametrize("level", [Level.TOKEN, Level.SEQUENCE])
+@pytest.mark.parametrize("level", [Level.TOKEN, Level.PRODUCT])
 def test_packed_equals_padded(kind, level):
     options = {"beta": torch.tensor(0.3), "kind": kind, "level": level}
     padded = shape_rewards(REWARDS, LOGPROBS, REF, MASK, **options)
@@ -107,8 +98,8 @@ floats = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40)
 @given(floats, st.integers(0, 40), st.booleans())
 def test_merged_moments_are_those_of_everything(values, cut, single):
     x = torch.tensor(values, dtype=torch.float64)
-    parts = [moments(p) for p in (x.split(1) if single else (x[:cut], x[cut:]))]
-    whole, merged = moments(x), merge_moments(parts)
+    parts = [Moments.of(p) for p in (x.split(1) if single else (x[:cut], x[cut:]))]
+    whole, merged = Moments.of(x), Moments.merged(parts)
     assert merged.count == len(values)
     assert merged.mean.item() == pytest.approx(x.mean().item(), abs=1e-10)
     variance = x.var(correction=0).item()
@@ -129,7 +120,7 @@ def test_whitened_values_have_mean_zero_and_variance_one(values, keep_mean):
 def test_ranks_with_common_statistics_whiten_as_one():
     x = torch.randn(3, 5, dtype=torch.float64)
     mask = torch.rand(3, 5) < 0.7
-    common = merge_moments([moments(x[b], mask[b]) for b in range(3)])
+    common = Moments.merged([Moments.of(x[b], mask[b]) for b in range(3)])
     got = torch.stack([whiten(x[b], mask[b], statistics=common) for b in range(3)])
     torch.testing.assert_close(got, whiten(x, mask), atol=1e-14, rtol=1e-13)
 
@@ -140,7 +131,7 @@ def test_equal_values_whiten_to_exactly_zero(n, dtype):
     x = torch.full((n,), 0.1, dtype=dtype)
     assert (whiten(x) == 0).all()
     assert whiten(x).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    parts = merge_moments([moments(x[:1]), moments(x), moments(x[:0])])
+    parts = Moments.merged([Moments.of(x[:1]), Moments.of(x), Moments.of(x[:0])])
     assert (whiten(x, statistics=parts) == 0).all()
 
 
@@ -148,8 +139,8 @@ def test_mistakes_in_whitening_are_named():
     with pytest.raises(ValueError, match=r"values must be finite, got inf at index \[1, 0\]"):
         whiten(torch.tensor([[0.0], [math.inf]]))
     with pytest.raises(ValueError, match=r"loss_mask \[2\] and values \[2, 1\]"):
-        moments(torch.zeros(2, 1), torch.ones(2).bool())
-    assert isinstance(moments(torch.zeros(2)), Moments)
+        Moments.of(torch.zeros(2, 1), torch.ones(2).bool())
+    assert isinstance(Moments.of(torch.zeros(2)), Moments)
 
 
 def test_length_rewards_by_hand():

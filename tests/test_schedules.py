@@ -3,8 +3,7 @@
 import math
 
 import pytest
-
-from fused_rl import AdaptiveBeta, Anneal, AnnealedBeta, FixedBeta
+from fused_rl.schedules import AdaptiveBeta, Anneal, AnnealedBeta, FixedBeta
 
 
 def test_fixed():

@@ -301,12 +301,12 @@ def test_batches_and_results_are_loaded_as_weights_only():
     "thing",
     [
         *(loss_of(name, beta=0.1, kl=fused_rl.KL.K2) for name in named.NAMES),
-        fused_rl.PolicyLoss(kl=KLPenalty(0.1, level=Level.SEQUENCE, importance=Level.GEOMETRIC)),
-        fused_rl.AdaptiveBeta(0.1, 0.2),
-        fused_rl.AnnealedBeta(1.0, 0.1, 10, fused_rl.Anneal.COSINE, done=3),
-        fused_rl.FixedBeta(0.1),
-        fused_rl.RewardCurve(fused_rl.RewardForm.RL, 1.0, 2.0),
-        fused_rl.Thresholds(window=3),
+        fused_rl.PolicyLoss(kl=KLPenalty(0.1, level=Level.PRODUCT, importance=Level.GEOMETRIC)),
+        fused_rl.schedules.AdaptiveBeta(0.1, 0.2),
+        fused_rl.schedules.AnnealedBeta(1.0, 0.1, 10, fused_rl.schedules.Anneal.COSINE, done=3),
+        fused_rl.schedules.FixedBeta(0.1),
+        fused_rl.overoptimisation.RewardCurve(fused_rl.overoptimisation.RewardForm.RL, 1.0, 2.0),
+        fused_rl.diagnosis.Thresholds(window=3),
     ],
     ids=lambda thing: type(thing).__name__,
 )

@@ -7,32 +7,20 @@ import drawn
 import naive
 import pytest
 import torch
-from hypothesis import given
-
-from fused_rl import (
-    ASPO,
-    CISPO,
-    DPPOKL,
-    DPPOTV,
-    DRO,
-    SAPO,
-    VESPO,
-    Clip,
-    ClipCov,
+from fused_rl.means import (
     FixedLengthMean,
-    FullProductRatio,
-    Kimi,
-    KLCov,
     LengthWeightedMean,
-    PolicyLoss,
-    Reinforce,
     SequenceMean,
     SequenceSumMean,
     TokenMean,
-    TokenRatio,
     TokenSum,
-    Unclipped,
 )
+from fused_rl.ratios import ProductRatio, TokenRatio
+from fused_rl.surrogates import ASPO, CISPO, DRO, SAPO, VESPO, Clip, Kimi, Reinforce, Unclipped
+from fused_rl.trust_regions import DPPOKL, DPPOTV, ClipCov, KLCov
+from hypothesis import given
+
+from fused_rl import PolicyLoss
 
 # Surrogate, formula. Bounds of 0 are where a log-ratio of 0 lies exactly on both.
 FORMULAS = {
@@ -285,9 +273,9 @@ def test_kimi_is_dro_of_whole_sequences():
         torch.arange(4) < torch.tensor([4, 2, 3])[:, None],
     )
     tokens.logprobs.requires_grad_()
-    kimi = drawn.ours(PolicyLoss(Kimi(0.3), FullProductRatio(), mean=SequenceMean()), tokens)
+    kimi = drawn.ours(PolicyLoss(Kimi(0.3), ProductRatio(), mean=SequenceMean()), tokens)
     policy = drawn.ours(PolicyLoss(Reinforce(), mean=SequenceSumMean()), tokens)
-    product = PolicyLoss(DRO(0.3), FullProductRatio(), mean=SequenceMean())
+    product = PolicyLoss(DRO(0.3), ProductRatio(), mean=SequenceMean())
     zero = naive.Tokens(tokens.logprobs, tokens.old, 0 * tokens.advantages, tokens.mask)
     parts = policy + drawn.ours(product, zero)
     gradients = [torch.autograd.grad(v, tokens.logprobs)[0] for v in (kimi, parts)]

@@ -11,20 +11,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fused_rl.means import SequenceSumMean, TokenMean
+from fused_rl.mismatch import off_policy_sequence_mask, top_entropy_mask
 from parity import CLIPPED, HIGH, ITEMS, LENGTH, LEVELS, LOSS_TYPES, LOW, Case, alone, counterpart
 from torch import Tensor
 
 import fused_rl
-from fused_rl import (
-    PolicyLoss,
-    SequenceSumMean,
-    TokenBatch,
-    TokenMean,
-    linear_logprobs,
-    linear_policy_loss,
-    off_policy_sequence_mask,
-    top_entropy_mask,
-)
+from fused_rl import PolicyLoss, TokenBatch, linear_logprobs, linear_policy_loss
 
 pytest.importorskip("trl", minversion="1.16", reason="trl is not installed")
 
@@ -162,10 +155,10 @@ def test_named_losses_are_these_compositions():
         (fused_rl.grpo(), counterpart("grpo", high=0.2)),
         (fused_rl.bnpo(), counterpart("bnpo", high=0.2)),
         (fused_rl.dr_grpo(LENGTH), counterpart("dr_grpo", high=0.2)),
-        (fused_rl.dapo(ITEMS), counterpart("dapo")),
-        (fused_rl.cispo(ITEMS), counterpart("cispo", high=5.0)),
+        (fused_rl.dapo(num_tokens=ITEMS), counterpart("dapo")),
+        (fused_rl.cispo(num_tokens=ITEMS), counterpart("cispo", high=5.0)),
         (fused_rl.sapo(), counterpart("sapo")),
-        (fused_rl.vespo(ITEMS), counterpart("vespo")),
+        (fused_rl.vespo(num_tokens=ITEMS), counterpart("vespo")),
         (fused_rl.gspo(), counterpart("grpo", "sequence", **narrow)),
         (fused_rl.luspo(), counterpart("luspo", "sequence", **narrow)),
     ]
@@ -220,7 +213,7 @@ def test_accumulated_bnpo_is_no_mean_of_the_step(trainer):
     assert abs(mean_of_ours - whole.ours(loss)) > 0.01
 
 
-class Nothing(fused_rl.Surrogate):
+class Nothing(fused_rl.surrogates.Surrogate):
     """0: what remains of a loss is its KL and its entropy."""
 
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -336,7 +329,7 @@ def test_luspo_at_token_level_is_a_masked_sum(trainer):
     assert isinstance(loss.mean, SequenceSumMean)
     expected = theirs(trainer(loss_type="luspo"), case)
     case.assert_same(case.ours(loss), expected)
-    before = case.ours(dataclasses.replace(loss, mean=fused_rl.LengthWeightedMean(7)))
+    before = case.ours(dataclasses.replace(loss, mean=fused_rl.means.LengthWeightedMean(7)))
     assert abs(before - expected) > 0.1
 
 

@@ -19,16 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fused_rl import (
-    KL,
-    LMHead,
-    LossOutput,
-    PolicyLoss,
-    TokenBatch,
-    group_zscore_advantages,
-    grpo,
-    linear_policy_loss,
-)
+from fused_rl import KL, LMHead, LossOutput, PolicyLoss, TokenBatch, grpo, linear_policy_loss
 from fused_rl.demo.report import (
     Record,
     compare_loss_steps,
@@ -39,6 +30,7 @@ from fused_rl.demo.report import (
 )
 from fused_rl.demo.rollout import Rollout, answer_logprobs, answer_states, sample, try_out
 from fused_rl.demo.task import sample_problems, start
+from fused_rl.rollouts.advantages import group_zscore_advantages
 from fused_rl.system.outputs import try_folder
 from fused_rl.system.signals import status_of, stop_behind, stoppable, stops
 

@@ -28,6 +28,16 @@ from torch import Tensor
 from fused_rl import checks
 from fused_rl.losses.batch import TokenBatch
 
+__all__ = [
+    "FixedLengthMean",
+    "LengthWeightedMean",
+    "RolloutMean",
+    "SequenceMean",
+    "SequenceSumMean",
+    "TokenMean",
+    "TokenSum",
+]
+
 Count = int | float | Tensor
 
 
@@ -76,7 +86,7 @@ class SequenceMean:
 class SequenceSumMean:
     """1 / num_sequences: sums over tokens, the mean over sequences.
 
-    With SequenceRatio it is LUSPO (arXiv 2602.05261): a sequence weighs as many tokens as it has.
+    With GeometricRatio it is LUSPO (arXiv 2602.05261): a sequence weighs as many tokens as it has.
 
     num_sequences: sequences of the whole step; None: of the batch.
     """

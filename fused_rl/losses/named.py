@@ -1,6 +1,6 @@
 """Losses that have a name. Each composes surrogate, ratio level and mean; see PolicyLoss.
 
-Counts come first, options are keywords, and all take the `Terms`: KL in the loss, entropy bonus.
+All take their options and counts as keywords, and the `Terms`: KL in the loss, entropy bonus.
 Counts are of the whole step, so that micro-batches add up to it (means.py); None: of the batch.
 A penalty with more to it is `dataclasses.replace(grpo(), kl=KLPenalty(...))`.
 
@@ -8,6 +8,8 @@ With r the ratio policy / old policy of a token, s its geometric mean over a seq
 l log-probs, sg without gradient. Means are written over tokens t of sequences i.
 """
 
+import inspect
+import sys
 from collections.abc import Callable
 
 from torch import Tensor
@@ -20,10 +22,10 @@ from fused_rl.losses.means import Count, FixedLengthMean, SequenceMean, Sequence
 from fused_rl.losses.penalties import KLPenalty
 from fused_rl.losses.policy import PolicyLoss
 from fused_rl.losses.ratios import (
-    ClippedSequenceRatio,
-    FullProductRatio,
-    SequenceRatio,
-    SequenceTokenRatio,
+    ClippedGeometricRatio,
+    GeometricRatio,
+    GeometricTokenRatio,
+    ProductRatio,
     TokenRatio,
 )
 from fused_rl.losses.surrogates import (
@@ -65,14 +67,26 @@ def compose(
     kl: KL = KL.K3,
     kl_grad: KL | None = None,
     entropy_coef: float = 0.0,
+    **unknown: object,
 ) -> PolicyLoss:
     """The PolicyLoss of these parts and `Terms`."""
+    if unknown:
+        raise _unexpected(sys._getframe(1).f_code.co_name, next(iter(unknown)))
     return PolicyLoss(surrogate, ratio, KLPenalty(beta, kl, kl_grad), entropy_coef, mean)
 
 
+def _unexpected(loss: str, option: str) -> TypeError:
+    """What Python says of an option that a function does not have, and the options that it has."""
+    own = [name for name in inspect.signature(NAMES[loss]).parameters if name != "terms"]
+    return TypeError(
+        f"{loss}() got an unexpected keyword argument {option!r}; its options are "
+        f"{', '.join([*own, *Terms.__annotations__])}"
+    )
+
+
 def ppo(
-    num_tokens: Count | None = None,
     *,
+    num_tokens: Count | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual: float | None = None,
@@ -86,8 +100,8 @@ def ppo(
 
 
 def grpo(
-    num_sequences: Count | None = None,
     *,
+    num_sequences: Count | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     **terms: Unpack[Terms],
@@ -108,8 +122,8 @@ def bnpo(*, clip_low: float = 0.2, clip_high: float = 0.2, **terms: Unpack[Terms
 
 
 def dapo(
-    num_tokens: Count | None = None,
     *,
+    num_tokens: Count | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     **terms: Unpack[Terms],
@@ -123,8 +137,8 @@ def dapo(
 
 def dr_grpo(
     length: float,
-    num_sequences: Count | None = None,
     *,
+    num_sequences: Count | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     **terms: Unpack[Terms],
@@ -138,8 +152,8 @@ def dr_grpo(
 
 
 def cispo(
-    num_tokens: Count | None = None,
     *,
+    num_tokens: Count | None = None,
     ratio_min: float = 0.0,
     ratio_max: float = 5.0,
     **terms: Unpack[Terms],
@@ -152,8 +166,8 @@ def cispo(
 
 
 def gspo(
-    num_sequences: Count | None = None,
     *,
+    num_sequences: Count | None = None,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
     **terms: Unpack[Terms],
@@ -162,12 +176,14 @@ def gspo(
 
     Mean over sequences. Advantages: group_zscore_advantages.
     """
-    return compose(Clip(clip_low, clip_high), SequenceRatio(), SequenceMean(num_sequences), **terms)
+    return compose(
+        Clip(clip_low, clip_high), GeometricRatio(), SequenceMean(num_sequences), **terms
+    )
 
 
 def gspo_token(
-    num_sequences: Count | None = None,
     *,
+    num_sequences: Count | None = None,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
     **terms: Unpack[Terms],
@@ -177,12 +193,12 @@ def gspo_token(
     Mean over sequences of their token means. Advantages: per token, else it is gspo.
     """
     mean = SequenceMean(num_sequences)
-    return compose(Clip(clip_low, clip_high), SequenceTokenRatio(), mean, **terms)
+    return compose(Clip(clip_low, clip_high), GeometricTokenRatio(), mean, **terms)
 
 
 def sapo(
-    num_sequences: Count | None = None,
     *,
+    num_sequences: Count | None = None,
     tau_positive: float = 1.0,
     tau_negative: float = 1.05,
     **terms: Unpack[Terms],
@@ -196,8 +212,8 @@ def sapo(
 
 
 def gmpo(
-    num_sequences: Count | None = None,
     *,
+    num_sequences: Count | None = None,
     clip_low: float = 0.4,
     clip_high: float = 0.4,
     **terms: Unpack[Terms],
@@ -206,13 +222,13 @@ def gmpo(
 
     Bounds are of log r. Mean over sequences. Advantages: group_zscore_advantages.
     """
-    ratio = ClippedSequenceRatio(clip_low, clip_high)
+    ratio = ClippedGeometricRatio(clip_low, clip_high)
     return compose(Unclipped(), ratio, SequenceMean(num_sequences), **terms)
 
 
 def luspo(
-    num_sequences: Count | None = None,
     *,
+    num_sequences: Count | None = None,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
     **terms: Unpack[Terms],
@@ -222,12 +238,12 @@ def luspo(
     Mean over sequences of token sums. Advantages: group_zscore_advantages.
     """
     mean = SequenceSumMean(num_sequences)
-    return compose(Clip(clip_low, clip_high), SequenceRatio(), mean, **terms)
+    return compose(Clip(clip_low, clip_high), GeometricRatio(), mean, **terms)
 
 
 def vespo(
-    num_tokens: Count | None = None,
     *,
+    num_tokens: Count | None = None,
     positive: tuple[float, float] = (2.0, 3.0),
     negative: tuple[float, float] = (3.0, 2.0),
     **terms: Unpack[Terms],
@@ -244,12 +260,12 @@ def vespo(
             lambda name=name, pair=pair: f"{name} must be (k, lambda), got {checks.shown(pair)}",
         )
     surrogate = VESPO(*positive, *negative)
-    return compose(surrogate, FullProductRatio(), TokenMean(num_tokens), **terms)
+    return compose(surrogate, ProductRatio(), TokenMean(num_tokens), **terms)
 
 
 def dppo(
-    num_tokens: Count | None = None,
     *,
+    num_tokens: Count | None = None,
     trust_region: TrustRegion | None = None,
     **terms: Unpack[Terms],
 ) -> PolicyLoss:
@@ -266,7 +282,7 @@ def dppo(
     return compose(region, TokenRatio(), TokenMean(num_tokens), **terms)
 
 
-def gpg(num_tokens: Count | None = None, **terms: Unpack[Terms]) -> PolicyLoss:
+def gpg(*, num_tokens: Count | None = None, **terms: Unpack[Terms]) -> PolicyLoss:
     """mean_t -A l: GPG (arXiv 2504.02546), REINFORCE on groups.
 
     Mean over all tokens of the step. Advantages: group_mean_advantages.
@@ -275,8 +291,8 @@ def gpg(num_tokens: Count | None = None, **terms: Unpack[Terms]) -> PolicyLoss:
 
 
 def reinforce_plus_plus(
-    num_tokens: Count | None = None,
     *,
+    num_tokens: Count | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     **terms: Unpack[Terms],
@@ -290,8 +306,8 @@ def reinforce_plus_plus(
 
 
 def rloo(
-    num_sequences: Count | None = None,
     *,
+    num_sequences: Count | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     **terms: Unpack[Terms],
@@ -301,20 +317,20 @@ def rloo(
     Mean over sequences. Advantages: reward, with the KL in it, minus the mean of the others.
     """
     mean = SequenceMean(num_sequences)
-    return compose(Clip(clip_low, clip_high), FullProductRatio(), mean, **terms)
+    return compose(Clip(clip_low, clip_high), ProductRatio(), mean, **terms)
 
 
-def kimi(tau: float, num_sequences: Count | None = None, **terms: Unpack[Terms]) -> PolicyLoss:
+def kimi(tau: float, *, num_sequences: Count | None = None, **terms: Unpack[Terms]) -> PolicyLoss:
     """mean_i (A - tau sum_t log r)^2 / (2 tau): Kimi k1.5's mirror descent (arXiv 2501.12599).
 
     tau: how strongly the policy is held to the old one; the report names no number. Mean over
     sequences. Advantages: group_mean_advantages.
     """
-    return compose(Kimi(tau), FullProductRatio(), SequenceMean(num_sequences), **terms)
+    return compose(Kimi(tau), ProductRatio(), SequenceMean(num_sequences), **terms)
 
 
 def dro(
-    num_tokens: Count | None = None, *, penalty: float = 0.05, **terms: Unpack[Terms]
+    *, num_tokens: Count | None = None, penalty: float = 0.05, **terms: Unpack[Terms]
 ) -> PolicyLoss:
     """mean_t -(A l - penalty / 2 (log r)^2): DRO, token by token (arXiv 2405.19107).
 
@@ -324,8 +340,8 @@ def dro(
 
 
 def aspo(
-    num_tokens: Count | None = None,
     *,
+    num_tokens: Count | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual: float = 3.0,
@@ -340,8 +356,8 @@ def aspo(
 
 
 def clip_cov(
-    num_tokens: Count | None = None,
     *,
+    num_tokens: Count | None = None,
     selection: ClipCov | None = None,
     **terms: Unpack[Terms],
 ) -> PolicyLoss:
@@ -360,8 +376,8 @@ def clip_cov(
 
 
 def kl_cov(
-    num_tokens: Count | None = None,
     *,
+    num_tokens: Count | None = None,
     coef: float = 1.0,
     fraction: float = 2e-4,
     **terms: Unpack[Terms],

@@ -4,7 +4,7 @@ With d = logprobs - ref_logprobs, k the estimator, n the counted tokens of a tok
 w the importance ratio of the current policy to the one that sampled:
 
     token level       beta * w * k(d)
-    sequence level    beta * w * k(sum of d over the sequence) / n
+    product level     beta * w * k(sum of d over the sequence) / n
 
 Either way the terms of a sequence add up to its estimate, so the same mean serves both. A mean that
 divides by a constant (TokenMean, FixedLengthMean) keeps the direction of the KL; SequenceMean
@@ -28,6 +28,10 @@ from fused_rl.losses.sequences import Level
 from fused_rl.losses.surrogates import bounded
 from fused_rl.reference import acc_dtype
 
+__all__ = [
+    "KLPenalty",
+]
+
 
 @dataclass(frozen=True)
 class KLPenalty:
@@ -37,9 +41,9 @@ class KLPenalty:
         beta: a number, or a tensor [] whose value may be changed between steps.
         value: the estimator whose value is formed.
         grad: the estimator whose derivative is used; None: that of value.
-        level: TOKEN, or SEQUENCE for the estimator of the summed log-ratio.
+        level: TOKEN, or PRODUCT for the estimator of the log-ratio of whole sequences, the sum.
         importance: at which level the ratio to batch.old_logprobs is formed that multiplies the
-            estimate; None: no ratio. The level SEQUENCE corrects all of off-policy sampling, TOKEN
+            estimate; None: no ratio. The level PRODUCT corrects all of off-policy sampling, TOKEN
             that of the token but not of its prefix. Without old_logprobs the ratio is 1. Above
             exp(20) it is held there.
         attached: whether the ratio has a gradient too, which adds that of the sampling; on-policy
@@ -59,8 +63,8 @@ class KLPenalty:
         if self.grad is not None:
             checks.is_one_of("kl_grad (grad)", self.grad, KL)
         checks.require(
-            self.level in (Level.TOKEN, Level.SEQUENCE),
-            lambda: f"level must be Level.TOKEN or Level.SEQUENCE, got {self.level!r}",
+            self.level in (Level.TOKEN, Level.PRODUCT),
+            lambda: f"level must be Level.TOKEN or Level.PRODUCT, got {self.level!r}",
         )
         checks.require(
             self.importance is None or isinstance(self.importance, Level),
@@ -109,8 +113,8 @@ class KLPenalty:
         weight = None if importance is None else self._ratio(logprobs, batch, Level(importance))
         if level == "token":
             return self._kl(logprobs, batch.ref_logprobs, weight)
-        total = batch.at_level(log_ratio(logprobs, batch.ref_logprobs), Level.SEQUENCE)
-        tokens = batch.at_level(torch.ones_like(total), Level.SEQUENCE).clamp(min=1)
+        total = batch.at_level(log_ratio(logprobs, batch.ref_logprobs), Level.PRODUCT)
+        tokens = batch.at_level(torch.ones_like(total), Level.PRODUCT).clamp(min=1)
         return batch.loss_mask / tokens * self._kl(total, torch.zeros_like(total), weight)
 
     def _kl(self, logprobs: Tensor, ref_logprobs: Tensor, weight: Tensor | None) -> Tensor:

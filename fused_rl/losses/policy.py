@@ -42,7 +42,7 @@ class PolicyLoss:
         surrogate: (log_ratio, logprobs, advantages) -> [N]; `clipped` as in surrogates.Surrogate.
             Unless it has token_separable = True it is called with the counted tokens alone.
         ratio: (log_ratio, batch) -> [N]: at which level ratios are formed; `clipped` as in
-            ratios.ClippedSequenceRatio, if it has bounds of its own.
+            ratios.ClippedGeometricRatio, if it has bounds of its own.
         kl: (logprobs, batch) -> [N], the penalty towards batch.ref_logprobs, or None.
         entropy_coef: weight of the entropy bonus.
         mean: batch -> [N]: the weight of each token.

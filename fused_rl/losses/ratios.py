@@ -3,10 +3,10 @@
 With d = logprobs - old_logprobs at the counted tokens of a sequence of T, sg = without gradient:
 
     TokenRatio             d[t]
-    SequenceRatio          sum d / T
-    SequenceTokenRatio     sg(sum d / T) + d[t] - sg(d[t])
-    FullProductRatio       sum d
-    ClippedSequenceRatio   sum clip(d) / T
+    GeometricRatio          sum d / T
+    GeometricTokenRatio     sg(sum d / T) + d[t] - sg(d[t])
+    ProductRatio       sum d
+    ClippedGeometricRatio   sum clip(d) / T
 
 Every token holds the number of its sequence, and its gradient reaches all tokens of the sequence.
 Sequences are those of the batch, padded or packed; tokens that do not count hold a number too, and
@@ -22,6 +22,14 @@ from fused_rl.losses.sequences import Level
 from fused_rl.losses.surrogates import is_clip
 from fused_rl.reference import promoted
 
+__all__ = [
+    "ClippedGeometricRatio",
+    "GeometricRatio",
+    "GeometricTokenRatio",
+    "ProductRatio",
+    "TokenRatio",
+]
+
 
 @dataclass(frozen=True)
 class TokenRatio:
@@ -34,7 +42,7 @@ class TokenRatio:
 
 
 @dataclass(frozen=True)
-class SequenceRatio:
+class GeometricRatio:
     """The mean log-ratio of a sequence: its geometric mean ratio, GSPO (arXiv 2507.18071)."""
 
     token_separable = False
@@ -44,10 +52,10 @@ class SequenceRatio:
 
 
 @dataclass(frozen=True)
-class SequenceTokenRatio:
+class GeometricTokenRatio:
     """The sequence's value, the token's gradient: GSPO-token (arXiv 2507.18071).
 
-    With equal advantages in a sequence its gradient is SequenceRatio's; it is meant for others.
+    With equal advantages in a sequence its gradient is GeometricRatio's; it is meant for others.
     """
 
     token_separable = False
@@ -58,17 +66,17 @@ class SequenceTokenRatio:
 
 
 @dataclass(frozen=True)
-class FullProductRatio:
+class ProductRatio:
     """The log-ratio of whole sequences, the exact importance weight: RLOO (arXiv 2402.14740)."""
 
     token_separable = False
 
     def __call__(self, log_ratio: Tensor, batch: TokenBatch) -> Tensor:
-        return batch.at_level(log_ratio, Level.SEQUENCE)
+        return batch.at_level(log_ratio, Level.PRODUCT)
 
 
 @dataclass(frozen=True)
-class ClippedSequenceRatio:
+class ClippedGeometricRatio:
     """The mean of clipped log-ratios: GMPO (arXiv 2507.20673), with the surrogate -r A.
 
     A log-ratio counts as at most `high` where A > 0, and as at least -low where A < 0; what is cut

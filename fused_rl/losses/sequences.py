@@ -13,14 +13,15 @@ from fused_rl import checks
 
 
 class Level(Enum):
-    """Over which tokens a log-ratio is formed.
+    """Over which tokens a log-ratio is formed; ratios.py has a class of each name.
 
-    TOKEN: each by itself. SEQUENCE: the sum over its sequence, so that the ratio is that of the
-    whole sequences' probabilities. GEOMETRIC: the mean over its sequence.
+    TOKEN: each by itself. PRODUCT: the sum over its sequence, so that the ratio is the product of
+    the tokens' ratios, that of the whole sequences' probabilities. GEOMETRIC: the mean over its
+    sequence, so that the ratio is the tokens' geometric mean.
     """
 
     TOKEN = "token"
-    SEQUENCE = "sequence"
+    PRODUCT = "product"
     GEOMETRIC = "geometric"
 
 

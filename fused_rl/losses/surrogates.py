@@ -21,6 +21,19 @@ from fused_rl import checks
 from fused_rl.log_ratios import BOUND
 from fused_rl.reference import promoted
 
+__all__ = [
+    "ASPO",
+    "CISPO",
+    "DRO",
+    "SAPO",
+    "VESPO",
+    "Clip",
+    "Kimi",
+    "Reinforce",
+    "Surrogate",
+    "Unclipped",
+]
+
 
 def bounded(log_ratio: Tensor) -> Tensor:
     """log_ratio within +-BOUND, so that its exp is finite; the gradient is that of the identity."""
@@ -68,7 +81,8 @@ def is_clip(low: object, high: object) -> None:
 class Clip(Surrogate):
     """-min(r A, clip(r, 1 - low, 1 + high) A): PPO (arXiv 1707.06347, eq. 7).
 
-    low and high may differ: "clip-higher" of DAPO (arXiv 2503.14476, eq. 10).
+    low and high may differ: "clip-higher" of DAPO (arXiv 2503.14476, eq. 10). A low of 1 or more is
+    no bound, since no ratio is below 0.
 
     dual: where A < 0 the loss is at most -dual A: dual clip (arXiv 1912.09729).
     delta: r A becomes min(r, delta) A, the other branch stays: two-sided clipping (INTELLECT-2,
@@ -242,7 +256,7 @@ class VESPO(Surrogate):
     """-sg(phi) A l, phi = r^k exp(lambda (1 - r)): a soft weight of sequences (arXiv 2602.10693).
 
     k and lambda are those of the sign of A, 0 being positive; phi is 1 at r = 1. r is meant to be
-    the ratio of whole sequences, FullProductRatio, within [1e-8, e^20].
+    the ratio of whole sequences, ProductRatio, within [1e-8, e^20].
     """
 
     k_positive: float = 2.0
@@ -287,7 +301,7 @@ class Kimi(Surrogate):
     """(A - tau log_ratio)^2 / (2 tau): policy mirror descent (arXiv 2501.12599, section 2.3.2).
 
     A is reward - mean reward of the group, which stands for tau log Z; log_ratio is meant to be
-    that of whole sequences, FullProductRatio. Divided by 2 tau, the gradient is the one the report
+    that of whole sequences, ProductRatio. Divided by 2 tau, the gradient is the one the report
     prints: -A dl + tau / 2 d(log_ratio^2).
     """
 

@@ -17,6 +17,14 @@ from torch import Tensor
 from fused_rl import checks
 from fused_rl.losses.surrogates import Clip, Surrogate, bounded, promoting
 
+__all__ = [
+    "DPPOKL",
+    "DPPOTV",
+    "ClipCov",
+    "KLCov",
+    "TrustRegion",
+]
+
 
 def probabilities(log_ratio: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """p, 1 - p of the policy, then of the old policy; without gradient."""

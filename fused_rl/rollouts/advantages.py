@@ -22,6 +22,20 @@ from fused_rl.losses.sequences import has_next, sequence_ids, suffix_scan
 from fused_rl.reference import acc_dtype, promoted
 from fused_rl.rollouts.rewards import Moments, is_finite, whiten
 
+__all__ = [
+    "GAEOutput",
+    "clipped_value_loss",
+    "discounted_returns",
+    "gae",
+    "group_mean_advantages",
+    "group_zscore_advantages",
+    "leave_one_out_advantages",
+    "length_weighted_advantages",
+    "pass_at_k_advantages",
+    "reinforce_plus_plus_advantages",
+    "reinforce_plus_plus_baseline_advantages",
+]
+
 
 def group_zscore_advantages(
     rewards: Tensor, group_size: int, *, eps: float = 1e-4, ddof: int = 1

@@ -25,6 +25,12 @@ from typing import NamedTuple
 from fused_rl import checks
 from fused_rl.rollouts.overoptimisation import fit_reward_curve
 
+__all__ = [
+    "Finding",
+    "Thresholds",
+    "diagnose",
+]
+
 History = Sequence[Mapping[str, float]]
 
 

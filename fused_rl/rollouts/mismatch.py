@@ -31,6 +31,15 @@ from fused_rl.log_ratios import BOUND, difference
 from fused_rl.losses.batch import TokenBatch, is_batch
 from fused_rl.losses.sequences import Level, segment_min
 
+__all__ = [
+    "acceptance_mask",
+    "masked_weights",
+    "off_policy_sequence_mask",
+    "top_entropy_mask",
+    "truncated_weights",
+    "veto_mask",
+]
+
 
 @torch.no_grad()
 def truncated_weights(

@@ -19,6 +19,12 @@ import torch
 
 from fused_rl import checks
 
+__all__ = [
+    "RewardCurve",
+    "RewardForm",
+    "fit_reward_curve",
+]
+
 
 class RewardForm(Enum):
     """How the gold reward depends on d: by sampling the best of n, or by RL."""

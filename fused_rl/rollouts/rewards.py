@@ -4,6 +4,8 @@ Rewards enter the gradient through the advantages alone: everything here is deta
 tensors are [B, T], or packed [N] with cu_seqlens; outside loss_mask they come out as 0.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
@@ -16,6 +18,14 @@ from fused_rl.kl import KL, kl_penalty
 from fused_rl.log_ratios import log_ratio
 from fused_rl.losses.sequences import Level, has_next, segment_sum, sequence_ids
 from fused_rl.reference import acc_dtype, promoted
+
+__all__ = [
+    "Moments",
+    "length_rewards",
+    "overlong_penalty",
+    "shape_rewards",
+    "whiten",
+]
 
 
 def is_finite(name: str, values: Tensor) -> None:
@@ -79,8 +89,8 @@ def shape_rewards(
     if clamp_min is not None:
         checks.is_bound("clamp_min", clamp_min)
     checks.require(
-        level in (Level.TOKEN, Level.SEQUENCE),
-        lambda: f"level must be Level.TOKEN or Level.SEQUENCE, got {level!r}",
+        level in (Level.TOKEN, Level.PRODUCT),
+        lambda: f"level must be Level.TOKEN or Level.PRODUCT, got {level!r}",
     )
     is_finite("rewards", rewards)
     sequence, B = sequence_ids(logprobs.shape, cu_seqlens, logprobs.device)
@@ -95,7 +105,7 @@ def shape_rewards(
     # Of both not known: logprobs may be an inference engine's.
     d = log_ratio(logprobs, ref_logprobs).reshape(-1)
     d = d.where(counted & ~d.isnan(), 0.0)
-    if level is Level.SEQUENCE:
+    if level is Level.PRODUCT:
         d = torch.zeros_like(d).index_copy(0, last, segment_sum(d, sequence, B)[sequence[last]])
     k = kl_penalty(d, torch.zeros_like(d), value=kind)
     shaped = (-beta * (k if clamp_min is None else k.clamp(min=clamp_min))).where(counted, 0.0)
@@ -109,49 +119,52 @@ class Moments(NamedTuple):
     mean: Tensor
     squares: Tensor
 
+    @classmethod
+    @torch.no_grad()
+    def of(cls, values: Tensor, loss_mask: Tensor | None = None) -> Moments:
+        """Of values [...] where loss_mask [...] is True. Equal values have squares of exactly 0.
 
-@torch.no_grad()
-def moments(values: Tensor, loss_mask: Tensor | None = None) -> Moments:
-    """Of values [...] where loss_mask [...] is True. Equal values have squares of exactly 0.
+        Raises:
+            ValueError: a counted value that is not finite.
+        """
+        checks.is_tensor("values", values)
+        counted = values.double().reshape(-1)
+        if loss_mask is not None:
+            checks.is_tensor("loss_mask", loss_mask)
+            checks.same_shape("loss_mask", loss_mask, "values", values)
+            is_finite("values", values.where(loss_mask.bool(), 0.0))
+            counted = counted[loss_mask.reshape(-1).bool()]
+        else:
+            is_finite("values", values)
+        count = counted.new_tensor(len(counted))
+        origin = counted[:1].sum()
+        mean = origin + (counted - origin).sum() / count.clamp(min=1)
+        return cls(count, mean, (counted - mean).square().sum())
 
-    Raises:
-        ValueError: a counted value that is not finite.
-    """
-    checks.is_tensor("values", values)
-    counted = values.double().reshape(-1)
-    if loss_mask is not None:
-        checks.is_tensor("loss_mask", loss_mask)
-        checks.same_shape("loss_mask", loss_mask, "values", values)
-        is_finite("values", values.where(loss_mask.bool(), 0.0))
-        counted = counted[loss_mask.reshape(-1).bool()]
-    else:
-        is_finite("values", values)
-    count = counted.new_tensor(len(counted))
-    origin = counted[:1].sum()
-    mean = origin + (counted - origin).sum() / count.clamp(min=1)
-    return Moments(count, mean, (counted - mean).square().sum())
+    @classmethod
+    def merged(cls, parts: Sequence[Moments]) -> Moments:
+        """Of everything together, from the moments of its parts: of other ranks or micro-batches.
 
+        The pairwise update of Chan, Golub and LeVeque (1983).
 
-def merge_moments(parts: Sequence[Moments]) -> Moments:
-    """Moments of everything together, from those of its parts: of other ranks or micro-batches.
+        Raises:
+            ValueError: parts that are not one or more Moments.
+        """
 
-    The pairwise update of Chan, Golub and LeVeque (1983).
-    """
+        def of_both(a: Moments, b: Moments) -> Moments:
+            count = a.count + b.count
+            share = b.count / count.clamp(min=1)
+            gap = b.mean - a.mean
+            squares = a.squares + b.squares + gap.square() * a.count * share
+            return cls(count, a.mean + gap * share, squares)
 
-    def merged(a: Moments, b: Moments) -> Moments:
-        count = a.count + b.count
-        share = b.count / count.clamp(min=1)
-        gap = b.mean - a.mean
-        squares = a.squares + b.squares + gap.square() * a.count * share
-        return Moments(count, a.mean + gap * share, squares)
-
-    checks.require(
-        isinstance(parts, Sequence)
-        and len(parts) > 0
-        and all(isinstance(part, Moments) for part in parts),
-        lambda: f"parts must be Moments, one or more, got {checks.shown(parts)}",
-    )
-    return reduce(merged, parts)
+        checks.require(
+            isinstance(parts, Sequence)
+            and len(parts) > 0
+            and all(isinstance(part, Moments) for part in parts),
+            lambda: f"parts must be Moments, one or more, got {checks.shown(parts)}",
+        )
+        return reduce(of_both, parts)
 
 
 @torch.no_grad()
@@ -172,7 +185,7 @@ def whiten(
     Args:
         values: [...].
         loss_mask: [...] bool: True counts. None: all.
-        statistics: what to whiten by, such as merge_moments over ranks; None: moments of values.
+        statistics: what to whiten by, such as Moments.merged over ranks; None: those of values.
         keep_mean: whether the mean is added again: whitened rewards keep theirs, advantages do not.
         ddof: 1 for a sample's variance, 0 for a population's.
 
@@ -190,7 +203,7 @@ def whiten(
         statistics is None or isinstance(statistics, Moments),
         lambda: f"statistics must be Moments or None, got {checks.shown(statistics)}",
     )
-    count, mean, squares = moments(values, loss_mask) if statistics is None else statistics
+    count, mean, squares = Moments.of(values, loss_mask) if statistics is None else statistics
     deviation = (squares / (count - ddof).clamp(min=1) + eps).sqrt()
     white = (values.double() - mean) / deviation + (mean if keep_mean else 0.0)
     counted = white if loss_mask is None else white.where(loss_mask.bool(), 0.0)

@@ -12,6 +12,13 @@ from torch import Tensor
 
 from fused_rl import checks
 
+__all__ = [
+    "AdaptiveBeta",
+    "Anneal",
+    "AnnealedBeta",
+    "FixedBeta",
+]
+
 
 @dataclass
 class FixedBeta:

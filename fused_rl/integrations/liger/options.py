@@ -5,26 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_rl import (
-    CISPO,
-    SAPO,
-    VESPO,
-    Clip,
-    FixedLengthMean,
-    FullProductRatio,
-    KLPenalty,
-    Level,
-    LossOutput,
-    PolicyLoss,
-    SequenceMean,
-    SequenceRatio,
-    SequenceSumMean,
-    TokenBatch,
-    TokenMean,
-    TokenRatio,
-    TokenStats,
-)
+from fused_rl import KLPenalty, Level, LossOutput, PolicyLoss, TokenBatch, TokenStats
 from fused_rl.checks import require
+from fused_rl.losses.means import FixedLengthMean, SequenceMean, SequenceSumMean, TokenMean
+from fused_rl.losses.ratios import GeometricRatio, ProductRatio, TokenRatio
+from fused_rl.losses.surrogates import CISPO, SAPO, VESPO, Clip
 
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 _LOSS_TYPES = (*_CLIPPED, "cispo", "sapo", "vespo")
@@ -39,7 +24,7 @@ class _RolloutProductRatio:
     token_separable = False
 
     def __call__(self, log_ratio: Tensor, batch: TokenBatch) -> Tensor:
-        return FullProductRatio()(log_ratio, batch) + self.log_weights
+        return ProductRatio()(log_ratio, batch) + self.log_weights
 
 
 @dataclass(frozen=True)
@@ -114,9 +99,9 @@ class Options:
     def _ratio(self, log_weights: Tensor | None):
         if self.loss_type == "vespo":
             if log_weights is None:
-                return FullProductRatio()
+                return ProductRatio()
             return _RolloutProductRatio(log_weights)
-        return TokenRatio() if self.level == "token" else SequenceRatio()
+        return TokenRatio() if self.level == "token" else GeometricRatio()
 
     def _mean(self, batch: TokenBatch, length: int | None, num_items: float | Tensor | None):
         if self.loss_type in ("grpo", "sapo"):
@@ -150,7 +135,7 @@ class Options:
         log_weights = per_token.clamp(min=1e-8).log().clamp(max=20.0).reshape(-1)
         if once:
             return batch, log_weights
-        return batch, batch.at_level(log_weights, Level.SEQUENCE)
+        return batch, batch.at_level(log_weights, Level.PRODUCT)
 
     def reported(self, policy: PolicyLoss, stats: TokenStats, batch: TokenBatch) -> dict:
         """Liger's metrics: the KL where beta is not 0, and the fraction of clipped tokens."""
