@@ -8,15 +8,15 @@ Nothing heavier than torch is imported before a command needs it.
 import argparse
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fused_rl
-from fused_rl.bench import peers
 from fused_rl.system import outputs, signals
 from fused_rl.system.numbers import not_negative, positive, seed
 
@@ -59,11 +59,37 @@ def run(argv: Sequence[str] | None) -> int:
         outputs.flush()
 
 
+class Command(argparse.ArgumentParser):
+    """The parser of a command.
+
+    Args:
+        later: adds options to the parser once its command is called: for options whose choices are
+            not worth an import to any other command.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        later: Callable[[argparse.ArgumentParser], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.later = later
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple:
+        """As of argparse, with the options that come later."""
+        later, self.later = self.later, None
+        if later:
+            later(self)
+        return super().parse_known_args(*args, **kwargs)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     parser = argparse.ArgumentParser(prog="fused-rl", description=fused_rl.__doc__)
     parser.add_argument("--version", action="version", version=f"fused-rl {fused_rl.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(command=lambda _: parser.print_help() or 0)
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Command)
     doctor_parser = commands.add_parser("doctor", help="say which kernels run here, and why")
     doctor_parser.set_defaults(command=doctor)
     add_demo(commands)
@@ -106,13 +132,21 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
-    """The options of the benchmark; their names are those of bench_run.BenchConfig."""
+    """The benchmark."""
     bench_parser = commands.add_parser(
         "bench",
         help="measure time, memory and error beside the peers",
         description="Run our ways and the peers in turns with the bare matrix products. Writes "
         "bench.json, bench.csv and pictures. `fused-rl bench compare A.json B.json` compares two.",
+        later=add_bench_options,
     )
+    bench_parser.set_defaults(command=bench)
+
+
+def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
+    """The options of the benchmark; their names are those of bench_run.BenchConfig."""
+    from fused_rl.bench import peers
+
     add = bench_parser.add_argument
     add("--preset", choices=peers.PRESETS, help="the head of a model: sets H and V")
     add("--tokens", type=positive, default=1024, help="N, a multiple of 8 (default: 1024)")
@@ -125,7 +159,6 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     add("--rounds", type=positive, default=7, help="timed rounds (default: 7)")
     add("--sweep", action="store_true", help="smaller N, V, H and more padding, for curves")
     add("--out", metavar="DIR", default="out/bench", help="where the results go")
-    bench_parser.set_defaults(command=bench)
     actions = bench_parser.add_subparsers(metavar="compare")
     compare_parser = actions.add_parser("compare", help="what changed between two results")
     compare_parser.add_argument("before", type=Path, metavar="A.json")
@@ -136,7 +169,12 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
 def add_plan(commands: argparse._SubParsersAction) -> None:
     """The options of the memory planner; their names are those of plan.plan."""
     plan_parser = commands.add_parser(
-        "plan", help="say what a head will need in memory and FLOP, in every way"
+        "plan",
+        help="say what a head will need in memory and FLOP, in every way",
+        description="Say what one step over N tokens will need in memory and in FLOP at a model's "
+        "head, with eager torch and with each of our ways, and how many chunks it takes. Of the "
+        "model only its config.json is read.",
+        epilog="example: fused-rl plan --model-config config.json --tokens 65536",
     )
     add = plan_parser.add_argument
     add("--model-config", type=Path, required=True, metavar="FILE", help="a model's config.json")
@@ -214,6 +252,8 @@ def bench(arguments: argparse.Namespace) -> int:
 
 def bench_options(arguments: argparse.Namespace) -> dict:
     """The options of the benchmark as those of bench_run.BenchConfig."""
+    from fused_rl.bench import peers
+
     options = {name: value for name, value in vars(arguments).items() if value is not None}
     del options["command"]
     if preset := options.pop("preset", None):

@@ -41,6 +41,35 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"fused-rl {fused_rl.__version__}\n"
 
 
+def test_without_a_command_it_prints_its_help(capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: fused-rl")
+    for command in ("doctor", "demo", "bench", "plan", "export-hub"):
+        assert f"\n    {command}" in printed
+
+
+@pytest.mark.parametrize("command", ["demo", "bench", "plan", "export-hub"])
+def test_the_help_of_a_command_says_what_it_does(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--help"])
+    assert exit_.value.code == 0
+    usage, description, *_ = capsys.readouterr().out.split("\n\n")
+    assert f"fused-rl {command}" in usage
+    assert description[0].isupper() and len(description.split()) > 10
+
+
+def test_the_example_in_the_help_of_plan_runs(capsys, tmp_path):
+    pytest.importorskip("rich")
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    (example,) = capsys.readouterr().out.split("example: fused-rl ")[1:]
+    config = tmp_path / "config.json"
+    config.write_text('{"hidden_size": 4096, "vocab_size": 151936}')
+    assert cli.main(shlex.split(example.replace("config.json", str(config)))) == 0
+    assert "linear_policy_loss" in capsys.readouterr().out
+
+
 def test_demo_without_its_extra(capsys, monkeypatch):
     def find_spec(name, original=importlib.util.find_spec):
         return None if name in ("rich", "matplotlib") else original(name)
@@ -90,12 +119,17 @@ def test_options_reach_the_demo_and_defaults_are_its_own(monkeypatch):
 
 
 def test_import_stays_light():
-    code = "import fused_rl.cli, sys, json; print(json.dumps(list(sys.modules)))"
+    code = (
+        "import fused_rl.cli, sys, json; fused_rl.cli.main(['doctor']);"
+        "print(json.dumps(list(sys.modules)))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    heavy = {"transformers", "tokenizers", "rich", "matplotlib", "triton", "fused_rl.demo.train"}
-    assert heavy & set(json.loads(result.stdout)) == set()
+    loaded = json.loads(result.stdout.splitlines()[-1])
+    heavy = {"transformers", "tokenizers", "rich", "matplotlib", "triton"}
+    assert heavy & set(loaded) == set()
+    assert not [name for name in loaded if name.startswith(("fused_rl.demo", "fused_rl.bench"))]
 
 
 def test_plan_prints_every_way(capsys, tmp_path):
