@@ -144,7 +144,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
 
 
 def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
-    """The options of the benchmark; their names are those of bench_run.BenchConfig."""
+    """The options of the benchmark; their names are those of bench.run.BenchConfig."""
     from fused_rl.bench import peers
 
     add = bench_parser.add_argument
@@ -251,7 +251,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
 
 def bench_options(arguments: argparse.Namespace) -> dict:
-    """The options of the benchmark as those of bench_run.BenchConfig."""
+    """The options of the benchmark as those of bench.run.BenchConfig."""
     from fused_rl.bench import peers
 
     options = {name: value for name, value in vars(arguments).items() if value is not None}

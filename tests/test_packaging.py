@@ -33,6 +33,8 @@ def test_the_wheel_installs_one_top_level_package(wheel_without_compiler):
     assert names == {"fused_rl"}
     assert (wheel_without_compiler / "fused_rl" / "kernels").is_dir()
     assert (wheel_without_compiler / "fused_rl" / "py.typed").is_file()
+    # What hub.export writes as the model card.
+    assert list((wheel_without_compiler / "fused_rl").rglob("hub.md"))
 
 
 def test_without_a_compiler_it_works_through_the_reference_and_says_so(wheel_without_compiler):

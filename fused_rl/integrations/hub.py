@@ -75,10 +75,16 @@ def export(directory: Path) -> list[Path]:
     sources = package_sources()
     contents = {v.name: variant_files(v, sources) for v in variants()}
     content = {f"build/{v}/{name}": data for v, of in contents.items() for name, data in of.items()}
-    content["README.md"] = CARD.format(version=fused_rl.__version__).encode()
+    content["README.md"] = card().encode()
     content["LICENSE"] = distribution(NAME).read_text("licenses/LICENSE").encode()
     write_all(directory, content)
     return [directory / "build" / name for name in contents]
+
+
+def card() -> str:
+    """The model card of this version: hub.md, beside this file."""
+    text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+    return text.replace("{version}", fused_rl.__version__)
 
 
 def write_all(directory: Path, content: dict[str, bytes]) -> None:
@@ -243,71 +249,3 @@ def registered_by(library: bytes) -> list[str]:
     if done.returncode:
         raise ValueError(f"the C++ library does not load: {done.stderr.strip()}")
     return done.stdout.split()
-
-
-CARD = """\
----
-license: apache-2.0
-library_name: kernels
-tags:
-- kernels
-- reinforcement-learning
----
-
-# fused-rl
-
-Log-probabilities, entropies and KL terms for RL on language models, straight from hidden states and
-the lm_head, with their gradients, and without the `[tokens, vocabulary]` logits; and the policy
-losses on top of them. This is fused_rl {version} for Hugging Face's `kernels`: fused_rl itself need
-not be installed, and may be.
-
-| variant in `build/` | kernels |
-|---|---|
-| `torch-cuda`, `torch-rocm` | Triton |
-| `torch-cpu` | plain torch, in chunks |
-| `torch...-cpu-...`, where there is one | C++, for that version of torch |
-
-Everything that `fused_rl` has under its own name is here: `linear_logprobs`,
-`logprobs_from_logits`, `kl_penalty`, `LMHead`, `TokenBatch`, `linear_policy_loss`, `grpo` and the
-other losses. `backends()` says which kernel serves which device, and why not a better one.
-
-```python
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
-import torch
-from kernels import get_local_kernel
-
-fused_rl = get_local_kernel(Path("."))  # this folder; from the Hub: get_kernel(..., version=1)
-
-hidden = torch.randn(2, 5, 64, requires_grad=True)  # [B, T, H]
-weight = torch.randn(1000, 64, requires_grad=True)  # [V, H]
-labels = torch.randint(1000, (2, 5))
-stats = fused_rl.linear_logprobs(hidden, weight, labels, temperature=0.8)
-(stats.logprobs.sum() + 0.01 * stats.entropy.sum()).backward()
-```
-
-`LinearLogProbs` is a layer for `kernelize`. It takes the place of a forward like this one, of any
-module with a `weight` [V, H] and a `bias` [V] or None:
-
-```python
-from kernels import LocalLayerRepository, Mode, kernelize
-from kernels import use_kernel_forward_from_hub, use_kernel_mapping
-
-
-@use_kernel_forward_from_hub("LinearLogProbs")
-class Head(torch.nn.Linear):
-    def forward(self, hidden, labels, temperature=1.0):
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float() / temperature
-        logprobs = logits.log_softmax(-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, labels[..., None])[..., 0], entropy
-
-
-head = Head(64, 1000)
-layer = LocalLayerRepository(Path("."), layer_name="LinearLogProbs")
-with use_kernel_mapping({{"LinearLogProbs": {{"cpu": layer, "cuda": layer, "rocm": layer}}}}):
-    head = kernelize(head, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu")
-logprobs, entropy = head(hidden, labels, 0.8)
-```
-"""
