@@ -118,20 +118,6 @@ def test_options_reach_the_demo_and_defaults_are_its_own(monkeypatch):
     ]
 
 
-def test_import_stays_light():
-    code = (
-        "import fused_rl.cli, sys, json; fused_rl.cli.main(['doctor']);"
-        "print(json.dumps(list(sys.modules)))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    loaded = json.loads(result.stdout.splitlines()[-1])
-    heavy = {"transformers", "tokenizers", "rich", "matplotlib", "triton"}
-    assert heavy & set(loaded) == set()
-    assert not [name for name in loaded if name.startswith(("fused_rl.demo", "fused_rl.bench"))]
-
-
 def test_plan_prints_every_way(capsys, tmp_path):
     pytest.importorskip("rich")
     config = tmp_path / "config.json"

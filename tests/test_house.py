@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import inspect
 import subprocess
 import sys
@@ -169,8 +170,11 @@ def test_public_names_are_documented(name):
         ]
         assert len(keyword_only) <= 6
         assert signature.return_annotation is not inspect.Signature.empty
-    elif inspect.isclass(thing) and not issubclass(thing, (Enum, tuple)):
-        assert thing.__doc__
+    elif inspect.isclass(thing):
+        # Of its own, not an ancestor's; and not the signature that a dataclass or a named tuple
+        # without a docstring is given for one.
+        own = vars(thing).get("__doc__")
+        assert own and own != "An enumeration." and not own.startswith(f"{name}(")
 
 
 def run(code: str, **options) -> str:
@@ -179,17 +183,6 @@ def run(code: str, **options) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def test_importing_is_light_and_leaves_floating_point_alone():
-    out = run(
-        "import sys, torch\n"
-        "before = (torch.tensor(1e-40) * 1).item()\n"
-        "import fused_rl\n"
-        "heavy = {'triton', 'transformers', 'rich', 'matplotlib', 'liger_kernel'}\n"
-        "print(sorted(heavy & set(sys.modules)), before == (torch.tensor(1e-40) * 1).item() != 0)\n"
-    )
-    assert out.split("\n")[0] == "[] True"
 
 
 def test_transformers_runs_with_the_repository_as_working_directory():
@@ -206,13 +199,8 @@ def test_transformers_runs_with_the_repository_as_working_directory():
 
 
 def test_no_top_level_kernels_is_installed():
-    out = run(
-        "import importlib.metadata as m\n"
-        "files = m.files('fused-rl') or []\n"
-        "print([str(f) for f in files if str(f).startswith('kernels')])\n",
-        cwd=ROOT / "tests",
-    )
-    assert out.strip() == "[]"
+    files = [str(file) for file in importlib.metadata.files("fused-rl")]
+    assert files and not [file for file in files if file.startswith("kernels")]
 
 
 @pytest.mark.parametrize("name", ["linear_logprobs", "linear_logprobs_backward", "kl"])

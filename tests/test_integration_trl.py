@@ -5,7 +5,6 @@ A trainer is a real one, around a model of a few thousand weights, in float32 on
 
 import dataclasses
 import re
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -164,20 +163,6 @@ def fused(arguments: dict, policy_loss=OURS):
 
 
 # Without TRL.
-
-
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_importing_the_module_imports_no_trl():
-    out = run(
-        "import sys, fused_rl.integrations.trl as t\n"
-        "print('trl' in sys.modules, hasattr(t, 'nothing'))\n"
-    )
-    assert out.strip() == "False False"
 
 
 def test_where_the_completions_are():
