@@ -1,41 +1,20 @@
 """The Triton kernels without a GPU: interpreted, and compiled ahead of time."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from interpreter import HERE, assert_passes, child
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-HERE = Path(__file__).parent
 TARGETS = [("cuda", "80"), ("cuda", "90"), ("cuda", "100"), ("hip", "gfx942")]
 # A few bytes of stack are the compiler's own bookkeeping.
 SPILLS = 16
 
 
-def child(command: list[str], cache: Path, **environment: str) -> str:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}
-    done = subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**inherited, "TRITON_CACHE_DIR": str(cache), **environment},
-        cwd=HERE,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
-
-
 def test_kernels_in_the_interpreter(tmp_path):
-    command = ["-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
-    command += ["-q", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py")]
-    out = child(command, tmp_path, TRITON_INTERPRET="1")
-    assert " passed" in out
-    assert "skipped" not in out
+    assert_passes("interpreted_kernels.py", tmp_path)
 
 
 def check(row: dict) -> None:
@@ -50,8 +29,9 @@ def check(row: dict) -> None:
 
 
 def compiled(backend: str, arch: str, cache: Path, only: str = "") -> list[dict]:
-    out = child([str(HERE / "aot.py"), backend, arch, only], cache)
-    return [json.loads(line) for line in out.splitlines()]
+    done = child(str(HERE / "aot.py"), backend, arch, only, TRITON_CACHE_DIR=str(cache))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_the_fused_forward_compiles_for_sm_90_with_tensor_cores_and_without_spills(tmp_path):
