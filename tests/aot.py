@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 
 import triton
-from fused_rl.kernels import kl, linear_logprobs, logprobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fused_rl.kernels import kl, linear_logprobs, logprobs
 
 # Shared memory per block that a device grants, bytes; LDS on AMD.
 SHARED_LIMIT = {"80": 166912, "90": 232448, "100": 232448, "gfx942": 65536}

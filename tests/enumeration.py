@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
+from torch import Tensor
+
+from fused_rl import KL, KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats
 from fused_rl.advantages import discounted_returns
 from fused_rl.mismatch import truncated_weights
 from fused_rl.rewards import shape_rewards
 from fused_rl.surrogates import Reinforce, Unclipped
-from torch import Tensor
-
-from fused_rl import KL, KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats
 
 V, T = 3, 3
 END = V - 1

@@ -12,10 +12,9 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
+from fused_rl import ops_cuda, reference
 from fused_rl.kernels import kl as kl_kernel
 from fused_rl.kernels import linear_gradients, linear_logprobs, logprobs
-
-from fused_rl import ops_cuda, reference
 
 DEVICE = linear_logprobs.Device(multiprocessors=2, major=0, interpreted=True)
 SMALL = linear_logprobs.Config(16, 32, 16, 4, 2, False)

@@ -8,12 +8,12 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from fused_rl.ratios import GeometricRatio, TokenRatio
-from fused_rl.surrogates import Clip
 from torch import Tensor
 
 import fused_rl
 from fused_rl import KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats
+from fused_rl.ratios import GeometricRatio, TokenRatio
+from fused_rl.surrogates import Clip
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")

@@ -6,6 +6,9 @@ from itertools import combinations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fused_rl.advantages import (
     clipped_value_loss,
     discounted_returns,
@@ -19,8 +22,6 @@ from fused_rl.advantages import (
     reinforce_plus_plus_baseline_advantages,
 )
 from fused_rl.rewards import Moments
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def length_weighted(rewards, group_size):

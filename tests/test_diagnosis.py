@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from fused_rl.diagnosis import Finding, Thresholds
-from fused_rl.overoptimisation import RewardCurve, RewardForm
 
 from fused_rl import diagnose
+from fused_rl.diagnosis import Finding, Thresholds
+from fused_rl.overoptimisation import RewardCurve, RewardForm
 
 STEPS = 40
 

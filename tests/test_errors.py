@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from by_name import public
-from fused_rl.diagnosis import Thresholds
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_rl
 from fused_rl import LMHead, TokenBatch
+from fused_rl.diagnosis import Thresholds
 from fused_rl.integrations.layers import LinearLogProbs
 from fused_rl.losses import named
 

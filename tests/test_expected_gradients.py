@@ -12,11 +12,11 @@ import enumeration
 import pytest
 import torch
 from enumeration import KINDS, Credit, Setup, Target, World
+
+from fused_rl import KL, KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats, kl_penalty
 from fused_rl.advantages import pass_at_k_advantages
 from fused_rl.ratios import ProductRatio
 from fused_rl.surrogates import Unclipped
-
-from fused_rl import KL, KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats, kl_penalty
 
 ZERO, BIASED = Target.ZERO, None
 REV, FWD = Target.REVERSE, Target.FORWARD

@@ -22,7 +22,6 @@ from drawn_heads import (
     strided,
     transposed,
 )
-from fused_rl.trust_regions import ClipCov, KLCov
 from hypothesis import given
 from oracle import IGNORED, assert_same_bits
 from test_kept import differentiated, from_logits, packed, random_sets
@@ -43,6 +42,7 @@ from fused_rl import (
     logprobs_from_logits,
 )
 from fused_rl.losses.named import NAMES
+from fused_rl.trust_regions import ClipCov, KLCov
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

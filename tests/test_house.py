@@ -7,7 +7,6 @@ import inspect
 import subprocess
 import sys
 from collections import Counter
-from enum import Enum
 from graphlib import TopologicalSorter
 from pathlib import Path
 

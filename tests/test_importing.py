@@ -60,6 +60,7 @@ labels = torch.zeros(80, dtype=torch.int64)
 step("call", lambda: fused_rl.linear_logprobs(hidden, weight, labels).logprobs.sum().backward())
 for name in sys.argv[2:]:
     step(name, lambda: importlib.import_module(name))
+step("doctor", lambda: sys.modules["fused_rl.cli"].main(["doctor"]))
 trl = sys.modules["fused_rl.integrations.trl"]
 step("what is not there", lambda: found.update(nothing=hasattr(trl, "nothing")))
 print(json.dumps(found))
@@ -71,12 +72,19 @@ def found() -> dict:
     command = [sys.executable, "-c", CHILD, "1e-310", *MODULES]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("step", ["fused_rl", "backends", *MODULES])
+@pytest.mark.parametrize("step", ["fused_rl", "backends", *MODULES, "doctor"])
 def test_importing_is_light(found, step):
     assert not HEAVY & {name.partition(".")[0] for name in found["modules"][step]}
+
+
+@pytest.mark.parametrize("step", ["fused_rl", "fused_rl.cli", "doctor"])
+def test_a_command_pays_for_itself_alone(found, step):
+    """Not for the benchmark, nor for the demo."""
+    others = ("fused_rl.bench", "fused_rl.demo")
+    assert not [name for name in found["modules"][step] if name.startswith(others)]
 
 
 def test_the_command_line_does_not_import_the_demo(found):

@@ -8,12 +8,12 @@ import math
 
 import pytest
 import torch
-from fused_rl.means import LengthWeightedMean
 from parity import CLIPPED, HIGH, ITEMS, LENGTH, LEVELS, LOSS_TYPES, LOW, Case, counterpart
 from torch import Tensor
 
 import fused_rl
 from fused_rl import LMHead, TokenBatch, linear_logprobs, linear_policy_loss
+from fused_rl.means import LengthWeightedMean
 
 pytest.importorskip("triton", reason="triton is not installed, and liger-kernel needs it")
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from fused_rl.means import FixedLengthMean, SequenceMean, TokenMean
-from fused_rl.surrogates import Clip
 
 import fused_rl
 from fused_rl import (
@@ -18,6 +16,8 @@ from fused_rl import (
     linear_policy_loss,
     ops,
 )
+from fused_rl.means import FixedLengthMean, SequenceMean, TokenMean
+from fused_rl.surrogates import Clip
 
 
 def surrogate_at(ratio: float, advantage: float, low=0.2, high=0.2) -> tuple[float, float]:

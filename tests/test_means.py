@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+from fused_rl import TokenBatch
 from fused_rl.means import (
     FixedLengthMean,
     LengthWeightedMean,
@@ -11,8 +13,6 @@ from fused_rl.means import (
     TokenMean,
     TokenSum,
 )
-
-from fused_rl import TokenBatch
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
 

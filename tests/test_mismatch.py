@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+
+from fused_rl import Level, TokenBatch
 from fused_rl.mismatch import (
     acceptance_mask,
     masked_weights,
@@ -12,8 +14,6 @@ from fused_rl.mismatch import (
     truncated_weights,
     veto_mask,
 )
-
-from fused_rl import Level, TokenBatch
 
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
 # Ratios 4, 1/2, 1 and 1/8, 2: products 2 and 1/4, geometric means 2^(1/3) and 1/2.

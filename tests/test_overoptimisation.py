@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fused_rl.overoptimisation import RewardCurve, RewardForm, fit_reward_curve
 
 KLS = [0.0, 0.1, 0.5, 1.0, 2.0, 4.0, 9.0, 16.0]

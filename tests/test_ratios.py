@@ -6,6 +6,9 @@ import drawn
 import naive
 import pytest
 import torch
+from hypothesis import given
+
+from fused_rl import PolicyLoss, TokenBatch
 from fused_rl.means import SequenceMean, TokenMean
 from fused_rl.ratios import (
     ClippedGeometricRatio,
@@ -15,9 +18,6 @@ from fused_rl.ratios import (
     TokenRatio,
 )
 from fused_rl.surrogates import CISPO, SAPO, Clip, Kimi, Unclipped
-from hypothesis import given
-
-from fused_rl import PolicyLoss, TokenBatch
 
 LEVELS = {
     "token": (TokenRatio(), naive.token),

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from fused_rl.rewards import Moments, length_rewards, overlong_penalty, shape_rewards, whiten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_rl import KL, Level
+from fused_rl.rewards import Moments, length_rewards, overlong_penalty, shape_rewards, whiten
 
 MASK = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]).bool()
 LOGPROBS = torch.tensor([[-1.0, -2.0, 9.0, 9.0], [9.0, -0.5, 9.0, -1.0], [9.0, 9.0, 9.0, 9.0]])

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from fused_rl.schedules import AdaptiveBeta, Anneal, AnnealedBeta, FixedBeta
 
 

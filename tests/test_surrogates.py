@@ -7,6 +7,9 @@ import drawn
 import naive
 import pytest
 import torch
+from hypothesis import given
+
+from fused_rl import PolicyLoss
 from fused_rl.means import (
     FixedLengthMean,
     LengthWeightedMean,
@@ -18,9 +21,6 @@ from fused_rl.means import (
 from fused_rl.ratios import ProductRatio, TokenRatio
 from fused_rl.surrogates import ASPO, CISPO, DRO, SAPO, VESPO, Clip, Kimi, Reinforce, Unclipped
 from fused_rl.trust_regions import DPPOKL, DPPOTV, ClipCov, KLCov
-from hypothesis import given
-
-from fused_rl import PolicyLoss
 
 # Surrogate, formula. Bounds of 0 are where a log-ratio of 0 lies exactly on both.
 FORMULAS = {

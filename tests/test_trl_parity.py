@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fused_rl.means import SequenceSumMean, TokenMean
-from fused_rl.mismatch import off_policy_sequence_mask, top_entropy_mask
 from parity import CLIPPED, HIGH, ITEMS, LENGTH, LEVELS, LOSS_TYPES, LOW, Case, alone, counterpart
 from torch import Tensor
 
 import fused_rl
 from fused_rl import PolicyLoss, TokenBatch, linear_logprobs, linear_policy_loss
+from fused_rl.means import SequenceSumMean, TokenMean
+from fused_rl.mismatch import off_policy_sequence_mask, top_entropy_mask
 
 pytest.importorskip("trl", minversion="1.16", reason="trl is not installed")
 
