@@ -1,8 +1,9 @@
 // Log-probabilities whose backward pass leaves out what hardly matters.
 //
-// The forward pass keeps, for each token and group of 512 words, the largest logit. The backward pass
-// walks the groups: a group's tokens are those that give one of its words a probability of at least
-// `filter`, or have their label in it; for the others neither logits nor gradients are formed.
+// The forward pass keeps, for each token and group of 512 vocabulary entries, the largest logit. The
+// backward pass walks the groups: a group's tokens are those that give one of its entries a
+// probability of at least `filter`, or have their label in it; for the others neither logits nor
+// gradients are formed.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>

@@ -1,12 +1,12 @@
-// Log-probabilities renormalised over the set of words that top-k or top-p sampling kept.
+// Log-probabilities renormalised over the vocabulary entries that top-k or top-p sampling kept.
 //
 //     kept_logprobs[n] = z[n, label] - log sum_{v in kept[n]} exp z[n, v]
 //     draw[n, v]      += dkept_logprobs[n] slope[n, v],          v in kept[n]
 //     slope[n, v]      = (1[v = label] - q[n, v]) softcap'(.) scale / temperature[n]
 //     q[n, v]          = exp z[n, v] / sum_{u in kept[n]} exp z[n, u]
 //
-// The logits of the kept words are picked out of the tiles that the full-vocabulary pass has in the
-// cache anyway, and the terms of the gradient are added to the tiles of draw: no product more than
+// The logits of the kept entries are picked out of the tiles that the full-vocabulary pass has in
+// the cache anyway, and the terms of the gradient are added to the tiles of draw: no product more than
 // without them. Where nothing but kept_logprobs has an upstream gradient, draw is as sparse as the
 // kept sets, and so are the products: M H instead of N H V.
 #include <ATen/ops/empty_like.h>
@@ -21,15 +21,15 @@ namespace fused_rl {
 // A pair of the sparse way costs about as much as this many elements of the dense one.
 static constexpr int64_t sparse_cost = 64;
 
-// The kept words of token n are word[begin(n)] .. word[end(n) - 1].
+// The kept entries of token n are entry[begin(n)] .. entry[end(n) - 1].
 struct KeptSets {
-  at::Tensor words, offsets;
-  const int64_t* word = words.const_data_ptr<int64_t>();
+  at::Tensor entries, offsets;
+  const int64_t* entry = entries.const_data_ptr<int64_t>();
   const int64_t* offset = offsets.const_data_ptr<int64_t>();
 
   KeptSets(const at::Tensor& kept, const at::Tensor& cu_kept)
-      : words(kept.contiguous()), offsets(cu_kept.contiguous()) {}
-  int64_t size() const { return words.numel(); }
+      : entries(kept.contiguous()), offsets(cu_kept.contiguous()) {}
+  int64_t size() const { return entries.numel(); }
   int64_t begin(int64_t n) const { return offset[n]; }
   int64_t end(int64_t n) const { return offset[n + 1]; }
 };
@@ -48,13 +48,13 @@ static void check_offsets(const KeptSets& sets) {
 static void check_sets(const KeptSets& sets, const at::Tensor& labels,
                        const std::vector<int64_t>& active, int64_t V) {
   check_offsets(sets);
-  std::vector<int64_t> holder(V, -1);  // the token in whose set a word was last seen
+  std::vector<int64_t> holder(V, -1);  // the token in whose set a entry was last seen
   for (const int64_t n : active) {
     const int64_t label = labels.const_data_ptr<int64_t>()[n];
     TORCH_CHECK_VALUE(sets.begin(n) < sets.end(n), "the kept set of token ", n,
                       " is empty, and labels[", n, "] is ", label);
     for (int64_t i = sets.begin(n); i < sets.end(n); ++i) {
-      const int64_t v = sets.word[i];
+      const int64_t v = sets.entry[i];
       TORCH_CHECK_VALUE(v >= 0 && v < V, "kept[", i, "] is ", v, ", outside the vocabulary [0, ", V,
                         ")");
       TORCH_CHECK_VALUE(holder[v] != n, "kept[", i, "] is ", v, ", twice in the kept set of token ",
@@ -73,7 +73,7 @@ Picks pick_kept(const Problem<T>& p, const KeptSets& sets, const std::vector<int
   const auto each = [&](const auto& f) {
     for (int64_t r = 0; r < p.N; ++r) {
       for (int64_t i = sets.begin(rows[r]); i < sets.end(rows[r]); ++i) {
-        f(sets.word[i] / p.block * p.tiles() + r / tile_tokens, r, i);
+        f(sets.entry[i] / p.block * p.tiles() + r / tile_tokens, r, i);
       }
     }
   };
@@ -82,27 +82,27 @@ Picks pick_kept(const Problem<T>& p, const KeptSets& sets, const std::vector<int
   std::vector<int64_t> next(out.first.begin(), out.first.end() - 1);
   out.picks.resize(out.first.back());
   each([&](int64_t group, int64_t r, int64_t i) {
-    out.picks[next[group]++] = {int32_t(sets.word[i] % p.block), int32_t(r % tile_tokens), i};
+    out.picks[next[group]++] = {int32_t(sets.entry[i] % p.block), int32_t(r % tile_tokens), i};
   });
   return out;
 }
 
 // Softmax over one kept set, z -> slope in place; returns the log-probability of the label.
 template <class A>
-A renormalise(A* z, const int64_t* words, int64_t count, int64_t label, A inv_temperature,
+A renormalise(A* z, const int64_t* entries, int64_t count, int64_t label, A inv_temperature,
               const Transform<A>& transform) {
   double max = -std::numeric_limits<double>::infinity(), sum = 0, at_label = 0;
   for (int64_t i = 0; i < count; ++i) max = std::max(max, double(z[i]));
   for (int64_t i = 0; i < count; ++i) {
     sum += std::exp(double(z[i]) - max);
-    if (words[i] == label) at_label = z[i];
+    if (entries[i] == label) at_label = z[i];
   }
   for (int64_t i = 0; i < count; ++i) {
     const double q = std::exp(double(z[i]) - max) / sum;
     const double t = transform.softcap == A(0)
                          ? 0.0
                          : double(z[i]) / (double(transform.softcap) * double(inv_temperature));
-    z[i] = A((double(words[i] == label) - q) * (1 - t * t) * transform.scale * inv_temperature);
+    z[i] = A((double(entries[i] == label) - q) * (1 - t * t) * transform.scale * inv_temperature);
   }
   return A((at_label - max) - std::log(sum));
 }
@@ -133,7 +133,7 @@ static Tensors5 linear_kept_logprobs(const at::Tensor& hidden, const at::Tensor&
     at::parallel_for(0, p.N, 16, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const int64_t first = sets.begin(active[r]), count = sets.end(active[r]) - first;
-        kept_logprobs[r] = renormalise(z + first, sets.word + first, count, p.labels[r],
+        kept_logprobs[r] = renormalise(z + first, sets.entry + first, count, p.labels[r],
                                        p.inv_temperature[r], p.transform);
       }
     });
@@ -221,7 +221,7 @@ void sparse_backward(const at::Tensor& hidden, const at::Tensor& weight, const K
   std::vector<int64_t> first(V + 1, 0);
   const auto each = [&](const auto& f) {
     for (const int64_t n : rows) {
-      for (int64_t i = sets.begin(n); i < sets.end(n); ++i) f(n, sets.word[i], terms[i]);
+      for (int64_t i = sets.begin(n); i < sets.end(n); ++i) f(n, sets.entry[i], terms[i]);
     }
   };
   each([&](int64_t, int64_t v, A) { ++first[v + 1]; });
@@ -236,7 +236,7 @@ void sparse_backward(const at::Tensor& hidden, const at::Tensor& weight, const K
       for (int64_t r = begin; r < end; ++r) {
         sum.clear();
         for (int64_t i = sets.begin(rows[r]); i < sets.end(rows[r]); ++i) {
-          sum.add(weight, sets.word[i], terms[i]);
+          sum.add(weight, sets.entry[i], terms[i]);
         }
         write_row(sum.rounded(), H, out.dhidden, rows[r] * H);
       }

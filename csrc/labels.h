@@ -58,8 +58,8 @@ struct SplitLse {
 };
 
 // sum = sum_v exp(z - max), moment = sum_v exp(z - max) (z - max). A row of nothing but -inf has no
-// distribution: NaN, as in torch. top, the log-probability of the most likely word, is rounded as that
-// of the label is: the two are equal where the label has the largest logit.
+// distribution: NaN, as in torch. top, the log-probability of the most likely token, is rounded as
+// that of the label is: the two are equal where the label has the largest logit.
 template <class T>
 Statistics<T> finish(double max, double sum, double moment, double label_logit) {
   const double log_sum = std::log(sum);

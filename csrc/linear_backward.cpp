@@ -5,7 +5,7 @@
 //     dweight    = draw hidden        dhidden = draw^T weight        dbias[v] = sum_n draw[v, n]
 //
 // The vocabulary is walked in super-blocks of about two thousand rows. For each: the gradient of its
-// logits (from logits recomputed or kept), then its rows of dweight, finished and written once, then
+// logits (from logits recomputed or stored), then its rows of dweight, finished and written once, then
 // its share of dhidden, which stays in accumulators. Every sum has one owner and a fixed order: no
 // atomics, no copy per thread, the same bits on any number of threads.
 #include <ATen/Dispatch.h>
@@ -30,7 +30,7 @@ struct Pass {
 
   const Problem<T>& p;
   Upstream<A> up;
-  const Kept<T>* kept;
+  const Stored<T>* stored;
   Gradients& out;
   const Picks* picks;
   const A* terms;
@@ -53,15 +53,15 @@ struct Pass {
   at::Tensor dweight_rows;  // [blocks, panels][block, 64], when chunked
   at::Tensor bias_parts;    // [tiles, rows] double
 
-  Pass(const Problem<T>& problem, Upstream<A> upstream, const Kept<T>* kept_logits,
+  Pass(const Problem<T>& problem, Upstream<A> upstream, const Stored<T>* stored_logits,
        Gradients& gradients, const Picks* chosen, const A* chosen_terms)
       : p(problem),
         up(upstream),
-        kept(kept_logits),
+        stored(stored_logits),
         out(gradients),
         picks(chosen),
         terms(chosen_terms) {
-    if (!kept) logits_operand = pack_for_logits(p);
+    if (!stored) logits_operand = pack_for_logits(p);
     if (out.dweight.defined()) {
       columns_operand = at::empty({panels, p.padded, panel}, of_T);
       T* to = columns_operand.template mutable_data_ptr<T>();
@@ -118,15 +118,15 @@ struct Pass {
            column % step;
   }
 
-  // Where column n of tile t of the kept logits starts, and the stride of its vocabulary.
-  const A* kept_column(int64_t row, int64_t v, int64_t* stride) const {
+  // Where column n of tile t of the stored logits starts, and the stride of its vocabulary.
+  const A* stored_column(int64_t row, int64_t v, int64_t* stride) const {
     const int64_t first = row / tile_tokens * tile_tokens;
-    *stride = std::min(tile_tokens, kept->padded - first);
-    return kept->z + first * p.V + v * *stride + row % tile_tokens;
+    *stride = std::min(tile_tokens, stored->padded - first);
+    return stored->z + first * p.V + v * *stride + row % tile_tokens;
   }
 
   void logit_gradients(int64_t v0, int64_t rows, int64_t chunk0, int64_t tokens) {
-    const T* operand = kept ? nullptr : logits_operand.template const_data_ptr<T>();
+    const T* operand = stored ? nullptr : logits_operand.template const_data_ptr<T>();
     const int64_t blocks = (rows + p.block - 1) / p.block;
     const int64_t tiles = (tokens + tile_tokens - 1) / tile_tokens;
     parallel_tasks(blocks * tiles, [&](int64_t begin, int64_t end) {
@@ -139,12 +139,12 @@ struct Pass {
         const int64_t first = b * p.block, count = std::min(p.block, rows - first);
         const int64_t n0 = t * tile_tokens, width = p.tile_width(t);
         const A* z = scratch.data();
-        if (!kept) {
+        if (!stored) {
           if (weight_of != b) weight = weight_block(p, v0 + first, count, buffer);
           weight_of = b;
           logits_tile(p, weight, v0 + first, count, operand, t, scratch.data(), width);
-        } else if (kept->rows.empty()) {
-          z = kept->z + n0 * p.V + (v0 + first) * width;
+        } else if (stored->rows.empty()) {
+          z = stored->z + n0 * p.V + (v0 + first) * width;
         } else {
           gather(scratch.data(), v0 + first, count, n0, width);
         }
@@ -157,7 +157,7 @@ struct Pass {
     for (int64_t n = 0; n < width; ++n) {
       int64_t stride = 0;
       const bool real = n0 + n < p.N;
-      const A* from = real ? kept_column(kept->rows[n0 + n], v0, &stride) : nullptr;
+      const A* from = real ? stored_column(stored->rows[n0 + n], v0, &stride) : nullptr;
       for (int64_t v = 0; v < rows; ++v) z[v * width + n] = real ? from[v * stride] : A(0);
     }
   }
@@ -303,16 +303,16 @@ struct Pass {
 };
 
 template <class T>
-void backward(const Problem<T>& p, Upstream<Acc<T>> up, const Kept<T>* kept, Gradients& out,
+void backward(const Problem<T>& p, Upstream<Acc<T>> up, const Stored<T>* stored, Gradients& out,
               const Picks* picks, const Acc<T>* terms) {
-  Pass<T>(p, up, kept, out, picks, terms).run();
+  Pass<T>(p, up, stored, out, picks, terms).run();
 }
 
 template void backward(const Problem<c10::BFloat16>&, Upstream<float>,
-                       const Kept<c10::BFloat16>*, Gradients&, const Picks*, const float*);
-template void backward(const Problem<float>&, Upstream<float>, const Kept<float>*, Gradients&,
+                       const Stored<c10::BFloat16>*, Gradients&, const Picks*, const float*);
+template void backward(const Problem<float>&, Upstream<float>, const Stored<float>*, Gradients&,
                        const Picks*, const float*);
-template void backward(const Problem<double>&, Upstream<double>, const Kept<double>*, Gradients&,
+template void backward(const Problem<double>&, Upstream<double>, const Stored<double>*, Gradients&,
                        const Picks*, const double*);
 
 }  // namespace fused_rl

@@ -15,7 +15,7 @@ namespace fused_rl {
 static constexpr int64_t max_slabs = 64;
 
 template <class T>
-TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept, const Picks* picks,
+TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* stored, const Picks* picks,
                            Acc<T>* picked, Acc<T>* peaks) {
   using A = Acc<T>;
   // Blocks that share a row of peaks stay in one slab.
@@ -44,7 +44,7 @@ TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept, const Picks* picks
         const Block<T> weight = weight_block(p, v0, rows, buffer);
         for (int64_t t = p.tiles() * group / groups; t < p.tiles() * (group + 1) / groups; ++t) {
           const int64_t n0 = t * tile_tokens, width = p.tile_width(t);
-          A* z = kept ? kept + n0 * p.V + v0 * width : tile.data();
+          A* z = stored ? stored + n0 * p.V + v0 * width : tile.data();
           logits_tile(p, weight, v0, rows, operand, t, z, width);
           loops<A>().accumulate(z, rows, width, width,
                                 {max + n0, max + p.padded + n0, max + 2 * p.padded + n0},

@@ -157,7 +157,7 @@ static at::Tensor linear_logprobs_chunk_backward(
     auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
     restore_log_sums(p, g);
     const bool all = p.N == hidden.size(0);
-    const Kept<T> kept{z.const_data_ptr<A>(), round_up(hidden.size(0), 16),
+    const Stored<T> stored{z.const_data_ptr<A>(), round_up(hidden.size(0), 16),
                        all ? std::vector<int64_t>{} : rows};
     Gradients out{at::empty({p.N, p.H}, at::TensorOptions().dtype(
                                             c10::CppTypeToScalarType<A>::value)),
@@ -169,7 +169,7 @@ static at::Tensor linear_logprobs_chunk_backward(
       if (!accumulate) prefer_huge_pages(dweight);
     }
     if (dbias.numel()) out.dbias = dbias;
-    backward<T>(p, g.upstream(p.inv_temperature), &kept, out);
+    backward<T>(p, g.upstream(p.inv_temperature), &stored, out);
     return place_rows(out.dhidden, rows, hidden, kept_dtype(hidden));
   });
 }

@@ -128,7 +128,7 @@ void logits_tile(const Problem<T>& p, Block<T> weight, int64_t v0, int64_t rows,
   }
 }
 
-// Chosen pairs (token, word), grouped by the tile in which their logit lies: a tile finds its own
+// Chosen pairs (token, entry), grouped by the tile in which their logit lies: a tile finds its own
 // without a search.
 struct Picks {
   struct Pick {
@@ -157,11 +157,11 @@ struct TokenStatistics {
 // What a filtered backward pass skips: so many vocabulary rows for one token. p.block divides it.
 inline constexpr int64_t filter_rows = 512;
 
-// kept: null, or a buffer for V * padded logits, tile by tile: [tiles, V, width].
+// stored: null, or a buffer for V * padded logits, tile by tile: [tiles, V, width].
 // picks: null, or the pairs whose logits are wanted in `picked`, each under its number.
 // peaks: null, or -inf [V / filter_rows, padded], to become the largest logits.
 template <class T>
-TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* kept, const Picks* picks = nullptr,
+TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* stored, const Picks* picks = nullptr,
                            Acc<T>* picked = nullptr, Acc<T>* peaks = nullptr);
 
 // Gradients of one pass. Undefined tensors are not wanted.
@@ -172,18 +172,18 @@ struct Gradients {
   bool accumulate;     // add to dweight and dbias rather than overwrite
 };
 
-// Logits kept by forward() for `tokens` tokens, of which this problem has those at `rows`.
+// Logits stored by forward() for `tokens` tokens, of which this problem has those at `rows`.
 template <class T>
-struct Kept {
+struct Stored {
   const Acc<T>* z;
   int64_t padded;
   std::vector<int64_t> rows;  // empty: all, in order
 };
 
-// up.*: [padded], zeros in the padding. kept: null to recompute the logits.
+// up.*: [padded], zeros in the padding. stored: null to recompute the logits.
 // picks: null, or the pairs to whose draw `terms` are added, each under its number.
 template <class T>
-void backward(const Problem<T>& p, Upstream<Acc<T>> up, const Kept<T>* kept, Gradients& out,
+void backward(const Problem<T>& p, Upstream<Acc<T>> up, const Stored<T>* stored, Gradients& out,
               const Picks* picks = nullptr, const Acc<T>* terms = nullptr);
 
 }  // namespace fused_rl

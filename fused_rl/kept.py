@@ -38,19 +38,19 @@ def linear_kept_logprobs(
     ignore_index: int = IGNORE_INDEX,
     chunk_bytes: int | None = None,
 ) -> KeptStats:
-    """linear_logprobs, and the log-probabilities of labels renormalised over the kept words.
+    """linear_logprobs, and the log-probabilities of labels renormalised over the kept set.
 
     All three are differentiable with respect to hidden, weight and bias, and come out of one pass
     over the vocabulary, without the [N, V] logits. A loss of kept_logprobs alone has a backward
-    pass that looks at the kept words only. exp(logprobs - kept_logprobs) is the mass of the kept
-    set.
+    pass that looks at the kept entries only. exp(logprobs - kept_logprobs) is the mass of the
+    kept set.
 
     Args:
         hidden: [..., H], float16, bfloat16, float32 or float64: the states that predict labels.
         head: LMHead, a weight [V, H], or a torch.nn.Linear.
         labels: [...], int64 or int32, in [0, V) or ignore_index; each in its own kept set.
-        kept: [M], int64 or int32: the kept words of one token after another, each at most once
-            per token and in any order.
+        kept: [M], int64 or int32: the kept entries of the vocabulary, of one token after another,
+            each at most once per token and in any order.
         cu_kept: [N + 1], int64 or int32, rising from 0 to M, with N the number of labels: the set
             of the n-th of the flattened tokens is kept[cu_kept[n] : cu_kept[n + 1]].
         temperature: a number, or a tensor that broadcasts to labels; positive. No gradient.
@@ -62,7 +62,7 @@ def linear_kept_logprobs(
         KeptStats(logprobs, entropy, kept_logprobs), each in the shape of labels, in nats.
 
     Raises:
-        ValueError: as for linear_logprobs; offsets that do not rise from 0 to M; a kept word
+        ValueError: as for linear_logprobs; offsets that do not rise from 0 to M; a kept entry
             outside [0, V), or twice in one set; a label that is not in its set. On CUDA, where
             looking would wait for the device, kept_logprobs of such a token is NaN (of every token,
             for wrong offsets).

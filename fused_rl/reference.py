@@ -86,7 +86,7 @@ def linear_logprobs(
 def kept_logprobs(
     z: Tensor,  # [N, V]
     labels: Tensor,  # [N] int64
-    kept: Tensor,  # [M] int64: the kept words of one token after another
+    kept: Tensor,  # [M] int64: the kept entries of one token after another
     cu_kept: Tensor,  # [N + 1] int64: where those of each token begin
 ) -> Tensor:  # [N]
     """z[n, label] - log sum_{v in kept[n]} exp z[n, v]: logprobs under the sampling mask."""

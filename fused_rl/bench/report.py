@@ -45,7 +45,7 @@ LIGER_COLUMNS = (
     "timestamp",
     "liger_version",
 )
-# The first words of a case's title -> kernel_name, kernel_operation_mode.
+# How a case's title begins -> kernel_name, kernel_operation_mode.
 KERNELS = {"log-probs": ("linear_logprobs", "forward"), "GRPO": ("grpo_step", "full")}
 
 

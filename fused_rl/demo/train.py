@@ -241,7 +241,7 @@ def train_and_report(config: DemoConfig, console: Console) -> int:
         return status_of(stop)
     try:
         stops.release()
-        with console.status("Measuring the loss step at a vocabulary of 150k words"):
+        with console.status("Measuring the loss step at a vocabulary of 150k tokens"):
             comparison = compare_loss_steps()
     except KeyboardInterrupt as stop:
         stops.held = True

@@ -24,7 +24,7 @@ DPO and KTO ask for, `log_sum_sq_probs` (use_weighting) and the `mean_logits` of
 softcap (Gemma 2), takes a second pass over the weight, without gradient and in float32.
 
 `is_top1`, from which SFT and DPO take their token accuracy, compares float32 logits, where TRL's
-function compares those it rounded to the dtype of the model; and words that tie are all the most
+function compares those it rounded to the dtype of the model; and tokens that tie are all the most
 likely one, of which TRL's function counts the first.
 
 `FusedGRPOTrainer` is TRL's GRPOTrainer with any of our losses, formed with its gradients in one

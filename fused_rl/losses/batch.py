@@ -207,8 +207,8 @@ class TokenBatch:
         self._one_per_token("keep", keep)
         mask = self.loss_mask & keep.reshape(-1)
         parts = {name: getattr(self, name) for name in ("labels", "advantages", *_OPTIONAL)}
-        kept = {name: _neutral(name, tensor, mask) for name, tensor in parts.items()}
-        return replace(self, loss_mask=mask, **kept)
+        left = {name: _neutral(name, tensor, mask) for name, tensor in parts.items()}
+        return replace(self, loss_mask=mask, **left)
 
     def log_ratio(self, logprobs: Tensor) -> Tensor:
         """[N]: logprobs [N] - old_logprobs; without them 0, with the gradient of logprobs.

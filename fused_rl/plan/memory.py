@@ -76,7 +76,7 @@ class _Sizes(NamedTuple):
     w: int
     acc: int
     op: int
-    kept: int
+    waiting: int
     device: str
 
     def way(self, name: str, nhv: int, **phases: Parts) -> Way:
@@ -122,7 +122,7 @@ def plan(
     s = _Sizes(
         *(tokens, H, V, dtype.itemsize, ops.acc_dtype(hidden, weight).itemsize),
         op=_operand_bytes(dtype, device),
-        kept=4 if dtype == torch.float16 else dtype.itemsize,
+        waiting=4 if dtype == torch.float16 else dtype.itemsize,
         device=device,
     )
     any_loss = _frozen(s, most) if frozen else _two_passes(s, "linear_logprobs", scratch)
@@ -172,7 +172,7 @@ def _no_grad(s: _Sizes) -> Way:
 
 
 def _pass_operands(s: _Sizes, n: int, *, dweight: bool, recompute: bool) -> int:
-    """Bytes that a backward pass over n tokens lays out, beside gradients and kept logits."""
+    """Bytes that a backward pass over n tokens lays out, beside gradients and stored logits."""
     if s.device != "cpu":
         return 0
     n, rows, H = round_up(n, 16), min(SUPER_BLOCK, s.V), s.H
@@ -212,20 +212,23 @@ def _two_passes(s: _Sizes, name: str, scratch: int) -> Way:
 
 def _one_pass(s: _Sizes, sizes: list[int], frozen: bool) -> Way:
     n, several = max(sizes), len(sizes) > 1
-    words = 0 if frozen else s.V * s.H
+    elements = 0 if frozen else s.V * s.H
     phases = {
         "chunk": {
             "logits": _chunk_logits(s, n),
-            "dweight": words * (s.acc if several else s.kept),
-            "dhidden": s.N * s.H * s.kept + _pass_dhidden(s, n),
+            "dweight": elements * (s.acc if several else s.waiting),
+            "dhidden": s.N * s.H * s.waiting + _pass_dhidden(s, n),
             "operands": n * s.H * s.w + _pass_operands(s, n, dweight=not frozen, recompute=False),
         }
     }
-    if several and s.kept < s.acc:
-        phases["narrow"] = {"dweight": words * (s.acc + s.kept), "dhidden": s.N * s.H * s.kept}
-    if s.w < s.kept:
-        both = s.kept + s.w
-        phases["hand over"] = {"dweight": words * both, "dhidden": s.N * s.H * both}
+    if several and s.waiting < s.acc:
+        phases["narrow"] = {
+            "dweight": elements * (s.acc + s.waiting),
+            "dhidden": s.N * s.H * s.waiting,
+        }
+    if s.w < s.waiting:
+        both = s.waiting + s.w
+        phases["hand over"] = {"dweight": elements * both, "dhidden": s.N * s.H * both}
     return s.way("linear_policy_loss", 4 if frozen else 6, **phases)
 
 
