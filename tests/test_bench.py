@@ -214,16 +214,16 @@ def test_kl_of_tokens(monkeypatch):
 # In Triton's interpreter, where float32 is what it computes rightly.
 IN_THE_INTERPRETER = """
 import dataclasses, torch
-from fused_rl import bench, bench_ops, bench_peers
-case = bench_peers.Case.make(16, 16, 104, torch.float32)
-for kind in bench.KINDS[1:]:
-    batch = bench_peers.batch_of(case, kind.counted)
-    step = bench_peers.liger_from_logits(case, batch, kind.frozen)
-    print(bench.judged(bench.head_task(case, kind), step)["verdict"])
-peers = bench_ops.LOGITS_PEERS
-peers["liger"] = dataclasses.replace(peers["liger"], devices=("cpu",))
-task = bench_ops.logits_task(16, 104, torch.float32, "cpu", trained=False)
-print(bench.judged(task, task.ways(("liger",))[peers["liger"].title])["verdict"])
+from fused_rl.bench import ops, peers, tasks
+case = peers.Case.make(16, 16, 104, torch.float32)
+for kind in tasks.KINDS[1:]:
+    batch = peers.batch_of(case, kind.counted)
+    step = peers.liger_from_logits(case, batch, kind.frozen)
+    print(tasks.judged(tasks.head_task(case, kind), step)["verdict"])
+known = ops.LOGITS_PEERS
+known["liger"] = dataclasses.replace(known["liger"], devices=("cpu",))
+task = ops.logits_task(16, 104, torch.float32, "cpu", trained=False)
+print(tasks.judged(task, task.ways(("liger",))[known["liger"].title])["verdict"])
 """
 
 
@@ -455,11 +455,11 @@ def test_make_bench_does_not_publish_wrong_results(make_bench, content, tmp_path
 
 # Given to a child process as a plugin: ours is k1, and the peer fails.
 SABOTAGE = """
-from fused_rl import bench_ops
+from fused_rl.bench import ops
 def failing(p, q):
     raise RuntimeError("out of luck")
-bench_ops.fused_kl = lambda p, q: p - q
-bench_ops.KL_PEERS["eager"] = bench_ops.Peer("broken", stats=lambda: failing)
+ops.fused_kl = lambda p, q: p - q
+ops.KL_PEERS["eager"] = ops.Peer("broken", stats=lambda: failing)
 """
 
 

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from fused_rl import cli
-from fused_rl.demo import report
+from fused_rl.demo import comparison
 from fused_rl.integrations import hub
 from fused_rl.system import children
 
@@ -47,6 +47,6 @@ def test_the_export_does_not_run_the_current_folder(evil, tmp_path):
 
 @pytest.mark.parametrize("evil", [children.HAS_SAFE_PATH], indirect=True, ids=["here"])
 def test_the_measurement_of_the_demo_does_not_run_the_current_folder(evil):
-    comparison = report.compare_loss_steps(16, 8, 100)
-    assert set(comparison["ways"]) == set(report.WAYS)
+    measured = comparison.compare_loss_steps(16, 8, 100)
+    assert set(measured["ways"]) == set(comparison.WAYS)
     assert not (evil / "mark").exists()

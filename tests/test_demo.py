@@ -13,7 +13,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from fused_rl import KL
-from fused_rl.demo import report, train
+from fused_rl.demo import comparison, report, train
 from fused_rl.demo.task import Problem, UnusableModel, load, reward, sample_problems, start
 from fused_rl.demo.train import DemoConfig
 
@@ -355,15 +355,15 @@ def test_an_update_moves_only_towards_better_answers():
 
 
 def test_both_ways_of_the_comparison_give_the_same_loss(monkeypatch):
-    monkeypatch.setattr(report, "DTYPE", torch.float32)
-    fused, plain = (report.loss_step(way, 7, 16, 33)() for way in report.WAYS)
+    monkeypatch.setattr(comparison, "DTYPE", torch.float32)
+    fused, plain = (comparison.loss_step(way, 7, 16, 33)() for way in comparison.WAYS)
     assert fused == pytest.approx(plain, abs=1e-6)
 
 
 def test_comparison_runs_in_processes_of_its_own():
-    comparison = report.compare_loss_steps(16, 8, 1000)
-    fused, plain = (comparison["ways"][way] for way in ("fused_rl", "plain torch"))
-    assert comparison["vocabulary"] == 1000
+    measured = comparison.compare_loss_steps(16, 8, 1000)
+    fused, plain = (measured["ways"][way] for way in ("fused_rl", "plain torch"))
+    assert measured["vocabulary"] == 1000
     assert fused["loss"] == pytest.approx(plain["loss"], abs=0.02)
     assert fused["seconds"] > 0 and plain["seconds"] > 0
 

@@ -19,9 +19,9 @@ TOKENS = 512
 MEASURE = """
 import json, sys
 import torch
-from fused_rl.bench import peak_extra_bytes
-from fused_rl.bench_peers import Case, batch_of, no_grad
-from fused_rl.demo_report import plain_policy_loss
+from fused_rl.bench.clock import peak_extra_bytes
+from fused_rl.bench.peers import Case, batch_of, no_grad
+from fused_rl.demo.comparison import plain_policy_loss
 from fused_rl import TokenStats, grpo, linear_logprobs, linear_policy_loss
 
 N, H, V, frozen = map(int, sys.argv[1:])

@@ -20,14 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fused_rl import KL, LMHead, LossOutput, PolicyLoss, TokenBatch, grpo, linear_policy_loss
-from fused_rl.demo.report import (
-    Record,
-    compare_loss_steps,
-    print_comparison,
-    summarise,
-    write_figure,
-    write_log,
-)
+from fused_rl.demo.comparison import compare_loss_steps, print_comparison
+from fused_rl.demo.report import Record, summarise, write_figure, write_log
 from fused_rl.demo.rollout import Rollout, answer_logprobs, answer_states, sample, try_out
 from fused_rl.demo.task import sample_problems, start
 from fused_rl.rollouts.advantages import group_zscore_advantages
