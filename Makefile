@@ -12,7 +12,7 @@ VERL := verl tensordict pyvers orjson cloudpickle codetiming hydra-core omegacon
   rpds-py attrs
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/CMakeLists.txt)
 
-.PHONY: demo test test-all test-peers bench bench-pytest lint clean
+.PHONY: demo test test-all test-peers bench bench-pytest docs lint clean
 
 demo: $(READY)
 	$(BIN)/fused-rl demo $(ARGS)
@@ -32,6 +32,11 @@ bench: $(READY_BENCH)
 
 bench-pytest: $(READY_BENCH)
 	$(BIN)/pytest bench $(ARGS)
+
+# The tables that the code knows, and the reference of every public name, into out/docs.
+docs: $(READY)
+	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/reference.py out/docs
 
 lint: $(READY)
 	$(BIN)/ruff check .

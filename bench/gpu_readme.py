@@ -1,4 +1,4 @@
-"""The README's table of a GPU, from a result of bench/gpu.py.
+"""The table of a GPU in docs/benchmarks.md, from a result of bench/gpu.py.
 
     python bench/gpu_readme.py bench/results/h200-bfloat16.json
 
@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from run import replace_block, row
+from run import PAGE, replace_block, row
 
 from fused_rl.bench.records import OURS, PRODUCTS, Content, Record
 from fused_rl.bench.tasks import KINDS
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("result", type=Path)
-    parser.add_argument("--page", type=Path, default=Path("README.md"), help="what to write into")
+    parser.add_argument("--page", type=Path, default=PAGE, help="what to write into")
     arguments = parser.parse_args(argv)
     content = json.loads(arguments.result.read_text())
     link = os.path.relpath(arguments.result.resolve(), arguments.page.resolve().parent)

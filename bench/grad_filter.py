@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sysconfig
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from fused_rl.system.outputs import try_folder, write_json
 
 WORDS, WIDTH, LENGTH, BATCH = 32768, 512, 256, 4
 FILTERS = (1e-3, 2.0**-12, 1e-4, 1e-5)
+PAGE = Path("docs/filtered-gradients.md")
 GROUP = fused_rl.filter_ops.FILTER_ROWS
 
 
@@ -46,8 +48,8 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, metavar="RESULT.json", help="measure nothing")
     args = parser.parse_args()
     if args.readme:
-        lines = page(json.loads(args.readme.read_text()), args.readme)
-        replace_block(Path("README.md"), "filter", lines)
+        link = os.path.relpath(args.readme.resolve(), PAGE.resolve().parent)
+        replace_block(PAGE, "filter", page(json.loads(args.readme.read_text()), link))
         return
     try_folder(args.out.parent, args.out.name)
     words = corpus(args.text)
@@ -261,7 +263,7 @@ def median(values: list[float]) -> float:
 
 
 def table(records: list[dict]) -> list[str]:
-    """Markdown, as in the README."""
+    """Markdown, as on the page."""
     lines = [
         "| entropy, nats | grad_filter | pairs kept | probability left out | dhidden error "
         "| dweight error | x products (6 NHV) | x exact in one pass |",
@@ -277,14 +279,14 @@ def table(records: list[dict]) -> list[str]:
     return lines
 
 
-def page(content: dict, source: Path) -> list[str]:
-    """The lines of the README."""
+def page(content: dict, link: str) -> list[str]:
+    """The lines between the page's marks."""
     where = content["environment"]
     return [
         f"A transformer of three layers (H = {WIDTH}, V = {WORDS}) trained for {content['steps']} "
-        f"steps on {content['text']} words of Python's standard library; words sampled from it at "
-        f"temperatures that give these entropies; bfloat16, on {where['threads']} cores of an "
-        f"{where['cpu']} ([{source.name}]({source}), `python bench/grad_filter.py`). Errors are "
+        f"steps on {content['text']} tokens of Python's standard library; tokens sampled from it "
+        f"at temperatures that give these entropies; bfloat16, on {where['threads']} cores of an "
+        f"{where['cpu']} ([{Path(link).name}]({link}), `python bench/grad_filter.py`). Errors are "
         "those of the gradients against float64.",
         "",
         *table(content["records"]),

@@ -1,11 +1,12 @@
-"""`make bench`: the table and the curves of this machine, kept in bench/results and in the README.
+"""`make bench`: tables and curves of this machine, kept in bench/results and docs/benchmarks.md.
 
 python bench/run.py                        measures, within 15 minutes on two cores; writes
-                                           bench/results/MACHINE-DTYPE.json, .csv, pictures; README
-python bench/run.py --readme RESULT.json   measures nothing: pictures and README from a result
+                                           bench/results/MACHINE-DTYPE.json, .csv, pictures; pages
+python bench/run.py --readme RESULT.json   measures nothing: pictures and pages from a result
 
-The README is written between its marks, bench:begin and bench:end for the table, curves:begin and
-curves:end for the pictures. Options of `fused-rl bench` are taken as well; --out is for results.
+A page is written between its marks, bench:begin and bench:end for the table, curves:begin and
+curves:end for the pictures. With docs/benchmarks.md goes the README's short table, summary:begin
+and summary:end. Options of `fused-rl bench` are taken as well; --out is for results.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fused_rl import cli
 from fused_rl.bench.figures import write_figures
 from fused_rl.bench.records import (
     MIB,
+    OURS,
     PRODUCTS,
     Content,
     cases_of,
@@ -31,17 +33,21 @@ from fused_rl.system.outputs import replacing, try_folder
 from fused_rl.system.signals import stoppable
 
 RESULTS = "bench/results"
+PAGE, FRONT_PAGE = Path("docs/benchmarks.md"), Path("README.md")
+# The case of the front page's table, and who is in it beside the first of ours.
+SUMMARY = "GRPO step, head trained"
+SUMMARY_PEERS = ("eager torch", "torch.compile", "LigerFusedLinearGRPOLoss", "TRL chunked")
 # Words of a processor's name that do not tell it from others.
 NOISE = ("amd", "intel", "nvidia", "cpu", "processor")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """1 if one of our ways is wrong: the README then stays as it is."""
+    """1 if one of our ways is wrong: the pages then stay as they are."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--name", help="of the machine, in file names (default: from its cpu)")
-    parser.add_argument("--page", type=Path, default=Path("README.md"), help="what to write into")
+    parser.add_argument("--page", type=Path, default=PAGE, help="what to write into")
     parser.add_argument("--readme", type=Path, metavar="RESULT.json", help="measure nothing")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.readme:
@@ -93,7 +99,7 @@ def machine(environment: dict) -> str:
 
 
 def publish(content: Content, source: Path, page: Path) -> None:
-    """The pictures beside the result, and both blocks of the page."""
+    """The pictures beside the result, both blocks of the page, and the short table."""
     prefix = f"{source.stem}-"
     pictures = write_figures(source.parent, content["records"], prefix, "svg")
     for path in pictures:
@@ -104,6 +110,9 @@ def publish(content: Content, source: Path, page: Path) -> None:
     if pictures:
         links = [os.path.relpath(p.resolve(), base) for p in pictures]
         replace_block(page, "curves", curves(links))
+    if page == PAGE:
+        link = os.path.relpath(source.resolve(), FRONT_PAGE.resolve().parent)
+        replace_block(FRONT_PAGE, "summary", summary(content, link))
 
 
 def replace_block(page: Path, name: str, lines: list[str]) -> None:
@@ -154,6 +163,29 @@ def table(content: Content, link: str) -> list[str]:
         "Medians of interleaved runs; below 1 is less time than torch's own products take. The "
         "error is the largest of the log-probs against float64 in the first case, and in the "
         "others the relative error of the gradients against float32 or better.",
+    ]
+
+
+def summary(content: Content, link: str) -> list[str]:
+    """The lines of the front page: a training step by each provider, and nothing to explain."""
+    shape, where = content["shape"], content["environment"]
+    found = of_first_shape([{**shape, **record} for record in content["records"]])
+    found = [r for r in found if r["case"] == SUMMARY and r.get("verdict", "right") == "right"]
+    ours = next(r for r in found if r["provider"].startswith(OURS))
+    lines = [
+        f"| {SUMMARY} | time, ms | extra memory, MiB | error of the gradients |",
+        "|---|---|---|---|",
+    ]
+    for r in (ours, *(r for r in found if r["provider"] in SUMMARY_PEERS)):
+        name = f"**{r['provider']}**" if r is ours else r["provider"]
+        ms, memory = r["seconds_median"] * 1e3, r["peak_extra_bytes"] / MIB
+        lines.append(f"| {name} | {ms:.0f} | {memory:.0f} | {error_of(r):.0e} |")
+    return [
+        *lines,
+        "",
+        f"{shape['tokens']} tokens, hidden size {shape['hidden']}, vocabulary "
+        f"{shape['vocabulary']}, {shape['dtype']}, {where['cores']} cores of an {where['cpu']} "
+        f"([{Path(link).name}]({link})).",
     ]
 
 

@@ -2,7 +2,7 @@
 
     python bench/trl_step.py --out bench/results/trl.json
     python bench/trl_step.py --small --out out/trl.json        to see that it works
-    python bench/trl_step.py --readme bench/results/trl.json   measures nothing: the README's table
+    python bench/trl_step.py --readme bench/results/trl.json   measures nothing: the table
 
 A real trl.GRPOTrainer with TRL's defaults, around a Qwen2 of two layers with random weights, made
 here as is the tokenizer. Each way runs in processes of its own, in turns. A step is what follows
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from run import replace_block
+from run import PAGE, replace_block
 
 import fused_rl
 from fused_rl.bench.clock import status
@@ -64,8 +64,8 @@ def main() -> int:
         print(json.dumps(child(WAYS[args.child], Shape(*json.loads(args.shape)), args.steps)))
         return 0
     if args.readme:
-        lines = table(json.loads(args.readme.read_text()), args.readme)
-        replace_block(Path("README.md"), "trl", lines)
+        link = os.path.relpath(args.readme.resolve(), PAGE.resolve().parent)
+        replace_block(PAGE, "trl", table(json.loads(args.readme.read_text()), link))
         return 0
     try_folder(args.out.parent, args.out.name)
     shape = SMALL if args.small else Shape(hidden=args.hidden)
@@ -298,8 +298,8 @@ def show(content: Record) -> None:
         )
 
 
-def table(content: Record, source: Path) -> list[str]:
-    """The lines of the README."""
+def table(content: Record, link: str) -> list[str]:
+    """The lines between the page's marks."""
     shape, where, records = content["shape"], content["environment"], content["records"]
     base = records[0]["seconds_median"]
     rows = [
@@ -312,7 +312,7 @@ def table(content: Record, source: Path) -> list[str]:
         f"{where['threads']} cores of an {where['cpu']}: {shape['dtype']}, a vocabulary of "
         f"{shape['vocabulary']}, H = {shape['hidden']}, two layers, "
         f"{records[0]['completion_tokens_median']:.0f} tokens of completion "
-        f"([{source.name}]({source}), `python bench/trl_step.py`):",
+        f"([{Path(link).name}]({link}), `python bench/trl_step.py`):",
         "",
         "| | seconds | x TRL | extra memory of the step, MiB | of the process, MiB |",
         "|---|---|---|---|---|",

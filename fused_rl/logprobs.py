@@ -54,7 +54,7 @@ def linear_logprobs(
             1 GiB.
         grad_filter: an approximation: for each token, the backward pass leaves out those groups of
             512 words that hold neither its label nor a word of at least this probability. It pays
-            for peaked distributions; README, "Filtered gradients", has the error beside the time.
+            for peaked distributions; docs/filtered-gradients.md has the error beside the time.
             Values do not change. Kernels for CPUs only. None: the exact gradient.
 
     Returns:

@@ -54,7 +54,7 @@ class Setup:
     loss: the level of the KLPenalty, or None for no KL in the loss.
     importance, attached: as of KLPenalty.
     reward: the credit of the KL in the reward, or None for none there.
-    ratio: how the surrogate corrects off-policy samples: TOKEN by the ratio of each token, SEQUENCE
+    ratio: how the surrogate corrects off-policy samples: TOKEN by the ratio of each token, PRODUCT
         by weights of whole sequences, None not at all.
     stale: the KL in the reward is that of the policy that sampled, not of the current one.
     """
@@ -217,7 +217,11 @@ REWARD_SETUPS = [
     for credit in Credit
     for ratio in (None, Level.TOKEN, Level.PRODUCT)
 ]
-STALE_SETUPS = [Setup(reward=Credit.TO_GO, ratio=Level.PRODUCT, stale=True)]
+STALE_SETUPS = [
+    Setup(reward=credit, ratio=ratio, stale=True)
+    for credit in (Credit.TO_GO, Credit.TERMINAL)
+    for ratio in (Level.TOKEN, Level.PRODUCT)
+]
 BOTH_SETUPS = [
     replace(where, importance=ratio, ratio=ratio)
     for where in (

@@ -1,21 +1,295 @@
-"""docs/trainers.md: its blocks run, or are the examples that a module's own tests run."""
+"""The pages: their blocks run, their tables are what code and results say, their links lead on."""
 
 import copy
+import importlib.util
 import inspect
+import json
 import os
 import re
 import subprocess
 import sys
 import textwrap
+from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 
+import parity
 import pytest
 import torch
 
+import fused_rl
 from fused_rl.integrations import liger, transformers, trl, verl
 
-PAGE = Path(__file__).parents[1] / "docs" / "trainers.md"
-SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.DOTALL | re.M))
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md")]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
+SECTIONS = dict(
+    re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXTS["docs/trainers.md"], re.DOTALL | re.M)
+)
+
+
+def script(path: str) -> ModuleType:
+    """A script of the repository, as a module."""
+    folder, name = (ROOT / path).parent, Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(folder))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    return module
+
+
+def block(page: str, name: str) -> list[str]:
+    """The lines between a page's marks."""
+    return (
+        TEXTS[page]
+        .split(f"<!-- {name}:begin -->\n")[1]
+        .split(f"\n<!-- {name}:end -->")[0]
+        .splitlines()
+    )
+
+
+def python(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL)
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_to_files_and_to_headings_that_are_there(page):
+    outside = re.sub(r"```.*?```|`[^`\n]*`", "", TEXTS[page], flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", outside)
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert anchor in map(slug, headings), link
+
+
+@pytest.fixture(scope="module")
+def generated() -> ModuleType:
+    pytest.importorskip("pdoc")
+    return script("docs/generate.py")
+
+
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        *(("losses.md", name) for name in ("losses", "levels", "ratios", "surrogates", "means")),
+        ("kl.md", "kl"),
+        ("reference.md", "names"),
+    ],
+)
+def test_a_generated_table_is_what_the_code_says(generated, page, name):
+    """`make docs` writes it."""
+    assert {p: set(blocks) for p, blocks in generated.BLOCKS.items()} == {
+        "losses.md": {"losses", "levels", "ratios", "surrogates", "means"},
+        "kl.md": {"kl"},
+        "reference.md": {"names"},
+    }
+    assert block(f"docs/{page}", name) == generated.BLOCKS[page][name]()
+
+
+def test_every_named_loss_mean_and_ratio_has_a_row():
+    rows = {
+        row.split("`")[1]
+        for name in ("losses", "means", "ratios")
+        for row in block("docs/losses.md", name)[2:]
+    }
+    expected = {*fused_rl.losses.named.NAMES, *fused_rl.means.__all__, *fused_rl.ratios.__all__}
+    assert rows == expected - {"Count"}
+
+
+def test_the_names_elsewhere_are_those_of_the_peers():
+    """Those that the parity tests run: loss_type of TRL and Liger, loss_mode of verl."""
+    rows = [row.split(" | ") for row in block("docs/losses.md", "losses")[2:]]
+    in_trl, in_verl = (
+        {name for row in rows for name in re.findall(r'"(\w+)"', row[i])} for i in (-2, -1)
+    )
+    assert in_trl - {"sequence"} == set(parity.LOSS_TYPES)
+    assert in_verl == set(verl.policy_losses) - {"bypass_mode"}
+
+
+def result(name: str) -> dict:
+    return json.loads((ROOT / "bench" / "results" / name).read_text())
+
+
+def test_measured_tables_are_those_of_the_results_they_name(monkeypatch):
+    """What the scripts write with --readme."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    run, gpu = script("bench/run.py"), script("bench/gpu_readme.py")
+    cpu = "epyc-turin-2c-bfloat16"
+    content, where = result(f"{cpu}.json"), "../bench/results/"
+    pictures = [f"{where}{cpu}-{kind}.svg" for kind in ("linear_logprobs", "grpo_step", "padding")]
+    page = "docs/benchmarks.md"
+    assert block(page, "bench") == run.table(content, f"{where}{cpu}.json")
+    assert block(page, "curves") == run.curves(pictures)
+    assert block("README.md", "summary") == run.summary(content, f"bench/results/{cpu}.json")
+    assert block(page, "gpu") == gpu.lines(
+        result("h100-bfloat16.json"), f"{where}h100-bfloat16.json"
+    )
+    step, of = script("bench/trl_step.py"), "trl-epyc-turin-2c.json"
+    assert block(page, "trl") == step.table(result(of), where + of)
+    filters, of = script("bench/grad_filter.py"), "grad-filter-epyc-turin-2c.json"
+    page = "docs/filtered-gradients.md"
+    assert block(page, "filter") == filters.page(result(of), where + of)
+
+
+def test_scripts_write_where_their_marks_are(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    for name, marks in {
+        "run": ("bench", "curves"),
+        "gpu_readme": ("gpu",),
+        "trl_step": ("trl",),
+        "grad_filter": ("filter",),
+    }.items():
+        page = script(f"bench/{name}.py").PAGE.as_posix()
+        for mark in marks:
+            assert block(page, mark)
+
+
+def test_a_setting_has_the_gradient_that_the_enumeration_finds():
+    """Rows of "What a setting really does" beside the table of every option."""
+    header, _, *rows = (row[2:-2].split(" | ") for row in block("docs/kl.md", "kl"))
+    exact = {tuple(row[:2]): dict(zip(header[2:], row[2:], strict=True)) for row in rows}
+    settings = [row[2:-2].split(" | ") for row in block("docs/kl.md", "settings")[2:]]
+    assert {row[0].split(",")[0] for row in settings} == {
+        "fused_rl",
+        "TRL 1.16",
+        "verl 0.9.1",
+        "OpenRLHF 0.11.2",
+    }
+    for _, setting, where, ratio, kind, on_policy, off_policy in settings:
+        found = exact[where, ratio]
+        assert (found[kind], found[f"{kind} off-policy"]) == (on_policy, off_policy), setting
+
+
+def test_the_settings_of_ours_are_what_their_rows_say():
+    for row in block("docs/kl.md", "settings")[2:]:
+        who, setting, where, ratio, kind, *_ = row[2:-2].split(" | ")
+        if who != "fused_rl":
+            continue
+        made = eval(setting.strip("`"), {**vars(fused_rl)})
+        penalty = getattr(made, "kl", made)
+        attached = " attached" if penalty.attached else " detached"
+        of = f"{penalty.importance.value}{attached}" if penalty.importance else "none"
+        assert (where, ratio) == (f"loss, {penalty.level.value}", of)
+        assert kind == (penalty.grad or penalty.value).name.lower()
+
+
+def test_the_defaults_that_the_settings_name_are_the_peers():
+    trl_config = pytest.importorskip("trl").GRPOConfig
+    defaults = {f.name: f.default for f in trl_config.__dataclass_fields__.values()}
+    assert defaults["use_bias_correction_kl"] is True and defaults["beta"] == 0
+    assert defaults["importance_sampling_level"] == "token"
+    configs = Path(pytest.importorskip("verl").__file__).parent / "trainer" / "config"
+    assert "\nkl_loss_type: low_var_kl\n" in (configs / "actor" / "actor.yaml").read_text()
+    trainer = (configs / "ppo_trainer.yaml").read_text()
+    for line in ("gamma: 1.0", "lam: 1.0", "use_kl_in_reward: False", "kl_penalty: kl"):
+        assert f"\n  {line}\n" in trainer
+
+
+# Blocks of Python: all pages, and who runs each.
+RUN_HERE = {"docs/kl.md", "docs/losses.md", "docs/filtered-gradients.md"}
+
+
+def test_every_block_of_python_is_run_by_a_test():
+    with_python = {page for page in TEXTS if python(page)}
+    assert with_python == {*RUN_HERE, "README.md", "docs/trainers.md"}
+
+
+@pytest.mark.parametrize("page", sorted(RUN_HERE))
+def test_blocks_run(page):
+    hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2000, 8)
+    names = {"fused_rl": fused_rl, "hidden": hidden, "weight": weight.requires_grad_()}
+    names |= {"labels": torch.randint(2000, (2, 5)), "ref_logprobs": torch.randn(2, 5)}
+    names["logprobs"] = torch.randn(2, 5, requires_grad=True)
+    for code in python(page):
+        exec(code, names)
+    if page == "docs/losses.md":
+        assert names["named"] == names["same"]
+    elif page == "docs/filtered-gradients.md":
+        assert weight.grad.isfinite().all() and weight.grad.any()
+    else:
+        penalty, d = names["penalty"], names["logprobs"] - names["ref_logprobs"]
+        torch.testing.assert_close(penalty, torch.expm1(-d) + d)
+        (slope,) = torch.autograd.grad(penalty.sum(), names["logprobs"])
+        torch.testing.assert_close(slope, d)
+
+
+# The reference.
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    pytest.importorskip("pdoc")
+    return script("docs/reference.py")
+
+
+def test_every_public_name_is_in_the_reference_and_says_what_it_is(reference):
+    found = reference.pages()
+    public = {"fused_rl": fused_rl}
+    public |= {f"fused_rl.{m.__name__.rpartition('.')[2]}": m for m in fused_rl.MODULES}
+    folder = ROOT / "fused_rl" / "integrations"
+    public |= {
+        f"fused_rl.integrations.{path.stem}": None
+        for path in folder.iterdir()
+        if path.stem[0] != "_"
+    }
+    assert set(found) == {*public, "fused_rl.integrations"}
+    for path, module in public.items():
+        page = found[path]
+        assert page.docstring
+        names = page.members if module is None else dict.fromkeys(module.__all__)
+        for name in names:
+            doc = page.get(name)
+            assert doc is not None, f"{path}.{name}"
+            if doc.kind in ("function", "class") and name[0] != "_":
+                assert doc.docstring, f"{path}.{name}"
+
+
+class Anchors(HTMLParser):
+    """The ids and the links of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids, self.links = set(), set()
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        given = dict(attrs)
+        self.ids.add(given.get("id"))
+        if tag == "a" and "href" in given:
+            self.links.add(given["href"])
+
+
+@pytest.mark.slow
+def test_the_links_of_the_reference_lead_on(reference, tmp_path):
+    pages = {
+        path.resolve(): Anchors() for path in reference.build(tmp_path) if path.suffix == ".html"
+    }
+    for path, page in pages.items():
+        page.feed(path.read_text())
+    assert "linear_logprobs" in pages[(tmp_path / "fused_rl.html").resolve()].ids
+    broken = []
+    for path, page in pages.items():
+        for link in page.links:
+            name, _, anchor = link.partition("#")
+            target = (path.parent / name).resolve() if name else path
+            there = target in pages and (not anchor or anchor in pages[target].ids)
+            if not there and not link.startswith("http"):
+                broken.append((path.name, link))
+    # pdoc links a method that is inherited, and shows it where it is defined.
+    assert broken == [("trust_regions.html", "#TrustRegion.clipped")]
 
 
 def blocks(section: str) -> list[str]:

@@ -59,7 +59,10 @@ VERDICTS = {
     Setup(reward=Credit.TERMINAL, ratio=TOKEN): (K1_ALONE, WRONG),
     Setup(reward=Credit.TERMINAL, ratio=SEQUENCE): (K1_ALONE, K1_ALONE),
     # In the reward, with the log-probs of the policy that sampled.
+    Setup(reward=Credit.TO_GO, ratio=TOKEN, stale=True): (K1_ALONE, WRONG),
     Setup(reward=Credit.TO_GO, ratio=SEQUENCE, stale=True): (K1_ALONE, WRONG),
+    Setup(reward=Credit.TERMINAL, ratio=TOKEN, stale=True): (K1_ALONE, WRONG),
+    Setup(reward=Credit.TERMINAL, ratio=SEQUENCE, stale=True): (K1_ALONE, WRONG),
     # In both.
     Setup(TOKEN, reward=Credit.OWN): ((TOK_REV, BIASED, TOK_REV), WRONG),
     Setup(TOKEN, SEQUENCE, reward=Credit.OWN, ratio=SEQUENCE): (

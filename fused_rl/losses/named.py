@@ -4,6 +4,9 @@ All take their options and counts as keywords, and the `Terms`: KL in the loss, 
 Counts are of the whole step, so that micro-batches add up to it (means.py); None: of the batch.
 A penalty with more to it is `dataclasses.replace(grpo(), kl=KLPenalty(...))`.
 
+A docstring is the formula, the name and its paper, what the mean is over, the advantages, and what
+TRL 1.16 and verl 0.9.1 call it; docs/losses.md is made of them.
+
 With r the ratio policy / old policy of a token, s its geometric mean over a sequence, A advantages,
 l log-probs, sg without gradient. Means are written over tokens t of sequences i.
 """
@@ -95,6 +98,7 @@ def ppo(
     """mean_t max(-r A, -clip(r) A), where A < 0 at most -dual A: PPO (arXiv 1707.06347).
 
     Mean over tokens. Advantages: GAE. The value loss is another function.
+    Elsewhere: verl "vanilla", with dual=3.
     """
     return compose(Clip(clip_low, clip_high, dual), TokenRatio(), TokenMean(num_tokens), **terms)
 
@@ -109,14 +113,17 @@ def grpo(
     """mean_i mean_t of PPO's clip: GRPO (arXiv 2402.03300, eq. 3).
 
     Mean over sequences of their token means. Advantages: group_zscore_advantages.
+    Elsewhere: TRL "grpo".
     """
     return compose(Clip(clip_low, clip_high), TokenRatio(), SequenceMean(num_sequences), **terms)
 
 
 def bnpo(*, clip_low: float = 0.2, clip_high: float = 0.2, **terms: Unpack[Terms]) -> PolicyLoss:
-    """mean_t of PPO's clip over the counted tokens of the (micro-)batch: TRL's loss_type "bnpo".
+    """mean_t of PPO's clip: BNPO, by the name that TRL gives it.
 
-    Micro-batches of few tokens weigh as much as others. Advantages: group_zscore_advantages.
+    Mean over the tokens of the (micro-)batch: one of few tokens weighs as much as others.
+    Advantages: group_zscore_advantages.
+    Elsewhere: TRL "bnpo".
     """
     return compose(Clip(clip_low, clip_high), TokenRatio(), TokenMean(), **terms)
 
@@ -131,6 +138,7 @@ def dapo(
     """mean_t of PPO's clip, higher above: DAPO (arXiv 2503.14476, eq. 8).
 
     Mean over all tokens of the step. Advantages: group_zscore_advantages.
+    Elsewhere: TRL "dapo".
     """
     return compose(Clip(clip_low, clip_high), TokenRatio(), TokenMean(num_tokens), **terms)
 
@@ -143,9 +151,11 @@ def dr_grpo(
     clip_high: float = 0.2,
     **terms: Unpack[Terms],
 ) -> PolicyLoss:
-    """mean_i sum_t of PPO's clip, over a constant length: Dr. GRPO (arXiv 2503.20783).
+    """mean_i sum_t of PPO's clip / length: Dr. GRPO (arXiv 2503.20783).
 
-    length: the longest completion that can be sampled. Advantages: group_mean_advantages.
+    length: the longest completion that can be sampled. Mean over sequences of their token sums
+    over that constant. Advantages: group_mean_advantages.
+    Elsewhere: TRL "dr_grpo".
     """
     mean = FixedLengthMean(length, num_sequences)
     return compose(Clip(clip_low, clip_high), TokenRatio(), mean, **terms)
@@ -161,6 +171,7 @@ def cispo(
     """mean_t -sg(clip(r, ratio_min, ratio_max)) A l: CISPO of MiniMax-M1 (arXiv 2506.13585).
 
     Mean over all tokens of the step. Advantages: group_zscore_advantages.
+    Elsewhere: TRL "cispo"; verl "cispo".
     """
     return compose(CISPO(ratio_min, ratio_max), TokenRatio(), TokenMean(num_tokens), **terms)
 
@@ -172,9 +183,10 @@ def gspo(
     clip_high: float = 4e-4,
     **terms: Unpack[Terms],
 ) -> PolicyLoss:
-    """mean_i max(-s A, -clip(s) A): GSPO (arXiv 2507.18071). Bounds are narrow: s averages.
+    """mean_i max(-s A, -clip(s) A): GSPO (arXiv 2507.18071).
 
-    Mean over sequences. Advantages: group_zscore_advantages.
+    Bounds are narrow, for s averages. Mean over sequences. Advantages: group_zscore_advantages.
+    Elsewhere: TRL "grpo", importance_sampling_level="sequence".
     """
     return compose(
         Clip(clip_low, clip_high), GeometricRatio(), SequenceMean(num_sequences), **terms
@@ -191,6 +203,7 @@ def gspo_token(
     """mean_i mean_t of PPO's clip of sg(s) pi / sg(pi): GSPO-token (arXiv 2507.18071, section 4.3).
 
     Mean over sequences of their token means. Advantages: per token, else it is gspo.
+    Elsewhere: verl "gspo".
     """
     mean = SequenceMean(num_sequences)
     return compose(Clip(clip_low, clip_high), GeometricTokenRatio(), mean, **terms)
@@ -206,6 +219,7 @@ def sapo(
     """mean_i mean_t -sigmoid(tau (r - 1)) 4 / tau A: SAPO (arXiv 2511.20347).
 
     Mean over sequences of their token means. Advantages: group_zscore_advantages.
+    Elsewhere: TRL "sapo"; verl "sapo".
     """
     surrogate = SAPO(tau_positive, tau_negative)
     return compose(surrogate, TokenRatio(), SequenceMean(num_sequences), **terms)
@@ -221,6 +235,7 @@ def gmpo(
     """mean_i -A exp(mean_t clip(log r)): GMPO (arXiv 2507.20673), log r clipped on the side of A.
 
     Bounds are of log r. Mean over sequences. Advantages: group_zscore_advantages.
+    Elsewhere: TRL GMPOTrainer; verl "geo_mean".
     """
     ratio = ClippedGeometricRatio(clip_low, clip_high)
     return compose(Unclipped(), ratio, SequenceMean(num_sequences), **terms)
@@ -235,7 +250,8 @@ def luspo(
 ) -> PolicyLoss:
     """mean_i T_i max(-s A, -clip(s) A): LUSPO (arXiv 2602.05261), GSPO times the length.
 
-    Mean over sequences of token sums. Advantages: group_zscore_advantages.
+    Mean over sequences of their token sums. Advantages: group_zscore_advantages.
+    Elsewhere: TRL "luspo", importance_sampling_level="sequence".
     """
     mean = SequenceSumMean(num_sequences)
     return compose(Clip(clip_low, clip_high), GeometricRatio(), mean, **terms)
@@ -253,6 +269,7 @@ def vespo(
     positive, negative: (k, lambda) of that sign of A. For the whole weight give the rollout's
     log-probs as old_logprobs. Mean over all tokens of the step, as TRL has it. Advantages:
     group_zscore_advantages.
+    Elsewhere: TRL "vespo".
     """
     for name, pair in (("positive", positive), ("negative", negative)):
         checks.require(
@@ -273,6 +290,7 @@ def dppo(
 
     trust_region: DPPOTV(...), the default, or DPPOKL(...). Mean over all tokens of the step.
     Advantages: group_mean_advantages.
+    Elsewhere: verl "dppo_tv", "dppo_kl".
     """
     region = DPPOTV() if trust_region is None else trust_region
     checks.require(
@@ -286,6 +304,7 @@ def gpg(*, num_tokens: Count | None = None, **terms: Unpack[Terms]) -> PolicyLos
     """mean_t -A l: GPG (arXiv 2504.02546), REINFORCE on groups.
 
     Mean over all tokens of the step. Advantages: group_mean_advantages.
+    Elsewhere: verl "gpg".
     """
     return compose(Reinforce(), TokenRatio(), TokenMean(num_tokens), **terms)
 
@@ -315,6 +334,7 @@ def rloo(
     """mean_i of PPO's clip of prod_t r: RLOO (arXiv 2402.14740), with the clip that TRL gives it.
 
     Mean over sequences. Advantages: reward, with the KL in it, minus the mean of the others.
+    Elsewhere: TRL RLOOTrainer.
     """
     mean = SequenceMean(num_sequences)
     return compose(Clip(clip_low, clip_high), ProductRatio(), mean, **terms)
@@ -335,6 +355,7 @@ def dro(
     """mean_t -(A l - penalty / 2 (log r)^2): DRO, token by token (arXiv 2405.19107).
 
     Mean over all tokens of the step. Advantages: reward minus value or group mean.
+    Elsewhere: verl "dro".
     """
     return compose(DRO(penalty), TokenRatio(), TokenMean(num_tokens), **terms)
 
@@ -365,6 +386,7 @@ def clip_cov(
 
     selection: a ClipCov, which says which. Mean over all tokens of the step. Advantages:
     group_zscore_advantages.
+    Elsewhere: verl "clip_cov".
     """
     # Clip by name: torch.compile cannot follow a default_factory in what it traces.
     chosen = ClipCov(Clip()) if selection is None else selection
@@ -385,6 +407,7 @@ def kl_cov(
     """mean_t -r A + coef |log r| at tokens of the highest covariance: KL-Cov (arXiv 2505.22617).
 
     Mean over all tokens of the step. Advantages: group_zscore_advantages.
+    Elsewhere: verl "kl_cov".
     """
     return compose(KLCov(coef, fraction), TokenRatio(), TokenMean(num_tokens), **terms)
 

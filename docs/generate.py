@@ -1,0 +1,130 @@
+"""The tables of docs/ that the code knows, written between their marks: `make docs` runs this.
+
+docs/losses.md    from the docstrings of losses/, and of the named losses
+docs/kl.md        the expected gradients that tests/enumeration.py finds
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pdoc.doc import Doc
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / folder) for folder in ("docs", "bench", "tests")]
+
+from enumeration import World, markdown  # noqa: E402 - found by the line above
+from reference import Page, pages  # noqa: E402
+from run import replace_block  # noqa: E402
+
+from fused_rl.losses import means, named, ratios, surrogates, trust_regions  # noqa: E402
+from fused_rl.losses.sequences import Level  # noqa: E402
+
+
+def named_losses() -> list[str]:
+    """A row for each loss that has a name."""
+    rows = [(f"`{name}`", *parts(inspect.getdoc(loss))) for name, loss in named.NAMES.items()]
+    return table(("name", "loss", "from", "mean over", "TRL 1.16", "verl 0.9.1"), rows)
+
+
+def parts(docstring: str) -> tuple[str, ...]:
+    """Formula, source, mean, and the names in TRL and in verl, of a named loss's docstring."""
+    first, _, rest = docstring.partition("\n\n")
+    formula, source = first.rstrip(".").split(": ", 1)
+    text = " ".join(rest.split())
+    mean = re.search(r"Mean over (.*?)[.:] ", text)[1]
+    elsewhere = re.search(r"Elsewhere: (.*)\.$", text)
+    names = dict(name.split(" ", 1) for name in elsewhere[1].split("; ")) if elsewhere else {}
+    return f"`{formula}`", linked(source), mean, *(names.get(who, "") for who in ("TRL", "verl"))
+
+
+def linked(source: str) -> str:
+    """With each paper a link."""
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", source)
+
+
+def levels() -> list[str]:
+    """A row for each Level."""
+    found = re.findall(
+        r"([A-Z]+): (.*?)(?=\. [A-Z]+:|\.$)", " ".join(inspect.getdoc(Level).split())
+    )
+    rows = [(f"`Level.{name}`", f'"{Level[name].value}"', text) for name, text in found]
+    assert len(rows) == len(Level)
+    return table(("level", "value", "the log-ratio"), rows)
+
+
+def of_module(heading: str) -> Callable[..., list[str]]:
+    """A module's own table, which is indented in its docstring."""
+
+    def rows(module: object, columns: tuple[str, ...]) -> list[str]:
+        block = re.search(r"\n\n((?: {4}.*\n|\n)+)", module.__doc__)[1]
+        cells = [re.split(r"\s{2,}", line.strip()) for line in block.splitlines()]
+        known = [row for row in cells if hasattr(module, row[0])]
+        return table((heading, *columns), [(f"`{name}`", *more) for name, *more in known])
+
+    return rows
+
+
+def first_lines(*modules: object) -> list[str]:
+    """A row for each class of modules: what its docstring's first line says."""
+    rows = []
+    for module in modules:
+        for name, found in vars(module).items():
+            if inspect.isclass(found) and found.__module__ == module.__name__ and name[0] != "_":
+                rows.append((f"`{name}`", inspect.getdoc(found).split("\n")[0].rstrip(".")))
+    return table(("surrogate", "what it is"), rows)
+
+
+def public_names() -> list[str]:
+    """A list of names for each public module."""
+    lines = []
+    for path, page in pages().items():
+        rows = [(f"`{doc.name}`", first_paragraph(doc.docstring)) for doc in public(page)]
+        lines += ["", f"## {path}", "", first_paragraph(page.docstring), "", *table(("", ""), rows)]
+    return lines[1:]
+
+
+def public(page: Page) -> list[Doc]:
+    """What a page has, without what its leading underscore calls private."""
+    return [doc for doc in page.own_members if not doc.name.startswith("_")]
+
+
+def first_paragraph(docstring: str) -> str:
+    """In one line."""
+    return " ".join(docstring.strip().split("\n\n")[0].split())
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Markdown; a bar inside a cell is written as one."""
+    written = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    assert all(len(row) == len(header) for row in written), written
+    lines = [header, ["---"] * len(header), *written]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+BLOCKS = {
+    "losses.md": {
+        "losses": named_losses,
+        "levels": levels,
+        "ratios": lambda: of_module("ratio")(ratios, ("log-ratio of a token",)),
+        "means": lambda: of_module("mean")(means, ("weight of a counted token", "elsewhere")),
+        "surrogates": lambda: first_lines(surrogates, trust_regions),
+    },
+    "kl.md": {"kl": lambda: markdown(World()).splitlines()},
+    "reference.md": {"names": public_names},
+}
+"""page -> the name of its block -> the lines in it."""
+
+
+def main() -> None:
+    for page, blocks in BLOCKS.items():
+        for name, lines in blocks.items():
+            replace_block(ROOT / "docs" / page, name, lines())
+
+
+if __name__ == "__main__":
+    main()
