@@ -1,7 +1,9 @@
-"""bench/gpu.py without a GPU: the whole script, on the Triton kernels, interpreted."""
+"""bench/gpu.py without a GPU: on the Triton kernels, interpreted. The whole script is slow."""
 
+import copy
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,22 +12,15 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from interpreter import child
 
-from fused_rl import one_pass
 from fused_rl.bench.tasks import KINDS
 
 BENCH = Path(__file__).parents[1] / "bench"
 
 
 def script(*options: str) -> subprocess.CompletedProcess:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}
-    return subprocess.run(
-        [sys.executable, str(BENCH / "gpu.py"), *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+    return child(str(BENCH / "gpu.py"), *options, HF_HUB_OFFLINE="1")
 
 
 def module(name: str) -> ModuleType:
@@ -35,25 +30,66 @@ def module(name: str) -> ModuleType:
     return loaded
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> tuple[dict, str]:
+def result(folder: Path, *options: str) -> tuple[dict, str]:
+    """What a run of the script writes and prints."""
     pytest.importorskip("triton", reason="triton is not installed")
-    path = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    done = script("--small", "--out", str(path))
+    path = folder / "gpu.json"
+    done = script(*options, "--out", str(path))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads(path.read_text()), done.stdout
 
 
-def test_the_kernels_that_ran_are_tritons(small):
-    content, _ = small
+@pytest.fixture(scope="module")
+def core(tmp_path_factory) -> dict:
+    """The small cases alone: every kernel runs, and nothing is timed."""
+    content, _ = result(tmp_path_factory.mktemp("core"), "--sanitize")
+    return content
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[dict, str]:
+    """The whole script."""
+    return result(tmp_path_factory.mktemp("gpu"), "--small")
+
+
+@pytest.fixture(params=["core", pytest.param("small", marks=pytest.mark.slow)])
+def run(request, core) -> dict:
+    """What a run found."""
+    return core if request.param == "core" else request.getfixturevalue("small")[0]
+
+
+@pytest.fixture(params=["recorded", pytest.param("small", marks=pytest.mark.slow)])
+def measured(request) -> dict:
+    """A run with times of one shape: on a GPU, as it lies in the repository; here and now."""
+    if request.param == "small":
+        return copy.deepcopy(request.getfixturevalue("small")[0])
+    content = json.loads((BENCH / "results" / "h100-bfloat16.json").read_text())
+    records = content["records"]
+    return {**content, "records": [r for r in records if r["shape"] == records[0]["shape"]]}
+
+
+def assert_small_cases_are_right(content: dict) -> None:
+    assert {r["verdict"] for r in content["small cases"]} == {"right"}
+    assert {r["dtype"] for r in content["small cases"]} == {"float32", "float16", "bfloat16"}
+    assert content["correctness"].keys() == {"float32", "float16", "bfloat16"}
+    assert content["wrong"] == {}
+
+
+def test_the_kernels_that_ran_are_tritons(run):
     expected = "Triton" if torch.cuda.is_available() else "Triton, interpreted"
-    assert content["kernels"] == expected
-    names = {name.split("._")[0] for name in content["launches"]}
+    assert run["kernels"] == expected
+    names = {name.split("._")[0] for name in run["launches"]}
     assert {"kl", "linear_logprobs", "logprobs"} <= names
-    assert min(content["launches"].values()) > 0
-    assert content["never launched"] == []
+    assert min(run["launches"].values()) > 0
+    assert run["never launched"] == []
 
 
+def test_the_small_cases_are_right_and_nothing_else_ran(core):
+    assert_small_cases_are_right(core)
+    assert not core["records"] and not core["forwards"]
+
+
+@pytest.mark.slow
 def test_every_case_is_there_and_ours_are_right(small):
     content, out = small
     assert content["failed"] == {} and content["left out"] == []
@@ -68,11 +104,10 @@ def test_every_case_is_there_and_ours_are_right(small):
         assert kind.title in out
     errors = {r["provider"]: r.get("logprob_error") for r in content["records"]}
     assert errors["fused_rl"] < 1e-5
-    assert {r["verdict"] for r in content["small cases"]} == {"right"}
-    assert {r["dtype"] for r in content["small cases"]} == {"float32", "float16", "bfloat16"}
-    assert content["correctness"].keys() == {"float32", "float16", "bfloat16"}
+    assert_small_cases_are_right(content)
 
 
+@pytest.mark.slow
 def test_every_way_of_the_forward_is_right(small):
     content, _ = small
     ways = [r for r in content["forwards"] if r["way"] != "bare products"]
@@ -83,6 +118,7 @@ def test_every_way_of_the_forward_is_right(small):
     assert max(r["entropy_error"] for r in ways) < 1e-5
 
 
+@pytest.mark.slow
 def test_chunks_rows_products_and_the_graph(small):
     content, _ = small
     tried = (*content["chunks"], *content["row kernels"], *content["products"])
@@ -96,6 +132,7 @@ def test_chunks_rows_products_and_the_graph(small):
     assert graph["within_an_ulp"] and graph["captured"] == torch.cuda.is_available()
 
 
+@pytest.mark.slow
 def test_peers_that_are_missing_are_named(small):
     content, out = small
     for name in ("cut-cross-entropy", "QuACK"):
@@ -103,11 +140,10 @@ def test_peers_that_are_missing_are_named(small):
         assert name in out
 
 
-def test_the_readme_says_what_was_measured_and_what_failed(small, tmp_path, monkeypatch):
-    content, _ = small
+def test_the_readme_says_what_was_measured_and_what_failed(measured, tmp_path, monkeypatch):
+    content = measured
     monkeypatch.syspath_prepend(str(BENCH))
     readme = module("gpu_readme")
-    content = json.loads(json.dumps(content))
     content["environment"]["gpu"] = "NVIDIA X1"
     result, page = tmp_path / "x1.json", tmp_path / "README.md"
     page.write_text("before\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nafter\n")
@@ -130,23 +166,9 @@ def test_the_readme_says_what_was_measured_and_what_failed(small, tmp_path, monk
 
 @pytest.mark.slow
 def test_what_does_not_fit_the_budget_is_left_out_and_named(tmp_path):
-    pytest.importorskip("triton", reason="triton is not installed")
-    path = tmp_path / "gpu.json"
-    done = script("--small", "--budget", "0", "--out", str(path))
-    content = json.loads(path.read_text())
-    assert done.returncode == 0, done.stderr
+    content, out = result(tmp_path, "--small", "--budget", "0")
     assert content["records"] == [] and len(content["left out"]) == 2 * len(KINDS) + 5
-    assert "small: forwards" in done.stdout
-
-
-@pytest.mark.slow
-def test_sanitize_runs_the_small_cases_alone(tmp_path):
-    pytest.importorskip("triton", reason="triton is not installed")
-    path = tmp_path / "gpu.json"
-    done = script("--sanitize", "--out", str(path))
-    content = json.loads(path.read_text())
-    assert done.returncode == 0, done.stderr
-    assert content["small cases"] and not content["records"] and not content["forwards"]
+    assert "small: forwards" in out
 
 
 @pytest.fixture
@@ -181,14 +203,15 @@ def test_correctness_goes_on_after_what_is_wrong(errors, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["wrong", "failed", "never launched"])
-def test_the_script_fails_at_its_end(small, part, monkeypatch):
-    content, _ = small
+def test_the_script_fails_at_its_end(run, part, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     gpu = module("gpu")
-    assert not gpu.failed(content)
-    assert gpu.failed({**content, part: {"float32, logits": "errors [nan]"}})
-    other = [{**r, "within_an_ulp": False} for r in content["graph"]]
-    assert gpu.failed({**content, "graph": other})
+    assert not gpu.failed(run)
+    assert gpu.failed({**run, part: {"float32, logits": "errors [nan]"}})
+    graphs = run["graph"] or [{"way": "a graph", "within_an_ulp": True}]
+    assert not gpu.failed({**run, "graph": graphs})
+    assert gpu.failed({**run, "graph": [{**r, "within_an_ulp": False} for r in graphs]})
+    assert gpu.failed({**run, "forwards": [{"way": "a", "logprob_error": math.nan}]})
 
 
 def test_within_an_ulp_by_hand(monkeypatch):
@@ -272,35 +295,3 @@ def test_launches_by_hand():
     hooks["_b_kernel"](1, 2, BLOCK=3)
     assert launches.count == {"rows._a_kernel": 0, "rows._b_kernel": 1}
     assert launches.idle() == ["rows._a_kernel"]
-
-
-def test_scaling_by_one_leaves_gradients_alone_on_a_cpu():
-    held = [torch.randn(3, 2), torch.randn(3, dtype=torch.float64)]
-    before = [g.clone() for g in held]
-    versions = [g._version for g in held]
-    one_pass.scale_(held, torch.tensor(1.0))
-    assert [g._version for g in held] == versions
-    one_pass.scale_(held, torch.tensor(0.5))
-    assert all(torch.equal(g, b / 2) for g, b in zip(held, before, strict=True))
-
-
-def test_elsewhere_the_scale_is_not_read_by_the_host():
-    """A meta tensor has no value: to ask for it is an error."""
-    dloss = torch.ones((), device="meta")
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        bool(dloss == 1)
-    held = [torch.empty(3, 2, dtype=torch.bfloat16, device="meta")]
-    one_pass.scale_(held, dloss)
-    assert held[0]._version == 1 and held[0].dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_product_with_one_changes_no_bit(dtype):
-    """What CUDA computes instead of asking; with the smallest and largest numbers."""
-    info = torch.finfo(dtype)
-    values = [info.smallest_normal, info.max, -info.max, -0.0, torch.inf, info.eps]
-    gradient = torch.cat([torch.randn(1000), torch.tensor(values)]).to(dtype)
-    before = gradient.clone()
-    gradient.mul_(torch.tensor(1.0))
-    assert torch.equal(gradient, before)
-    assert torch.equal(gradient.signbit(), before.signbit())

@@ -148,7 +148,7 @@ def test_extremes_stay_finite_and_what_is_masked_reaches_nothing(level, importan
         assert (gradient[~MASK] == 0).all()
 
 
-@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("order", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_compiles_without_a_break_and_never_as_another(order):
     """The compiled code is the same for all of them: what differs must be guarded."""
     logprobs, old, ref = tensors()
