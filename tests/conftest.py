@@ -1,13 +1,10 @@
 """Fixtures: the same random numbers every time, and memory that is never born clean."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

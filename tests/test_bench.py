@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import run as make_bench
 import torch
 
 from fused_rl import TokenStats, cli, grpo
@@ -379,15 +380,6 @@ def test_names_at_the_ends_of_lines_do_not_touch():
     )
 
 
-@pytest.fixture
-def make_bench():
-    """bench/run.py, which is no module of the package."""
-    spec = importlib.util.spec_from_file_location("run", ROOT / "bench" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 MARKED = "before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nbetween\n"
 CURVES = "<!-- curves:begin -->\nold\n<!-- curves:end -->\nafter\n"
 
@@ -400,13 +392,13 @@ CURVES = "<!-- curves:begin -->\nold\n<!-- curves:end -->\nafter\n"
         ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", 8, "xeon-platinum-8481c-8c"),
     ],
 )
-def test_machines_have_names(cpu, cores, name, make_bench):
+def test_machines_have_names(cpu, cores, name):
     assert make_bench.machine({"cpu": cpu, "cores": cores}) == name
     on_gpu = {"cpu": cpu, "cores": cores, "gpu": "NVIDIA H200"}
     assert make_bench.machine(on_gpu) == "h200"
 
 
-def test_make_bench_writes_results_and_the_page(make_bench, content, tmp_path, monkeypatch, capsys):
+def test_make_bench_writes_results_and_the_page(content, tmp_path, monkeypatch, capsys):
     configs = []
     monkeypatch.setattr(run, "measured", lambda c, _: configs.append(c) or content)
     page = tmp_path / "page.md"
@@ -427,7 +419,7 @@ def test_make_bench_writes_results_and_the_page(make_bench, content, tmp_path, m
     assert page.read_text() == text
 
 
-def test_make_bench_leaves_a_page_without_marks_alone(make_bench, content, tmp_path, capsys):
+def test_make_bench_leaves_a_page_without_marks_alone(content, tmp_path, capsys):
     source = tmp_path / "r.json"
     source.write_text(json.dumps(content))
     page = tmp_path / "page.md"
@@ -439,12 +431,12 @@ def test_make_bench_leaves_a_page_without_marks_alone(make_bench, content, tmp_p
     assert not (tmp_path / "none.md").exists()
 
 
-def test_make_bench_says_what_it_cannot_run(make_bench, capsys):
+def test_make_bench_says_what_it_cannot_run(capsys):
     assert make_bench.main(["--tokens", "12"]) == 2
     assert "tokens must be a multiple of 8, got 12" in capsys.readouterr().err
 
 
-def test_make_bench_does_not_publish_wrong_results(make_bench, content, tmp_path, monkeypatch):
+def test_make_bench_does_not_publish_wrong_results(content, tmp_path, monkeypatch):
     next(r for r in content["records"] if r["provider"] == "fused_rl")["verdict"] = "wrong"
     monkeypatch.setattr(run, "measured", lambda *_: content)
     page = tmp_path / "page.md"
@@ -559,9 +551,7 @@ def test_figures_of_a_sweep_that_was_stopped_anywhere(kinds, content, tmp_path, 
         assert path.exists()
 
 
-def test_make_bench_that_is_stopped_leaves_page_and_result(
-    make_bench, content, tmp_path, monkeypatch, capsys
-):
+def test_make_bench_that_is_stopped_leaves_page_and_result(content, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "measured", lambda *_: {**content, "interrupted": 143})
     page = tmp_path / "page.md"
     page.write_text(MARKED)

@@ -126,7 +126,6 @@ def result(name: str) -> dict:
 
 def test_measured_tables_are_those_of_the_results_they_name(monkeypatch):
     """What the scripts write with --readme."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     run, gpu = script("bench/run.py"), script("bench/gpu_readme.py")
     cpu = "epyc-turin-2c-bfloat16"
     content, where = result(f"{cpu}.json"), "../bench/results/"
@@ -146,7 +145,6 @@ def test_measured_tables_are_those_of_the_results_they_name(monkeypatch):
 
 
 def test_scripts_write_where_their_marks_are(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     for name, marks in {
         "run": ("bench", "curves"),
         "gpu_readme": ("gpu",),

@@ -1,7 +1,6 @@
 """bench/gpu.py without a GPU: on the Triton kernels, interpreted. The whole script is slow."""
 
 import copy
-import importlib.util
 import json
 import math
 import os
@@ -21,13 +20,6 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 def script(*options: str) -> subprocess.CompletedProcess:
     return child(str(BENCH / "gpu.py"), *options, HF_HUB_OFFLINE="1")
-
-
-def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 def result(folder: Path, *options: str) -> tuple[dict, str]:
@@ -142,8 +134,8 @@ def test_peers_that_are_missing_are_named(small):
 
 def test_the_readme_says_what_was_measured_and_what_failed(measured, tmp_path, monkeypatch):
     content = measured
-    monkeypatch.syspath_prepend(str(BENCH))
-    readme = module("gpu_readme")
+    import gpu_readme as readme
+
     content["environment"]["gpu"] = "NVIDIA X1"
     result, page = tmp_path / "x1.json", tmp_path / "README.md"
     page.write_text("before\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nafter\n")
@@ -173,8 +165,9 @@ def test_what_does_not_fit_the_budget_is_left_out_and_named(tmp_path):
 
 @pytest.fixture
 def errors(monkeypatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return module("errors")
+    import errors
+
+    return errors
 
 
 def test_correctness_goes_on_after_what_is_wrong(errors, monkeypatch):
@@ -204,8 +197,8 @@ def test_correctness_goes_on_after_what_is_wrong(errors, monkeypatch):
 
 @pytest.mark.parametrize("part", ["wrong", "failed", "never launched"])
 def test_the_script_fails_at_its_end(run, part, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    gpu = module("gpu")
+    import gpu
+
     assert not gpu.failed(run)
     assert gpu.failed({**run, part: {"float32, logits": "errors [nan]"}})
     graphs = run["graph"] or [{"way": "a graph", "within_an_ulp": True}]
@@ -215,8 +208,8 @@ def test_the_script_fails_at_its_end(run, part, monkeypatch):
 
 
 def test_within_an_ulp_by_hand(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    within = module("decisions").within_an_ulp
+    from decisions import within_an_ulp as within
+
     one = torch.ones(100, dtype=torch.bfloat16)
     above = one.clone()
     above[3] = 1 + 2**-7
@@ -231,7 +224,6 @@ def test_within_an_ulp_by_hand(monkeypatch):
 def test_every_forward_runs_with_its_own_tile(monkeypatch, major):
     """On a device of any compute capability; the settings of the library are as before then."""
     pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.syspath_prepend(str(BENCH))
     from fused_rl.kernels import linear_logprobs as kernel
 
     tried, before = [], dict(kernel.CONFIGS)
@@ -241,7 +233,8 @@ def test_every_forward_runs_with_its_own_tile(monkeypatch, major):
         raise StopIteration
 
     monkeypatch.setattr(kernel, "fused_statistics", statistics)
-    decisions = module("decisions")
+    import decisions
+
     case = decisions.Case(torch.zeros(8, 4), torch.zeros(9, 4), torch.zeros(8, dtype=torch.long))
     device = kernel.Device(2, major)
     sizes = decisions.LARGE._replace(tiles=())
@@ -280,7 +273,9 @@ def test_large_shapes_want_a_gpu():
 def test_the_interpreter_comes_before_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
     with pytest.raises(RuntimeError, match="before TRITON_INTERPRET"):
-        module("interpreted").start()
+        import interpreted
+
+        interpreted.start()
 
 
 def test_launches_by_hand():
@@ -290,7 +285,9 @@ def test_launches_by_hand():
         for name in ("_a_kernel", "_b_kernel")
     }
     fake = SimpleNamespace(__name__="package.rows", no_kernel=3, helper=lambda: None, **kernels)
-    launches = module("interpreted").Launches(fake)
+    from interpreted import Launches
+
+    launches = Launches(fake)
     assert launches.idle() == ["rows._a_kernel", "rows._b_kernel"]
     hooks["_b_kernel"](1, 2, BLOCK=3)
     assert launches.count == {"rows._a_kernel": 0, "rows._b_kernel": 1}

@@ -8,7 +8,7 @@ import torch
 
 from fused_rl import cli
 from fused_rl.plan import config
-from fused_rl.plan.config import head_shape
+from fused_rl.plan.config import NESTED, head_shape
 from fused_rl.plan.memory import plan
 
 # Abridged; what matters is what is left out of the nested ones.
@@ -93,7 +93,7 @@ def test_sizes_that_are_none(name, size):
 def test_configs_that_are_none(config):
     with pytest.raises(ValueError, match="config must be an object, got "):
         head_shape(config)
-    for name in config.NESTED:
+    for name in NESTED:
         with pytest.raises(ValueError, match=f"{name} must be an object, got "):
             head_shape({"hidden_size": 64, "vocab_size": 99, name: config})
 

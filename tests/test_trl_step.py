@@ -1,6 +1,5 @@
 """bench/trl_step.py: the whole comparison at a small size, and what it makes of its figures."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,18 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import trl_step
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "trl_step.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("bench_trl_step", SCRIPT)
-    loaded = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)
-        spec.loader.exec_module(loaded)
-    return loaded
 
 
 def result(seconds: list[float], norms: list[float], calls: int = 3) -> dict:
@@ -34,8 +24,8 @@ def result(seconds: list[float], norms: list[float], calls: int = 3) -> dict:
     }
 
 
-def test_processes_of_a_way_are_one_by_hand(script):
-    record = script.merged("TRL", [result([1.0, 5.0, 2.0], [0.5], 4), result([3.0, 4.0], [0.6])])
+def test_processes_of_a_way_are_one_by_hand():
+    record = trl_step.merged("TRL", [result([1.0, 5.0, 2.0], [0.5], 4), result([3.0, 4.0], [0.6])])
     assert record["seconds_median"] == 3.0 and record["seconds_best"] == 1.0
     assert record["peak_extra_bytes"] == 30 and record["generation_seconds_median"] == 3.0
     assert record["completion_tokens_median"] == 6 and record["grad_norms"] == [0.5]
@@ -53,18 +43,18 @@ def test_processes_of_a_way_are_one_by_hand(script):
         ((1.0, 1.0, 1.0), (0, 0, 3), False),
     ],
 )
-def test_ways_that_did_not_do_the_same_are_told_apart(script, norms, calls, right):
+def test_ways_that_did_not_do_the_same_are_told_apart(norms, calls, right):
     records = [
-        script.merged(way, [result([1.0], [norm], count)])
-        for way, norm, count in zip(script.WAYS, norms, calls, strict=True)
+        trl_step.merged(way, [result([1.0], [norm], count)])
+        for way, norm, count in zip(trl_step.WAYS, norms, calls, strict=True)
     ]
-    assert script.agree(records, 0.03) is right
+    assert trl_step.agree(records, 0.03) is right
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_three_ways_of_the_same_step(script, tmp_path, dtype):
+def test_three_ways_of_the_same_step(tmp_path, dtype):
     pytest.importorskip("trl", minversion="1.16", reason="trl >= 1.16 is not installed")
     path = tmp_path / "trl.json"
     command = [sys.executable, str(SCRIPT), "--small", "--rounds", "1", "--steps", "2"]
@@ -79,7 +69,7 @@ def test_three_ways_of_the_same_step(script, tmp_path, dtype):
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(path.read_text())
     records = {r["way"]: r for r in content["records"]}
-    assert tuple(records) == script.WAYS
+    assert tuple(records) == trl_step.WAYS
     assert content["environment"]["trl"]
     assert content["shape"]["dtype"] == dtype
     assert content["shape"]["tied"] == (dtype == "bfloat16")
@@ -90,9 +80,11 @@ def test_three_ways_of_the_same_step(script, tmp_path, dtype):
         assert record["peak_bytes"] > 2**27 and len(record["grad_norms"]) == 3
 
 
-def test_the_table_of_the_readme_by_hand(script):
-    records = [script.merged(way, [result([s], [1.0])]) for way, s in (("TRL", 4.0), ("ours", 1.0))]
+def test_the_table_of_the_readme_by_hand():
+    records = [
+        trl_step.merged(way, [result([s], [1.0])]) for way, s in (("TRL", 4.0), ("ours", 1.0))
+    ]
     environment = {"trl": "1.16.0", "threads": 2, "cpu": "CPU"}
-    content = {"environment": environment, "shape": script.SMALL._asdict(), "records": records}
-    *_, theirs, ours = script.table(content, Path("results/x.json"))
+    content = {"environment": environment, "shape": trl_step.SMALL._asdict(), "records": records}
+    *_, theirs, ours = trl_step.table(content, Path("results/x.json"))
     assert theirs == "| TRL | 4.0 | 1.00 | 0 | 0 |" and ours == "| ours | 1.0 | 0.25 | 0 | 0 |"
