@@ -42,3 +42,14 @@ def saved(tmp_path_factory) -> Path:
     for part in start(None, 1.0):
         part.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Path:
+    """An export for the Hub, as the command line writes it. Nothing may be written into it."""
+    pytest.importorskip("kernels")
+    from fused_rl import cli
+
+    folder = tmp_path_factory.mktemp("hub") / "parent" / "export"
+    assert cli.main(["export-hub", str(folder)]) == 0
+    return folder

@@ -34,7 +34,7 @@ sys.meta_path.insert(0, Blocked())
 SCORE = """
 import torch
 from pathlib import Path
-from kernels import get_local_kernel
+from kernels import get_kernel, get_local_kernel
 
 def score(kernel, case, device):
     hidden, weight, bias, labels, temperature, up = case
@@ -56,28 +56,25 @@ ALONE = (
     WITHOUT_FUSED_RL
     + SCORE
     + """
-path, device = Path(sys.argv[1]), sys.argv[2]
+path, device, *cases = Path(sys.argv[1]), *sys.argv[2:]
 # A torch for CPUs alone chooses by itself; one for a GPU is told when it is to be the CPU.
 backend = device if torch.version.cuda or torch.version.hip else None
 loaded = {"chosen": get_local_kernel(path, backend=backend)}
 assert get_local_kernel(path, backend=backend) is loaded["chosen"]
 loaded["plain"] = get_local_kernel(path / "build" / "torch-cpu")
-case = torch.load("case.pt")
-torch.save(
-    {name: (tuple(k.backends()[0]), score(k, case, device)) for name, k in loaded.items()}, "out.pt"
-)
+for case in cases:
+    found = {
+        name: (tuple(k.backends()[0]), score(k, torch.load(case), device))
+        for name, k in loaded.items()
+    }
+    torch.save(found, "of " + case)
+# As from the Hub, with the folder in the place of the download.
+kernel = get_kernel("someone/fused-rl", version=1)
+print(kernel.__version__, kernel.layers.LinearLogProbs.__name__)
 assert not [name for name in sys.modules if name.split(".")[0] == "fused_rl"]
 assert not hasattr(torch.ops.fused_rl, "linear_logprobs")
 """
 )
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    """An export, as the command line writes it."""
-    folder = tmp_path_factory.mktemp("hub") / "parent" / "export"
-    assert cli.main(["export-hub", str(folder)]) == 0
-    return folder
 
 
 def child(code: str, *arguments: object, cwd: Path, **environment: str) -> str:
@@ -94,14 +91,30 @@ def child(code: str, *arguments: object, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
-def save_case(folder: Path, dtype: torch.dtype) -> tuple[oracle.Case, tuple]:
+def save_case(file: Path, dtype: torch.dtype) -> tuple[oracle.Case, tuple]:
     """A case and gradients of its results, as SCORE reads them."""
+    torch.manual_seed(0)
     case = oracle.random_case(37, 33, 300, dtype, ignored=3, **oracle.EVERYTHING)
     case = oracle.replace(case, scale=0.7, softcap=3.0)
     up = tuple(g.to(ops.acc_dtype(case.hidden)) for g in oracle.random_upstream(37))
     tensors = (case.hidden, case.weight, case.bias, case.labels, case.temperature)
-    torch.save((*tensors, up), folder / "case.pt")
+    torch.save((*tensors, up), file)
     return case, up
+
+
+def alone(exported: Path, folder: Path, device: str, *cases: str) -> str:
+    """What ALONE prints."""
+    named = f"someone/fused-rl={exported}"
+    return child(ALONE, exported, device, *cases, cwd=folder, LOCAL_KERNELS=named)
+
+
+@pytest.fixture(scope="module")
+def scored(exported, tmp_path_factory) -> tuple[dict, str]:
+    """dtype -> case, upstream, what the variants make of it without fused_rl; what is printed."""
+    folder, dtypes = tmp_path_factory.mktemp("scores"), (torch.float32, torch.bfloat16)
+    saved = {dtype: save_case(folder / f"{dtype}.pt", dtype) for dtype in dtypes}
+    printed = alone(exported, folder, "cpu", *(f"{dtype}.pt" for dtype in dtypes))
+    return {d: (*saved[d], torch.load(folder / f"of {d}.pt")) for d in dtypes}, printed
 
 
 def score_here(case: oracle.Case, up: tuple) -> list[torch.Tensor]:
@@ -113,10 +126,8 @@ def score_here(case: oracle.Case, up: tuple) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_fused_rl_it_scores_as_fused_rl_does(exported, tmp_path, dtype):
-    case, up = save_case(tmp_path, dtype)
-    child(ALONE, exported, "cpu", cwd=tmp_path)
-    out = torch.load(tmp_path / "out.pt")
+def test_without_fused_rl_it_scores_as_fused_rl_does(scored, dtype):
+    case, up, out = scored[0][dtype]
     eager, exact = oracle.eager(case, *up), oracle.exact(case, *up)
     for _, got in out.values():
         oracle.assert_result_no_worse(oracle.Result(*got[:5]), eager, exact, roundings=2)
@@ -134,9 +145,9 @@ def test_without_fused_rl_it_scores_as_fused_rl_does(exported, tmp_path, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_the_triton_variant_is_chosen(exported, tmp_path):
-    case, up = save_case(tmp_path, torch.float32)
-    child(ALONE, exported, "cuda", cwd=tmp_path)
-    _, got = torch.load(tmp_path / "out.pt")["chosen"]
+    case, up = save_case(tmp_path / "case.pt", torch.float32)
+    alone(exported, tmp_path, "cuda", "case.pt")
+    _, got = torch.load(tmp_path / "of case.pt")["chosen"]
     for mine, exact in zip(got[:5], oracle.exact(case, *up), strict=True):
         assert oracle.relative_error(mine, exact) < 1e-5
 
@@ -230,15 +241,8 @@ assert hidden.grad.abs().sum() > 0 and weight.grad.abs().sum() > 0
     child(WITHOUT_FUSED_RL + snippets(exported) + checks, cwd=exported)
 
 
-def test_by_the_name_of_a_repository(exported, tmp_path):
-    """As from the Hub, with the folder in the place of the download."""
-    code = (
-        "from kernels import get_kernel\n"
-        "kernel = get_kernel('someone/fused-rl', version=1)\n"
-        "print(kernel.__version__, kernel.layers.LinearLogProbs.__name__)\n"
-    )
-    out = child(WITHOUT_FUSED_RL + code, cwd=tmp_path, LOCAL_KERNELS=f"someone/fused-rl={exported}")
-    assert out == f"{fused_rl.__version__} LinearLogProbs\n"
+def test_by_the_name_of_a_repository(scored):
+    assert scored[1] == f"{fused_rl.__version__} LinearLogProbs\n"
 
 
 def test_kernels_takes_every_folder_for_a_variant(exported):
