@@ -46,7 +46,11 @@ def test_the_export_does_not_run_the_current_folder(evil, tmp_path):
 
 
 @pytest.mark.parametrize("evil", [children.HAS_SAFE_PATH], indirect=True, ids=["here"])
-def test_the_measurement_of_the_demo_does_not_run_the_current_folder(evil):
-    measured = comparison.compare_loss_steps(16, 8, 100)
+def test_the_measurement_of_the_demo_is_right_and_does_not_run_the_current_folder(evil):
+    measured = comparison.compare_loss_steps(16, 8, 1000)
     assert set(measured["ways"]) == set(comparison.WAYS)
+    fused, plain = (measured["ways"][way] for way in ("fused_rl", "plain torch"))
+    assert measured["vocabulary"] == 1000
+    assert fused["loss"] == pytest.approx(plain["loss"], abs=0.02)
+    assert fused["seconds"] > 0 and plain["seconds"] > 0
     assert not (evil / "mark").exists()

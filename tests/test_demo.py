@@ -360,14 +360,6 @@ def test_both_ways_of_the_comparison_give_the_same_loss(monkeypatch):
     assert fused == pytest.approx(plain, abs=1e-6)
 
 
-def test_comparison_runs_in_processes_of_its_own():
-    measured = comparison.compare_loss_steps(16, 8, 1000)
-    fused, plain = (measured["ways"][way] for way in ("fused_rl", "plain torch"))
-    assert measured["vocabulary"] == 1000
-    assert fused["loss"] == pytest.approx(plain["loss"], abs=0.02)
-    assert fused["seconds"] > 0 and plain["seconds"] > 0
-
-
 def test_running_mean_by_hand():
     assert report.running_mean([1.0, 2.0, 6.0, 0.0], 1) == pytest.approx([1.5, 3, 8 / 3, 3])
     assert report.running_mean([1.0, 2.0], 0) == [1.0, 2.0]
