@@ -86,7 +86,11 @@ class Command(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(prog="fused-rl", description=fused_rl.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="fused-rl",
+        description=fused_rl.__doc__.splitlines()[0],
+        epilog="fused-rl COMMAND --help says what a command does and takes.",
+    )
     parser.add_argument("--version", action="version", version=f"fused-rl {fused_rl.__version__}")
     parser.set_defaults(command=lambda _: parser.print_help() or 0)
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Command)
