@@ -7,17 +7,16 @@
 
 The cost in multiples of N * H * V multiply-adds, a product counting 2: 2 without gradients; 8 with
 them (the backward pass recomputes the logits); 4 where the head is not trained; 6 where the loss is
-known in the forward pass (`chunked_gradients`, under `linear_policy_loss`).
+known in the forward pass (`linear_policy_loss`).
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fused_rl import checks, filter_ops, ops
-from fused_rl.chunked import autocasts, kept_dtype
+from fused_rl.chunked import autocasts
 from fused_rl.derivatives import call, transformed
 from fused_rl.head import LMHead
 from fused_rl.stats import IGNORE_INDEX, TokenStats, TopStats
@@ -109,24 +108,13 @@ def linear_top_logprobs(
         ValueError: as for linear_logprobs.
     """
     head = LMHead.of(head)
-    args = flat_arguments(hidden, head, labels, temperature)
+    *args, scale, softcap = flat_arguments(hidden, head, labels, temperature)
     checks.is_integer("ignore_index", ignore_index)
     checks.chunk_bytes_is_positive(chunk_bytes)
     checks.grad_filter_is_possible(grad_filter, hidden.device)
-    options = [ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes)]
-    op = ops.linear_logprobs
-    if grad_filter is not None and torch.is_grad_enabled():
-        op = filter_ops.linear_filtered_logprobs
-        options.append(grad_filter)
-    elif (
-        torch.is_grad_enabled()
-        and hidden.requires_grad
-        and not head.requires_grad
-        and not transformed()
-    ):
-        op = ops.linear_logprobs_frozen
-    logprobs, entropy, _, top, *_ = call(op, *args, *options)
-    return TopStats(*(x.reshape(labels.shape) for x in (logprobs, entropy, top)))
+    options = {"chunk_bytes": chunk_bytes, "grad_filter": grad_filter}
+    stats = flat_top_logprobs(args, scale, softcap, ignore_index, **options)
+    return TopStats(*(x.reshape(labels.shape) for x in stats))
 
 
 def logprobs_from_logits(
@@ -193,6 +181,29 @@ def flat_arguments(
     return flat, weight, head.bias, labels.reshape(-1).long(), t, *options
 
 
+def flat_top_logprobs(
+    operands: Sequence[Tensor | None],
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    *,
+    chunk_bytes: int | None,
+    grad_filter: float | None,
+) -> TopStats:
+    """linear_top_logprobs of what flat_arguments returns, [N] each."""
+    hidden, weight, bias, *_ = operands
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    options = [ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes)]
+    op = ops.linear_logprobs
+    if grad_filter is not None and torch.is_grad_enabled():
+        op = filter_ops.linear_filtered_logprobs
+        options.append(grad_filter)
+    elif torch.is_grad_enabled() and hidden.requires_grad and not trained and not transformed():
+        op = ops.linear_logprobs_frozen
+    logprobs, entropy, _, top, *_ = call(op, *operands, scale, softcap, *options)
+    return TopStats(logprobs, entropy, top)
+
+
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
@@ -216,69 +227,3 @@ def flat_temperature(temperature: float | Tensor, labels: Tensor, dtype: torch.d
             f"and labels {list(labels.shape)}"
         ) from error
     return expanded.reshape(-1)
-
-
-class HeadGradients(NamedTuple):
-    """Statistics of all tokens and the gradients of a loss, formed in one pass."""
-
-    stats: TokenStats  # [N] each
-    dhidden: Tensor | None  # [N, H]
-    dweight: Tensor | None  # [V, H]
-    dbias: Tensor | None  # [V]
-
-
-# The gradient of a token-separable loss: (stats, indices of the tokens) -> (dlogprobs, dentropy)
-Upstream = Callable[[TokenStats, Tensor], tuple[Tensor, Tensor]]
-
-
-def chunks(tokens: int, hidden: Tensor, weight: Tensor, chunk_bytes: int | None) -> list[int]:
-    """Sizes of the chunks that `tokens` are cut into: as few as chunk_bytes allows, and even."""
-    most = ops.chunk_tokens(hidden, weight, chunk_bytes)
-    count = max(1, -(-tokens // most))
-    size = min(most, round_up(-(-tokens // count), 16)) if tokens else 0
-    return [min(size, tokens - start) for start in range(0, tokens, size)] if size else []
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def chunked_gradients(
-    args: tuple,
-    counted: Tensor,  # [N] bool
-    upstream: Upstream,
-    needs: tuple[bool, bool, bool],  # hidden, weight, bias
-    chunk_bytes: int | None = None,
-) -> HeadGradients:
-    """One pass of 6 NHV over flat_arguments `args`: a chunk's logits, their loss, their gradient.
-
-    The gradient of the logits takes the place of the logits, feeds dhidden and dweight, and the
-    buffer is used again. With one chunk every row of dweight is finished in one go; with more,
-    dweight accumulates in float32.
-    """
-    hidden, weight, bias, labels, temperature, scale, softcap = args
-    dtype = ops.acc_dtype(hidden, weight)
-    need_hidden, need_weight, need_bias = needs
-    stats = TokenStats(*(hidden.new_zeros(len(labels), dtype=dtype) for _ in range(2)))
-    dhidden = hidden.new_zeros(hidden.shape, dtype=kept_dtype(hidden))
-    rows = counted.nonzero()[:, 0]
-    sizes = chunks(len(rows), hidden, weight, chunk_bytes)
-    of_sum = dtype if len(sizes) > 1 else kept_dtype(weight)
-    allocate = weight.new_empty if sizes else weight.new_zeros
-    dweight = allocate(weight.shape if need_weight else 0, dtype=of_sum)
-    dbias = allocate(weight.shape[0] if need_bias else 0, dtype=of_sum)
-    for i, chunk in enumerate(rows.split(sizes) if sizes else ()):
-        part = (hidden[chunk], weight, bias, labels[chunk], temperature[chunk], scale, softcap)
-        logprobs, entropy, lse, _, z = ops.linear_logprobs_chunk(*part)
-        stats.logprobs[chunk], stats.entropy[chunk] = logprobs, entropy
-        dlogprobs, dentropy = upstream(TokenStats(logprobs, entropy), chunk)
-        dhidden[chunk] = ops.linear_logprobs_chunk_backward(
-            z, dlogprobs, dentropy, *part, lse, entropy, dweight, dbias, i > 0
-        )
-        del z
-    return HeadGradients(
-        stats,
-        dhidden if need_hidden else None,
-        dweight.to(kept_dtype(weight)) if need_weight else None,
-        dbias.to(kept_dtype(bias)) if need_bias else None,
-    )

@@ -3,26 +3,32 @@
 What a policy loss is stands in policy.py, the losses that have a name in named.py.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fused_rl import checks, ops
+from fused_rl.chunked import kept_dtype
 from fused_rl.derivatives import transformed
 from fused_rl.head import LMHead
-from fused_rl.logprobs import (
-    HeadGradients,
-    chunked_gradients,
-    chunks,
-    flat_arguments,
-    linear_logprobs,
-)
+from fused_rl.logprobs import flat_arguments, flat_top_logprobs
 from fused_rl.losses.batch import TokenBatch, is_batch
 from fused_rl.losses.named import NAMES
-from fused_rl.losses.policy import Loss, LossOutput, token_gradients
+from fused_rl.losses.policy import (
+    Loss,
+    LossOutput,
+    PolicyLoss,
+    Terms,
+    chosen,
+    differentiated,
+    placed,
+)
 from fused_rl.stats import IGNORE_INDEX, TokenStats
 
 
@@ -69,20 +75,34 @@ def linear_policy_loss(
     """
     head = LMHead.of(head)
     _are_arguments(hidden, batch, loss)
-    labels = batch.labels.reshape(batch.shape)
     checks.chunk_bytes_is_positive(chunk_bytes)
-    trained = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    checks.grad_filter_is_possible(grad_filter, hidden.device)
+    labels = batch.labels.reshape(batch.shape)
+    *operands, scale, softcap = flat_arguments(hidden, head, labels, temperature)
+    trained = torch.is_grad_enabled() and any(_needs(operands))
     separable = getattr(loss, "token_separable", False) and not torch.compiler.is_compiling()
     one_pass = trained and separable and grad_filter is None and not transformed()
-    one_pass = one_pass and checks.has_values(hidden)
-    if not (one_pass and _one_pass_pays(hidden, head, batch, chunk_bytes)):
-        options = {"chunk_bytes": chunk_bytes, "grad_filter": grad_filter}
-        stats = linear_logprobs(hidden, head, labels, temperature=temperature, **options)
-        return loss(TokenStats(*(t.reshape(-1) for t in stats)), batch)
-    *operands, scale, softcap = flat_arguments(hidden, head, labels, temperature)
-    metrics: dict[str, Tensor] = {}
-    formed = _Formed(loss, scale, softcap, chunk_bytes)
-    return LossOutput(_OnePass.apply(*operands, batch, formed, metrics), metrics)
+    if one_pass and checks.has_values(hidden):
+        hidden, weight, *_ = operands
+        most = ops.chunk_tokens(hidden, weight, chunk_bytes)
+        if one_pass_pays(len(hidden), most, hidden.device, head.requires_grad):
+            return _one_pass(operands, batch, _Pass(loss, scale, softcap, most))
+    options = {"chunk_bytes": chunk_bytes, "grad_filter": grad_filter}
+    logprobs, entropy, _ = flat_top_logprobs(operands, scale, softcap, IGNORE_INDEX, **options)
+    return loss(TokenStats(logprobs, entropy), batch)
+
+
+def _one_pass(operands: Sequence[Tensor | None], batch: TokenBatch, way: _Pass) -> LossOutput:
+    _, weight, _, labels, temperature = operands
+    ops.check_tokens(labels, temperature, len(weight), IGNORE_INDEX)
+    output, gradients = way.formed(operands, batch, _needs(operands))
+    loss = _OnePass.apply(*operands, batch, way, output.loss, gradients)
+    return LossOutput(loss, output.metrics)
+
+
+def _needs(operands: Sequence[Tensor | None]) -> list[bool]:
+    """Which of hidden, weight and bias have gradients."""
+    return [t is not None and t.requires_grad for t in operands[:3]]
 
 
 def _are_arguments(hidden: Tensor, batch: TokenBatch, loss: Loss) -> None:
@@ -95,40 +115,178 @@ def _are_arguments(hidden: Tensor, batch: TokenBatch, loss: Loss) -> None:
     )
 
 
-def _one_pass_pays(
-    hidden: Tensor, head: LMHead, batch: TokenBatch, chunk_bytes: int | None
-) -> bool:
-    """Few chunks, or chunks that are large enough, or no dweight to accumulate over them."""
-    sizes = chunks(batch.labels.numel(), hidden, head.weight, chunk_bytes)
-    enough = ops.one_pass_tokens(hidden.device)
-    return len(sizes) <= 1 or sizes[0] >= enough or not head.requires_grad
+def chunk_sizes(tokens: int, most: int) -> list[int]:
+    """Sizes of the chunks that `tokens` are cut into: as few as `most` allows, and even."""
+    count = max(1, -(-tokens // most))
+    size = min(most, round_up(-(-tokens // count), 16)) if tokens else 0
+    return [min(size, tokens - start) for start in range(0, tokens, size)] if size else []
 
 
-class _Formed(NamedTuple):
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def one_pass_pays(tokens: int, most: int, device: torch.device, trained: bool) -> bool:
+    """Few chunks, or chunks that are large enough, or no dweight to accumulate over them.
+
+    most: tokens of a chunk, at most; trained: whether the head is.
+    """
+    sizes = chunk_sizes(tokens, most)
+    return len(sizes) <= 1 or sizes[0] >= ops.one_pass_tokens(device) or not trained
+
+
+class HeadGradients(NamedTuple):
+    """Of a loss, in the dtype in which they wait for its scale; None where not needed."""
+
+    dhidden: Tensor | None  # [N, H]
+    dweight: Tensor | None  # [V, H]
+    dbias: Tensor | None  # [V]
+
+
+class _Counted(NamedTuple):
+    """The tokens that count, in chunks: where all do, views take the place of copies."""
+
+    tokens: int  # of the batch, N
+    rows: Tensor | None  # [n] int64: those that count; None: all
+    chunks: list[slice] | list[Tensor]
+
+    @classmethod
+    def of(cls, loss_mask: Tensor, most: int) -> _Counted:
+        rows = loss_mask.nonzero()[:, 0]
+        sizes = chunk_sizes(len(rows), most)
+        if len(rows) < len(loss_mask):
+            return cls(len(loss_mask), rows, list(rows.split(sizes)) if sizes else [])
+        bounds = pairwise(accumulate(sizes, initial=0))
+        return cls(len(loss_mask), None, [slice(*pair) for pair in bounds])
+
+    def add(self, total: Tensor | None, part: Tensor, chunk: slice | Tensor) -> Tensor:
+        """total [N, H], None at first, with part [n, H] at the tokens of a chunk."""
+        if len(part) == self.tokens:
+            return part
+        if total is None:
+            room = part.new_empty if self.rows is None else part.new_zeros
+            total = room(self.tokens, *part.shape[1:])
+        total[chunk] = part
+        return total
+
+
+class _Part(NamedTuple):
+    """What one evaluation of a loss gave."""
+
+    stats: TokenStats  # [n] each, of all tokens or of a chunk's
+    value: Tensor  # []
+    rest: Terms | dict | None
+    gradients: tuple[Tensor, Tensor]  # dlogprobs and dentropy, [n]
+
+
+class _Evaluation:
+    """A loss evaluated once: at all tokens where one chunk holds them, else chunk by chunk."""
+
+    def __init__(self, loss: Loss, batch: TokenBatch, counted: _Counted) -> None:
+        self.loss, self.batch, self.counted = loss, batch, counted
+        self.several = len(counted.chunks) > 1
+        # Of a subclass, as of any other function, only what it returns is known.
+        self.by_token = type(loss) is PolicyLoss
+        self.parts: list[_Part] = []
+
+    def gradients(self, stats: TokenStats, chunk: slice | Tensor) -> tuple[Tensor, ...]:
+        """dlogprobs and dentropy [n] of a chunk's tokens, from their statistics [n]."""
+        batch = self.batch.select(chunk) if self.several else self.batch
+        if not self.several:
+            stats = TokenStats(*map(self._placed, stats))
+        part = _Part(stats, *differentiated(self._evaluate, stats, batch))
+        self.parts.append(part)
+        return part.gradients if self.several else chosen(self.counted.rows, *part.gradients)
+
+    def output(self) -> LossOutput:
+        """The loss and its metrics, when every chunk has its gradients."""
+        if self.by_token:
+            terms = Terms(*map(self._joined, zip(*(p.rest for p in self.parts), strict=True)))
+            gradients = map(self._joined, zip(*(p.gradients for p in self.parts), strict=True))
+            value = terms.losses.sum() if self.several else self.parts[0].value
+            return LossOutput(value, self.loss.metrics(terms, self.batch, tuple(gradients)))
+        if self.several:
+            stats = map(self._joined, zip(*(p.stats for p in self.parts), strict=True))
+            return self.loss(TokenStats(*stats), self.batch)
+        (part,) = self.parts
+        detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in part.rest.items()}
+        return LossOutput(part.value, detached)
+
+    def _evaluate(self, stats: TokenStats, batch: TokenBatch) -> tuple[Tensor, object]:
+        if self.by_token:
+            return self.loss.evaluate(stats, batch)
+        return tuple(self.loss(stats, batch))
+
+    def _joined(self, column: Sequence[Tensor | None]) -> Tensor | None:
+        """[N] of what each chunk has of its tokens."""
+        if not self.several or column[0] is None:
+            return column[0]
+        return self._placed(torch.cat(column))
+
+    def _placed(self, values: Tensor) -> Tensor:
+        return placed(values, self.counted.rows, self.counted.tokens)
+
+
+class _Pass(NamedTuple):
     """How a loss and its gradients are formed, apart from the tensors that they are formed of."""
 
     loss: Loss
     scale: float
     softcap: float
-    chunk_bytes: int | None
+    most: int  # tokens of a chunk
 
-    def gradients(
-        self, operands: Sequence[Tensor | None], batch: TokenBatch, needs: tuple[bool, ...]
-    ) -> HeadGradients:
-        """Of the operands hidden, weight, bias, labels and temperature."""
+    @torch.no_grad()
+    def formed(
+        self, operands: Sequence[Tensor | None], batch: TokenBatch, needs: Sequence[bool]
+    ) -> tuple[LossOutput, HeadGradients]:
+        """The loss and its gradients, chunk by chunk: the logits, their loss, their gradient.
 
-        def upstream(stats: TokenStats, rows: Tensor) -> tuple[Tensor, Tensor]:
-            return token_gradients(self.loss, stats, batch.select(rows))
+        The gradient of the logits takes the place of the logits, feeds dhidden and dweight, and the
+        buffer is used again. With one chunk every row of dweight is finished in one go; with more,
+        dweight accumulates in float32.
 
+        Args:
+            operands: hidden, weight, bias, labels, temperature, as flat_arguments has them.
+            batch: the tokens.
+            needs: which gradients, of hidden, weight and bias.
+        """
         detached = (None if t is None else t.detach() for t in operands)
-        args = (*detached, self.scale, self.softcap)
-        return chunked_gradients(args, batch.loss_mask, upstream, needs, self.chunk_bytes)
+        hidden, weight, bias, labels, temperature = detached
+        need_hidden, need_weight, need_bias = needs
+        dtype = ops.acc_dtype(hidden, weight)
+        counted = _Counted.of(batch.loss_mask, self.most)
+        evaluation = _Evaluation(self.loss, batch, counted)
+        of_sum = dtype if len(counted.chunks) > 1 else kept_dtype(weight)
+        allocate = weight.new_empty if counted.chunks else weight.new_zeros
+        dhidden = None
+        dweight = allocate(weight.shape if need_weight else 0, dtype=of_sum)
+        dbias = allocate(weight.shape[0] if need_bias else 0, dtype=of_sum)
+        for i, chunk in enumerate(counted.chunks):
+            of_tokens = (hidden[chunk], weight, bias, labels[chunk], temperature[chunk])
+            args = (*of_tokens, self.scale, self.softcap)
+            logprobs, entropy, lse, _, z = ops.linear_logprobs_chunk(*args)
+            upstream = evaluation.gradients(TokenStats(logprobs, entropy), chunk)
+            part = ops.linear_logprobs_chunk_backward(
+                z, *upstream, *args, lse, entropy, dweight, dbias, i > 0
+            )
+            del z
+            dhidden = counted.add(dhidden, part, chunk) if need_hidden else None
+        if not counted.chunks:
+            none = hidden.new_empty(0, dtype=dtype)
+            evaluation.gradients(TokenStats(none, none), slice(0))
+            dhidden = hidden.new_zeros(hidden.shape, dtype=kept_dtype(hidden))
+        gradients = HeadGradients(
+            dhidden if need_hidden else None,
+            dweight.to(kept_dtype(weight)) if need_weight else None,
+            dbias.to(kept_dtype(bias)) if need_bias else None,
+        )
+        return evaluation.output(), gradients
 
 
 class _OnePass(torch.autograd.Function):
-    """The loss, with its gradients already formed; backward hands them over, scaled.
+    """Attaches a loss to its operands; backward hands over the gradients that it has, scaled.
 
-    They are handed over themselves, not copies: dweight is as large as the head. A second backward
+    They are handed over themselves, not copied: dweight is as large as the head. A second backward
     through a retained graph forms them again.
 
     Every tensor that outlives the forward pass is saved as torch saves them: it goes with the first
@@ -137,16 +295,12 @@ class _OnePass(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, temperature, batch, formed, metrics):
-        ops.check_tokens(labels, temperature, weight.shape[0], IGNORE_INDEX)
+    def forward(ctx, hidden, weight, bias, labels, temperature, batch, way, loss, gradients):
         operands = (hidden, weight, bias, labels, temperature)
-        stats, *gradients = formed.gradients(operands, batch, ctx.needs_input_grad[:3])
         tensors, ctx.of_batch = batch.parts()
-        ctx.save_for_backward(*operands, *gradients, *tensors, *_tensors(formed.loss))
-        ctx.formed, ctx.spent = formed, False
-        output = formed.loss(stats, batch)
-        metrics.update(output.metrics)
-        return output.loss.detach()
+        ctx.save_for_backward(*operands, *gradients, *tensors, *_tensors(way.loss))
+        ctx.way, ctx.spent = way, False
+        return loss.detach()
 
     @staticmethod
     def backward(ctx, dloss):
@@ -158,13 +312,13 @@ class _OnePass(torch.autograd.Function):
         operands, gradients = saved[:5], saved[5:8]
         if ctx.spent:
             batch = TokenBatch.of_parts(saved[8 : 8 + len(ctx.of_batch)], ctx.of_batch)
-            _, *gradients = ctx.formed.gradients(operands, batch, ctx.needs_input_grad[:3])
+            _, gradients = ctx.way.formed(operands, batch, ctx.needs_input_grad[:3])
         ctx.spent = True
         # Without their version counters: a second backward pass may read what else was saved.
         gradients = [None if g is None else g.data for g in gradients]
         scale_([g for g in gradients if g is not None], dloss)
         pairs = zip(gradients, operands, strict=False)
-        return (*(None if g is None else g.to(t.dtype) for g, t in pairs), *(None,) * 5)
+        return (*(None if g is None else g.to(t.dtype) for g, t in pairs), *(None,) * 6)
 
 
 def _tensors(part: object) -> list[Tensor]:

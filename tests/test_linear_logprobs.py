@@ -21,8 +21,7 @@ from fused_rl import (
     ops,
     reference,
 )
-from fused_rl.logprobs import chunked_gradients, flat_arguments
-from fused_rl.losses.policy import token_gradients
+from fused_rl.logprobs import flat_arguments
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -138,27 +137,26 @@ def test_dweight_is_summed_over_the_tokens_in_float32():
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 7, 64])
-def test_one_pass_dweight_over_chunks_is_summed_in_float32(chunks):
+def test_one_pass_dweight_over_chunks_is_summed_in_float32(chunks, monkeypatch):
+    monkeypatch.setitem(ops.ONE_PASS_TOKENS, "cpu", 1)
     N, V = 1024, 64
     case = oracle.random_case(N, 32, V, torch.bfloat16)
     batch, rows = oracle.policy_batch(case, (4, N // 4)), -(-N // chunks)
-    weight = case.weight.clone().requires_grad_()
-    # 256 rows or one chunk would be needed to train in one pass, so it is asked for directly.
-    args = flat_arguments(case.hidden, LMHead(weight.detach()), case.labels, 1.0)
+    leaves = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
     loss = grpo(beta=0.1, entropy_coef=0.01)
-
-    def upstream(stats, chunk):
-        return token_gradients(loss, stats, batch.select(chunk))
-
-    grads = chunked_gradients(args, batch.loss_mask, upstream, (True, True, False), rows * V * 4)
+    output = linear_policy_loss(
+        leaves[0].reshape(4, N // 4, -1), leaves[1], batch, loss, chunk_bytes=rows * V * 4
+    )
+    assert type(output.loss.grad_fn).__name__ == "_OnePassBackward"
+    dhidden, dweight = torch.autograd.grad(output.loss, leaves)
     hidden, exact_weight = case.hidden.double().requires_grad_(), case.weight.double()
     exact_weight.requires_grad_()
     stats = reference.linear_logprobs(
         hidden, exact_weight, None, case.labels, case.temperature, 1.0, 0.0
     )[:2]
     loss.objective(TokenStats(*stats), batch).backward()
-    assert oracle.relative_error(grads.dweight, exact_weight.grad) <= 3e-3
-    assert oracle.relative_error(grads.dhidden, hidden.grad) <= 6e-3
+    assert oracle.relative_error(dweight, exact_weight.grad) <= 3e-3
+    assert oracle.relative_error(dhidden, hidden.grad) <= 6e-3
 
 
 # gradcheck

@@ -3,12 +3,11 @@
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fused_rl import LMHead, logprobs, one_pass, ops
+from fused_rl import TokenBatch, grpo, linear_policy_loss, ops
 from fused_rl.plan.memory import head_shape, plan, readable
 
 HEAD = {"hidden_size": 256, "vocab_size": 65536}
@@ -100,16 +99,33 @@ def test_float16_gradients_wait_in_float32():
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("chunk_bytes", [None, 2**20, 2**23, 2**26])
-def test_the_way_and_the_chunks_are_those_of_the_library(chunk_bytes, frozen):
+def test_the_way_and_the_chunks_are_those_of_the_library(chunk_bytes, frozen, monkeypatch):
+    """The operators are called, and form nothing."""
     planned = plan(HEAD, TOKENS, chunk_bytes=chunk_bytes, frozen=frozen)
-    hidden = torch.zeros(()).bfloat16().expand(TOKENS, 256)
+    hidden = torch.zeros(1, TOKENS, 256).bfloat16().requires_grad_()
     weight = torch.zeros(()).bfloat16().expand(65536, 256)
-    assert planned.chunks == logprobs.chunks(TOKENS, hidden, weight, chunk_bytes)
+    weight = weight if frozen else weight.requires_grad_()
+    labels = torch.zeros(1, TOKENS, dtype=torch.int64)
+    batch = TokenBatch.padded(labels, torch.ones_like(labels), torch.ones(1))
+    sizes = []
+
+    def chunk(hidden, *rest):
+        sizes.append(len(hidden))
+        return *torch.zeros(4, len(hidden)), None
+
+    def two_passes(hidden, *rest):
+        return torch.zeros(4, TOKENS)
+
+    monkeypatch.setattr(ops, "linear_logprobs_chunk", chunk)
+    monkeypatch.setattr(
+        ops, "linear_logprobs_chunk_backward", lambda z, g, h, hidden, *rest: hidden.detach() * 0
+    )
+    monkeypatch.setattr(ops, "linear_logprobs", two_passes)
+    linear_policy_loss(hidden, weight, batch, grpo(), chunk_bytes=chunk_bytes)
+    assert (by_name(planned)["linear_policy_loss"].nhv < 8) == bool(sizes)
+    assert sizes in ([], planned.chunks)
+    assert sum(planned.chunks) == TOKENS
     assert planned.chunk_bytes == ops.scratch_bytes(hidden.device, chunk_bytes)
-    head = LMHead(weight if frozen else weight.requires_grad_())
-    batch = SimpleNamespace(labels=hidden[:, 0])
-    pays = one_pass._one_pass_pays(hidden, head, batch, chunk_bytes)
-    assert (by_name(planned)["linear_policy_loss"].nhv < 8) == pays
 
 
 def test_cuda_is_planned_without_a_device():

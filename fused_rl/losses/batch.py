@@ -177,11 +177,13 @@ class TokenBatch:
             shape=labels.shape,
         )
 
-    def select(self, rows: Tensor) -> TokenBatch:
-        """The tokens at `rows` ([n] int64); counts stay those of the whole batch."""
+    def select(self, rows: Tensor | slice) -> TokenBatch:
+        """The tokens at `rows` ([n] int64, or a slice, which copies none); counts stay those of the
+        whole batch.
+        """
         chosen = {name: getattr(self, name) for name in _PER_TOKEN}
         parts = {name: None if t is None else t[rows] for name, t in chosen.items()}
-        return replace(self, **parts, shape=rows.shape)
+        return replace(self, **parts, shape=parts["labels"].shape)
 
     def with_weights(self, weights: Tensor) -> TokenBatch:
         """The same tokens, each surrogate multiplied by its weight, [N] or in the batch's shape.

@@ -90,13 +90,18 @@ class KLPenalty:
         Raises:
             ValueError: a batch without ref_logprobs; as kl_penalty raises.
         """
-        beta = outside_inference(self.beta) if isinstance(self.beta, Tensor) else self.beta
-        return beta * self._terms(logprobs, batch)
+        return self.with_estimate(logprobs.where(batch.loss_mask, 0.0), batch)[0]
 
     def estimate(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         """The same without beta and without gradient, for monitoring."""
         with torch.no_grad():
-            return self._terms(logprobs, batch)
+            return self._terms(logprobs.where(batch.loss_mask, 0.0), batch)
+
+    def with_estimate(self, logprobs: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """The penalty and its estimate, formed once; logprobs [N] are 0 outside loss_mask."""
+        beta = outside_inference(self.beta) if isinstance(self.beta, Tensor) else self.beta
+        terms = self._terms(logprobs, batch)
+        return beta * terms, terms.detach()
 
     def _terms(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         if batch.ref_logprobs is None:
@@ -106,7 +111,7 @@ class KLPenalty:
         # The gradient of an attached ratio adds k to its slope. k3 and its slope are each exp(-d)
         # where d is far below 0, and their sum is d: float32 would lose it from 15 nats on.
         wide = dtype if importance is None or not self.attached else torch.float64
-        return self._estimates(logprobs.to(wide).where(batch.loss_mask, 0.0), batch).to(dtype)
+        return self._estimates(logprobs.to(wide), batch).to(dtype)
 
     def _estimates(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         level, importance = self._levels

@@ -7,7 +7,7 @@ ratios.py forms, kl from penalties.py, and w = batch.weights, the importance wei
 where the batch has them. named.py has the compositions that have a name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,6 +32,16 @@ class LossOutput(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+class Terms(NamedTuple):
+    """A PolicyLoss evaluated once, token by token: what the loss and its metrics are formed of."""
+
+    logprobs: Tensor  # [N], as all of these; 0 outside loss_mask
+    entropy: Tensor  # 0 outside loss_mask
+    log_ratio: Tensor  # at the level of `ratio`
+    kl: Tensor | None  # without beta; None where the loss does not form it
+    losses: Tensor  # weighed by the mean, 0 outside loss_mask: the loss is their sum
 
 
 @dataclass(frozen=True)
@@ -93,31 +103,61 @@ class PolicyLoss:
             ValueError: stats that do not fit the batch; a KL penalty without ref_logprobs.
         """
         flat = self._flat(stats, batch)
-        loss = self.objective(flat, batch)
-        # No decorator: torch.compile could not follow it in a loss that is made where it is traced.
-        with torch.no_grad():
-            return LossOutput(loss, self._metrics(flat, batch))
+        if torch.compiler.is_compiling() or transformed():
+            (loss, terms), gradients = self.evaluate(flat, batch), None
+        elif torch.is_grad_enabled():
+            loss, terms = self.evaluate(flat, batch)
+            gradients = _gradients_at(flat, loss) or differentiated(self.evaluate, flat, batch)[2]
+        else:
+            loss, terms, gradients = differentiated(self.evaluate, flat, batch)
+        return LossOutput(loss, self.metrics(terms, batch, gradients))
+
+    def evaluate(self, flat: TokenStats, batch: TokenBatch) -> tuple[Tensor, Terms]:
+        """The loss, and the terms that its metrics are formed of too.
+
+        flat: [N], float32 or float64, 0 outside loss_mask.
+        """
+        terms = self._terms(flat, batch)
+        terms = terms._replace(losses=self._weighed(terms.losses, batch))
+        # A subclass may form its loss in another way.
+        own = type(self) is not PolicyLoss
+        return self.objective(flat, batch) if own else terms.losses.sum(), terms
 
     def objective(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         """The loss alone."""
-        weighted = self.mean(batch) * self.token_losses(stats, batch)
-        return weighted.where(batch.loss_mask, 0.0).sum()
+        return self._weighed(self.token_losses(stats, batch), batch).sum()
 
     def token_losses(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         """What the mean weighs, [N]; 0 outside loss_mask."""
-        logprobs, entropy = self._flat(stats, batch)
-        log_ratio = self._log_ratio(logprobs, batch)
+        losses = self._terms(self._flat(stats, batch), batch).losses
+        return losses.where(batch.loss_mask, 0.0)
+
+    def _weighed(self, losses: Tensor, batch: TokenBatch) -> Tensor:
+        return (self.mean(batch) * losses).where(batch.loss_mask, 0.0)
+
+    def _terms(self, flat: TokenStats, batch: TokenBatch) -> Terms:
+        """With the losses as the mean finds them; anything outside loss_mask."""
+        logprobs, entropy = flat
+        log_ratio = self.ratio(batch.log_ratio(logprobs), batch)
         rows = self._rows(batch)
-        args = _chosen(rows, log_ratio, logprobs, batch.advantages)
-        losses = _placed(self.surrogate(*args), rows, len(logprobs))
+        args = chosen(rows, log_ratio, logprobs, batch.advantages)
+        losses = placed(self.surrogate(*args), rows, len(logprobs))
         if batch.weights is not None:
             known = batch.weights.nan_to_num(nan=1.0, posinf=torch.inf, neginf=-torch.inf)
             losses = known * losses
+        kl = None
         if self._pulls:
-            losses = losses + self.kl(logprobs, batch)
+            penalty, kl = self._penalty(logprobs, batch)
+            losses = losses + penalty
         if self.entropy_coef:
             losses = losses - self.entropy_coef * entropy
-        return losses.where(batch.loss_mask, 0.0)
+        return Terms(logprobs, entropy, log_ratio, kl, losses)
+
+    def _penalty(self, logprobs: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
+        """The term of the loss, and its estimate where it comes with it."""
+        if type(self.kl) is KLPenalty:
+            return self.kl.with_estimate(logprobs, batch)
+        return self.kl(logprobs, batch), None
 
     @property
     def _pulls(self) -> bool:
@@ -138,48 +178,57 @@ class PolicyLoss:
             )
         return TokenStats(*(t.reshape(-1).where(batch.loss_mask, 0.0) for t in promoted(*stats)))
 
-    def _log_ratio(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        return self.ratio(batch.log_ratio(logprobs), batch)
-
     def _rows(self, batch: TokenBatch) -> Tensor | None:
         """The counted tokens, for a surrogate that couples tokens; None: it takes all of them."""
         return None if _separable(self.surrogate) else batch.loss_mask.nonzero()[:, 0]
 
-    def _clipped(self, log_ratio: Tensor, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        """[3, N] bool: below a lower bound, above an upper one, and the losing among the latter."""
+    def _clipped(
+        self, log_ratio: Tensor, logprobs: Tensor, batch: TokenBatch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[N] bool each: below a lower bound, above an upper one, and the losing of the latter."""
         rows = self._rows(batch)
-        args = _chosen(rows, log_ratio, logprobs, batch.advantages)
+        args = chosen(rows, log_ratio, logprobs, batch.advantages)
         low = high = dual = torch.zeros_like(args[0], dtype=torch.bool)
         if hasattr(self.surrogate, "clipped"):
             low, high = self.surrogate.clipped(*args)
         if hasattr(self.surrogate, "dual_clipped"):
             dual = self.surrogate.dual_clipped(*args)
-        bounds = _placed(torch.stack([low, high, dual]), rows, len(logprobs))
+        low, high, dual = (placed(t, rows, len(logprobs)) for t in (low, high, dual))
         if not hasattr(self.ratio, "clipped"):
-            return bounds
+            return low, high, dual
         below, above = self.ratio.clipped(batch.log_ratio(logprobs), batch)
-        return bounds | torch.stack([below, above, torch.zeros_like(above)])
+        return low | below, high | above, dual
 
-    def _metrics(self, stats: TokenStats, batch: TokenBatch) -> dict[str, Tensor]:
-        logprobs, entropy = stats
-        log_ratio = self._log_ratio(logprobs, batch)
-        ratio = torch.exp(bounded(log_ratio))
-        means = {
-            "entropy": entropy,
-            "ratio_mean": ratio,
-            **dict(zip(_CLIP_FRACTIONS, self._clipped(log_ratio, logprobs, batch), strict=True)),
-            "unknown_fraction": _unknown(batch),
-        }
-        if batch.ref_logprobs is not None:
-            means["kl"] = (self.kl or KLPenalty(1.0)).estimate(logprobs, batch)
-        if not (torch.compiler.is_compiling() or transformed()):
-            dlogprobs, dentropy = token_gradients(self, stats, batch)
-            means["zero_gradient_fraction"] = (dlogprobs == 0) & (dentropy == 0)
-        counted = torch.stack(promoted(*means.values())).where(batch.loss_mask, 0.0)
-        metrics = counted.sum(-1) / batch.num_tokens.clamp(min=1)
-        # Padded, so that an empty batch has a maximum too.
-        largest = pad(ratio.where(batch.loss_mask, 0.0), (0, 1)).max()
-        return {**dict(zip(means, metrics.unbind(), strict=True)), "ratio_max": largest}
+    # No decorator: torch.compile could not follow it in a loss that is made where it is traced.
+    def metrics(
+        self, terms: Terms, batch: TokenBatch, gradients: tuple[Tensor, Tensor] | None
+    ) -> dict[str, Tensor]:
+        """What __call__ reports, without gradient.
+
+        gradients: dlogprobs and dentropy [N] of the loss, which may be anything outside loss_mask;
+            None where they are not known.
+        """
+        with torch.no_grad():
+            ratio = torch.exp(bounded(terms.log_ratio))
+            clipped = self._clipped(terms.log_ratio, terms.logprobs, batch)
+            means = {
+                "entropy": terms.entropy,
+                "ratio_mean": ratio,
+                **dict(zip(_CLIP_FRACTIONS, clipped, strict=True)),
+                "unknown_fraction": _unknown(batch),
+            }
+            if terms.kl is not None:
+                means["kl"] = terms.kl
+            elif batch.ref_logprobs is not None:
+                means["kl"] = (self.kl or KLPenalty(1.0)).estimate(terms.logprobs, batch)
+            if gradients is not None:
+                dlogprobs, dentropy = gradients
+                means["zero_gradient_fraction"] = (dlogprobs == 0) & (dentropy == 0)
+            counted = torch.stack(promoted(*means.values())).where(batch.loss_mask, 0.0)
+            metrics = counted.sum(-1) / batch.num_tokens.clamp(min=1)
+            # Padded, so that an empty batch has a maximum too.
+            largest = pad(ratio.where(batch.loss_mask, 0.0), (0, 1)).max()
+            return {**dict(zip(means, metrics.unbind(), strict=True)), "ratio_max": largest}
 
 
 _CLIP_FRACTIONS = ("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual")
@@ -196,11 +245,11 @@ def _unknown(batch: TokenBatch) -> Tensor:
     return torch.stack(given).isnan().any(0) if given else torch.zeros_like(batch.loss_mask)
 
 
-def _chosen(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+def chosen(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if rows is None else tuple(t[rows] for t in tensors)
 
 
-def _placed(part: Tensor, rows: Tensor | None, N: int) -> Tensor:
+def placed(part: Tensor, rows: Tensor | None, N: int) -> Tensor:
     """part [..., n] at its rows in [..., N], 0 elsewhere."""
     if rows is None:
         return part
@@ -214,16 +263,39 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def token_gradients(loss: Loss, stats: TokenStats, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """dlogprobs and dentropy [N] of a loss, under torch.inference_mode too."""
+def differentiated(
+    evaluate: Callable, stats: TokenStats, batch: TokenBatch
+) -> tuple[Tensor, object, tuple[Tensor, Tensor]]:
+    """A loss evaluated once: its value, what else `evaluate` returns, and dlogprobs and dentropy.
+
+    On a graph of its own, under torch.inference_mode too.
+
+    Args:
+        evaluate: (stats, batch) -> (scalar, anything).
+        stats: [N] each.
+        batch: the tokens.
+    """
     # What is saved in here is used in here: hooks that offload or recompute have no part in it.
     with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
         leaves = [outside_inference(t.detach()).requires_grad_() for t in stats]
         tensors, others = batch.parts()
         batch = TokenBatch.of_parts([outside_inference(t) for t in tensors], others)
-        objective = getattr(loss, "objective", None)
-        of = TokenStats(*leaves)
-        value = objective(of, batch) if objective else loss(of, batch).loss
-        if not value.requires_grad:
-            return tuple(torch.zeros_like(t) for t in leaves)
-        return torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        value, rest = evaluate(TokenStats(*leaves), batch)
+        return value.detach(), rest, _gradients(value, leaves)
+
+
+def _gradients(value: Tensor, of: Sequence[Tensor], **options: bool) -> tuple[Tensor, Tensor]:
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(t) for t in of)
+    return torch.autograd.grad(value, of, allow_unused=True, materialize_grads=True, **options)
+
+
+def _gradients_at(flat: TokenStats, loss: Tensor) -> tuple[Tensor, Tensor] | None:
+    """dlogprobs and dentropy from the graph that the caller's own gradients come from; None where
+    it does not reach both, or where hooks would have to give back what the graph has saved.
+    """
+    if not all(t.requires_grad for t in flat):
+        return None
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return None
+    return _gradients(loss, flat, retain_graph=True)

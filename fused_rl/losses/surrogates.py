@@ -132,6 +132,8 @@ class Clip(Surrogate):
     @promoting
     def dual_clipped(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
         """Above dual, or delta, while A < 0: the gradient there is 0."""
+        if self.dual is None and self.delta is None:
+            return super().dual_clipped(log_ratio, logprobs, advantages)
         return self._losing(torch.exp(bounded(log_ratio)), advantages)
 
     def _losing(self, ratio: Tensor, advantages: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import ops
-from fused_rl.logprobs import chunks, round_up
+from fused_rl.one_pass import chunk_sizes, one_pass_pays, round_up
 from fused_rl.plan.config import head_shape, size
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def plan(
         raise ValueError(
             f"chunk_bytes must allow chunks of more than {most} of {tokens} tokens, got {scratch}"
         )
-    sizes = chunks(tokens, hidden, weight, scratch)
+    sizes = chunk_sizes(tokens, most)
     s = _Sizes(
         *(tokens, H, V, dtype.itemsize, ops.acc_dtype(hidden, weight).itemsize),
         op=_operand_bytes(dtype, device),
@@ -126,7 +126,7 @@ def plan(
         device=device,
     )
     any_loss = _frozen(s, most) if frozen else _two_passes(s, "linear_logprobs", scratch)
-    pays = len(sizes) <= 1 or sizes[0] >= ops.one_pass_tokens(torch.device(device)) or frozen
+    pays = one_pass_pays(tokens, most, torch.device(device), not frozen)
     loss = _one_pass(s, sizes, frozen) if pays else _two_passes(s, "linear_policy_loss", scratch)
     ways = [_eager_no_grad(s), _no_grad(s), _eager(s, frozen), any_loss, loss]
     return Plan(tokens, H, V, scratch, sizes, ways)
@@ -218,7 +218,7 @@ def _one_pass(s: _Sizes, sizes: list[int], frozen: bool) -> Way:
             "logits": _chunk_logits(s, n),
             "dweight": elements * (s.acc if several else s.waiting),
             "dhidden": s.N * s.H * s.waiting + _pass_dhidden(s, n),
-            "operands": n * s.H * s.w + _pass_operands(s, n, dweight=not frozen, recompute=False),
+            "operands": _pass_operands(s, n, dweight=not frozen, recompute=False),
         }
     }
     if several and s.waiting < s.acc:

@@ -173,12 +173,9 @@ class Reported:
     def token_separable(self) -> bool:
         return self.policy.token_separable
 
-    def objective(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
-        return self.policy.objective(stats, batch)
-
     def __call__(self, stats: TokenStats, batch: TokenBatch) -> LossOutput:
         metrics = self.options.reported(self.policy, stats, batch)
-        return LossOutput(self.objective(stats, batch), metrics)
+        return LossOutput(self.policy.objective(stats, batch), metrics)
 
 
 def _tokens_per_process(batch: TokenBatch, num_items: float | Tensor | None) -> Tensor:
