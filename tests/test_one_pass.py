@@ -278,7 +278,7 @@ def test_the_graph_of_a_loss_serves_other_gradients_too():
     d = stats.logprobs.detach() - step.batch.ref_logprobs
     torch.testing.assert_close(found.double(), (torch.expm1(-d) + d).mean(), rtol=1e-6, atol=0)
     leaves = [t.detach().requires_grad_() for t in stats]
-    surrogate = fused_rl.Kimi(0.5)
+    surrogate = fused_rl.surrogates.Kimi(0.5)
     loss = PolicyLoss(surrogate)(TokenStats(*leaves), step.batch).loss
     (slope,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), leaves[0])
