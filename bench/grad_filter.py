@@ -4,8 +4,8 @@
     python bench/grad_filter.py --readme bench/results/grad-filter.json     measures nothing
 
 Random logits say nothing here: a filter lives off the peaks that training makes. So a small
-transformer is trained first, on the sources of Python's standard library, in words of a byte-pair
-encoding of its own; `--checkpoint` keeps it for the next time. Then words are sampled from it, and
+transformer is trained first, on the sources of Python's standard library, in tokens of a byte-pair
+encoding of its own; `--checkpoint` keeps it for the next time. Then tokens are sampled from it, and
 one step under log-probs with advantages is timed in turns with the bare products (6 NHV), with and
 without a filter, and its gradients compared with those in float64. Higher temperatures stand for
 flatter policies.
@@ -39,7 +39,7 @@ GROUP = fused_rl.filter_ops.FILTER_ROWS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2500, help="of training")
-    parser.add_argument("--text", type=int, default=100_000, help="words of training text")
+    parser.add_argument("--text", type=int, default=100_000, help="tokens of training text")
     parser.add_argument("--tokens", type=int, default=1024, help="of the measured step")
     parser.add_argument("--temperatures", default="0.7,1.0,1.5,2.0")
     parser.add_argument("--rounds", type=int, default=7)
@@ -52,17 +52,17 @@ def main() -> None:
         replace_block(PAGE, "filter", page(json.loads(args.readme.read_text()), link))
         return
     try_folder(args.out.parent, args.out.name)
-    words = corpus(args.text)
+    corpus_ids = corpus(args.text)
     model = small_model()
     if args.checkpoint.exists():
         model.load_state_dict(torch.load(args.checkpoint))
     else:
-        train(model, words, args.steps)
+        train(model, corpus_ids, args.steps)
         args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), args.checkpoint)
     records, tried = [], []
     for temperature in map(float, args.temperatures.split(",")):
-        hidden, weight = states(model, words, args.tokens, temperature)
+        hidden, weight = states(model, corpus_ids, args.tokens, temperature)
         records += measure(hidden, weight, temperature, args.rounds)
         tried += [{"temperature": temperature, **r} for r in alternatives(hidden, weight)]
     content = {"environment": environment(), "steps": args.steps, "text": args.text}
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def corpus(count: int) -> Tensor:
-    """[count] words of Python's standard library, encoded by byte pairs learnt on all of it."""
+    """[count] tokens of Python's standard library, encoded by byte pairs learnt on all of it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
@@ -108,8 +108,8 @@ def small_model() -> torch.nn.Module:
     return Qwen2ForCausalLM(config).float()
 
 
-def train(model: torch.nn.Module, words: Tensor, steps: int) -> None:
-    """Next-word prediction, through linear_logprobs."""
+def train(model: torch.nn.Module, corpus_ids: Tensor, steps: int) -> None:
+    """Next-token prediction, through linear_logprobs."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
     warm_up = 100
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -117,7 +117,7 @@ def train(model: torch.nn.Module, words: Tensor, steps: int) -> None:
         lambda n: min(1.0, (n + 1) / warm_up) * (0.525 + 0.475 * math.cos(math.pi * n / steps)),
     )
     for step in range(steps):
-        text = windows(words, BATCH)
+        text = windows(corpus_ids, BATCH)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.model(text[:, :-1]).last_hidden_state
             stats = fused_rl.linear_logprobs(hidden, model.lm_head.weight, text[:, 1:])
@@ -132,19 +132,19 @@ def train(model: torch.nn.Module, words: Tensor, steps: int) -> None:
             print(f"step {step + 1}: loss {loss.item():.2f}, entropy {entropy:.2f}", flush=True)
 
 
-def windows(words: Tensor, count: int) -> Tensor:
+def windows(corpus_ids: Tensor, count: int) -> Tensor:
     """[count, LENGTH + 1], each from anywhere in the text."""
-    starts = torch.randint(0, len(words) - LENGTH - 1, (count,))
-    return torch.stack([words[s : s + LENGTH + 1] for s in starts])
+    starts = torch.randint(0, len(corpus_ids) - LENGTH - 1, (count,))
+    return torch.stack([corpus_ids[s : s + LENGTH + 1] for s in starts])
 
 
 @torch.no_grad()
 def states(
-    model: torch.nn.Module, words: Tensor, tokens: int, temperature: float
+    model: torch.nn.Module, corpus_ids: Tensor, tokens: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """hidden [tokens, H], its logits divided by the temperature, and the head, in bfloat16."""
     torch.manual_seed(1)
-    text = windows(words, -(-tokens // LENGTH))
+    text = windows(corpus_ids, -(-tokens // LENGTH))
     hidden = model.model(text[:, :-1]).last_hidden_state.reshape(-1, WIDTH)[:tokens]
     return (hidden / temperature).bfloat16(), model.lm_head.weight.bfloat16()
 
@@ -208,8 +208,8 @@ def measure(hidden: Tensor, weight: Tensor, temperature: float, rounds: int) -> 
 def alternatives(hidden: Tensor, weight: Tensor) -> list[dict]:
     """Errors of dhidden and dweight, in float64, by what happens to the probability left out.
 
-    dropped: what grad_filter does. group mean: it is spread evenly over its group of words.
-    kept words: it goes to the words that are kept, in proportion. labels' mean: dhidden as if it
+    dropped: what grad_filter does. group mean: it is spread evenly over its group of entries.
+    kept entries: it goes to those that are kept, in proportion. labels' mean: dhidden as if it
     were at the mean of the rows of the batch's labels.
     """
     h, w = hidden.double(), weight.double()
@@ -228,7 +228,7 @@ def alternatives(hidden: Tensor, weight: Tensor) -> list[dict]:
         ways = {
             "dropped": draw * kept,
             "group mean": draw * kept - upstream * spread,
-            "kept words": upstream * (picked - proportional),
+            "kept entries": upstream * (picked - proportional),
         }
         errors = {
             way: (relative(d @ w, exact[0]), relative(d.T @ h, exact[1])) for way, d in ways.items()
@@ -243,7 +243,7 @@ def alternatives(hidden: Tensor, weight: Tensor) -> list[dict]:
 
 
 def pairs_that_take_part(p: Tensor, labels: Tensor, grad_filter: float) -> Tensor:
-    """[N, V]: whether a word's group holds the token's label, or one of that probability."""
+    """[N, V]: whether an entry's group holds the token's label, or one of that probability."""
     likely = torch.stack([group.amax(1) >= grad_filter for group in p.split(GROUP, 1)], 1)
     likely[torch.arange(len(labels)), labels // GROUP] = True
     return likely.repeat_interleave(GROUP, 1)[:, : p.shape[1]]

@@ -1,7 +1,8 @@
 """Errors that name the tensor or option, its shape, dtype and value. Users' mistakes end here."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from enum import Enum
 from numbers import Integral, Real
 
@@ -93,6 +94,23 @@ def is_one_of(name: str, value: object, kind: type[Enum]) -> None:
 
 def _members(kind: type[Enum]) -> str:
     return ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
+
+
+def placed(message: str, shape: Sequence[int]) -> str:
+    """What an operator says of a flat token, with its place in the caller's shape.
+
+    labels[5] is labels[1, 2] where labels are [2, 3].
+    """
+
+    def place(match: re.Match) -> str:
+        name, n = match[1], int(match[2])
+        index: list[int] = []
+        for size in reversed(shape):
+            n, at = divmod(n, size)
+            index.insert(0, at)
+        return f"{name}{index}" if index else name
+
+    return re.sub(r"\b(labels|temperature)\[(\d+)\]", place, message)
 
 
 def is_callable(name: str, value: object, such_as: str) -> None:
