@@ -52,9 +52,9 @@ def linear_logprobs(
         chunk_bytes: bound on the buffer for logits, where a way needs one; default 256 MiB, on CUDA
             1 GiB.
         grad_filter: an approximation: for each token, the backward pass leaves out those groups of
-            512 words that hold neither its label nor a word of at least this probability. It pays
-            for peaked distributions; docs/filtered-gradients.md has the error beside the time.
-            Values do not change. Kernels for CPUs only. None: the exact gradient.
+            512 vocabulary entries that hold neither its label nor an entry of at least this
+            probability. It pays for peaked distributions; docs/filtered-gradients.md has the error
+            beside the time. Values do not change. Kernels for CPUs only. None: the exact gradient.
 
     Returns:
         TokenStats(logprobs, entropy), each in the shape of labels, in nats.
@@ -84,11 +84,12 @@ def linear_top_logprobs(
     chunk_bytes: int | None = None,
     grad_filter: float | None = None,
 ) -> TopStats:
-    """linear_logprobs, and the log-probability of the most likely word, at no further cost.
+    """linear_logprobs, and the log-probability of the most likely token, at no further cost.
 
-    `stats.logprobs == stats.top_logprobs` says whether the label is that word, the one of greedy
-    decoding. Words that tie all are: those whose logits are equal, and those so near the largest
-    that their log-probabilities round to the same number. No label has more than top_logprobs.
+    `stats.logprobs == stats.top_logprobs` says whether the label is that token, the one of greedy
+    decoding. Where entries of the vocabulary tie, each of them is the most likely one: those whose
+    logits are equal, and those so near the largest that their log-probabilities round to the same
+    number. No label's log-probability is above top_logprobs.
 
     Args:
         hidden: [..., H], float16, bfloat16, float32 or float64: the states that predict labels.
