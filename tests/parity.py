@@ -46,11 +46,11 @@ def counterpart(
         "grpo": lambda: fused_rl.grpo(**bounds),
         "bnpo": lambda: fused_rl.bnpo(**bounds),
         "dr_grpo": lambda: fused_rl.dr_grpo(LENGTH, **bounds),
-        "dapo": lambda: fused_rl.dapo(items, **bounds),
-        "cispo": lambda: fused_rl.cispo(items, ratio_max=high),
+        "dapo": lambda: fused_rl.dapo(num_tokens=items, **bounds),
+        "cispo": lambda: fused_rl.cispo(num_tokens=items, ratio_max=high),
         "sapo": lambda: fused_rl.sapo(),
         "luspo": lambda: fused_rl.luspo(**bounds),
-        "vespo": lambda: fused_rl.vespo(items),
+        "vespo": lambda: fused_rl.vespo(num_tokens=items),
     }[loss_type]()
     importance = (Level.TOKEN if level == "token" else Level.GEOMETRIC) if corrected else None
     loss = dataclasses.replace(loss, kl=KLPenalty(beta, importance=importance))
