@@ -156,10 +156,7 @@ import sys
 import torch
 import fused_rl
 from fused_rl import TokenBatch, grpo, linear_logprobs, linear_policy_loss
-
-def kibibytes(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field + ":"))
+from fused_rl.bench.clock import peak_extra_bytes
 
 def batch_of(N):
     labels = torch.arange(N)[None]
@@ -180,11 +177,7 @@ step(*warm)
 hidden = torch.randn(1, N, H, dtype=torch.bfloat16).requires_grad_(train)
 weight = (torch.rand(V, H, dtype=torch.bfloat16) / 8).requires_grad_(train)
 del warm
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-before = kibibytes("VmRSS")
-step(hidden, weight)
-print("peak", (kibibytes("VmHWM") - before) * 1024)
+print("peak", peak_extra_bytes(lambda: step(hidden, weight), "cpu"))
 """
 
 

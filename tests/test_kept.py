@@ -567,11 +567,7 @@ MEMORY = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch, test_kept, oracle
-from pathlib import Path
-
-def status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(x.split()[1]) for x in lines if x.startswith(field + ":")) * 1024
+from fused_rl.bench.clock import status
 
 def run(N, V):
     case = oracle.random_case(N, 8, V)

@@ -70,7 +70,7 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> int | None:
-    """How far memory rises above where it stood while `run` runs; None where nobody can say."""
+    """How far memory rises above where it stood while `run` runs, once; None where nobody can say."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -80,6 +80,7 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> i
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     if not Path("/proc/self/clear_refs").exists():
+        run()
         return None
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
