@@ -43,7 +43,7 @@ ADVANTAGES = [1.0] * 6 + [-1.0] * 6
         (Clip(0.2, 0.9, delta=1.4), 1, 5, 2),
         (ClipCov(Clip(dual=3.0), cov_low=1e9, cov_high=2e9), 1, 4, 1),
         (fused_rl.surrogates.Unclipped(), 0, 0, 0),
-        (lambda log_ratio, logprobs, A: -log_ratio.exp() * A, 0, 0, 0),
+        pytest.param(lambda log_ratio, logprobs, A: -log_ratio.exp() * A, 0, 0, 0, id="a function"),
     ],
     ids=str,
 )
