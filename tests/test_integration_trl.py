@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import word_tokenizer
+from tiny_models import qwen2, word_tokenizer
 from torch import Tensor
 
 import fused_rl
@@ -44,24 +44,10 @@ def unpatched(threads):
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory) -> str:
     """A directory, since TRL makes the reference model from the name of the model."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(3)
-    config = Qwen2Config(
-        vocab_size=V,
-        hidden_size=H,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    sizes = {"hidden_size": H, "max_position_embeddings": 32}
     path = str(tmp_path_factory.mktemp("model"))
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    qwen2(V, seed=3, initializer_range=0.3, **sizes, **tokens).save_pretrained(path)
     return path
 
 

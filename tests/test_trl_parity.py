@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from parity import CLIPPED, HIGH, ITEMS, LENGTH, LEVELS, LOSS_TYPES, LOW, Case, alone, counterpart
+from tiny_models import qwen2, word_tokenizer
 from torch import Tensor
 
 import fused_rl
@@ -37,29 +38,10 @@ def one_thread(threads) -> None:
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory) -> str:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    words = [*special.values(), *(f"w{i}" for i in range(V - 3))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    torch.manual_seed(3)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=V,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=32,
-            initializer_range=0.5,
-        )
-    )
+    model = qwen2(V, seed=3, max_position_embeddings=32, initializer_range=0.5)
     path = str(tmp_path_factory.mktemp("model"))
     model.save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
+    word_tokenizer(V).save_pretrained(path)
     return path
 
 

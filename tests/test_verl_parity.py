@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import qwen2
 from torch import Tensor
 
 from fused_rl.integrations import verl as ours
@@ -232,29 +233,12 @@ def test_kl_penalty(algos, name, straight):
 # The head.
 
 
-def model(**options):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(3)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=37,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            **options,
-        )
-    )
-
-
 @pytest.mark.parametrize("backend", ["torch", "liger"])
 def test_verls_forward_on_a_model(backend):
     """use_fused_kernels=True: plain, patched, and plain again; gradients of every weight."""
     from verl.models.transformers.dense_common import forward_with_torch_backend
 
-    built = model()
+    built = qwen2(37, seed=3)
     ids = torch.randint(0, 37, (1, 9))
 
     def of() -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -282,7 +266,7 @@ def test_verls_triton_forward_takes_the_same_way(patched):
         forward_with_triton_backend,
     )
 
-    built = model()
+    built = qwen2(37, seed=3)
     ids = torch.randint(0, 37, (1, 9))
     options = {"input_ids": ids, "temperature": 0.7, "return_dict": True}
     by_triton = forward_with_triton_backend(built, **options)
@@ -344,7 +328,7 @@ OURS = "fused_rl.integrations.verl.losses fused_rl.integrations.verl.heads"
 @pytest.mark.slow
 def test_the_workers_module_is_imported_by_the_configuration(tmp_path):
     """What verl's engine worker does with model.external_lib, in a process of its own."""
-    model().save_pretrained(tmp_path)
+    qwen2(37, seed=3).save_pretrained(tmp_path)
     code = (
         "from omegaconf import OmegaConf\n"
         "from verl.utils.config import omega_conf_to_dataclass\n"
@@ -364,7 +348,7 @@ def test_the_workers_module_is_imported_by_the_environment():
 @pytest.mark.slow
 def test_a_worker_of_ray_is_patched_and_the_driver_is_not(tmp_path):
     """A remote actor that builds its model's configuration, as verl's do."""
-    model().save_pretrained(tmp_path)
+    qwen2(37, seed=3).save_pretrained(tmp_path)
     code = (
         "import ray\n"
         "ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"

@@ -200,3 +200,15 @@ def word_tokenizer(size: int):
     built = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     built.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=built, padding_side="left", **special)
+
+
+def qwen2(vocab_size: int, seed: int | None = None, **options: Any) -> torch.nn.Module:
+    """A Qwen2 of one layer, 16 wide, with random weights; options are Qwen2Config's."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    narrow = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    if seed is not None:
+        torch.manual_seed(seed)
+    config = {"vocab_size": vocab_size, **narrow, **heads, **options}
+    return Qwen2ForCausalLM(Qwen2Config(**config))
