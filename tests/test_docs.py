@@ -16,6 +16,7 @@ from types import ModuleType
 import parity
 import pytest
 import torch
+from tiny_models import qwen2
 
 import fused_rl
 from fused_rl.integrations import liger, transformers, trl, verl
@@ -338,18 +339,7 @@ def rollouts():
 
 @pytest.fixture
 def model():
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(1)
-    config = Qwen2Config(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return Qwen2ForCausalLM(config).double()
+    return qwen2(61, seed=1).double()
 
 
 def test_the_loop_takes_the_same_step_in_micro_batches_of_any_size(model, rollouts):

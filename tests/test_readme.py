@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import qwen2
 
 import fused_rl
 
@@ -21,17 +22,7 @@ def test_it_is_read_in_a_minute_and_begins_with_the_two_commands():
 @pytest.fixture
 def names():
     """What the example takes for granted."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    config = Qwen2Config(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    model = qwen2(61)
     input_ids = torch.randint(0, 61, (8, 6))
     given = {"model": model, "input_ids": input_ids, "rewards": torch.rand(8)}
     given["loss_mask"] = torch.ones(8, 5, dtype=torch.bool)
