@@ -1,7 +1,9 @@
 """PolicyLoss and linear_policy_loss: by hand, against naive formulas, one pass against two."""
 
 import math
+from functools import partial
 
+import naive
 import pytest
 import torch
 
@@ -103,47 +105,37 @@ class Tokens:
         return list(torch.autograd.grad(output.loss, leaves))
 
 
-def naive_loss(tokens, stats, low, high, beta, entropy_coef, denominator) -> torch.Tensor:
-    """Token by token, sharing no code with the library."""
-    total = stats.logprobs.new_zeros(())
-    B, T = tokens.labels.shape
-    for b in range(B):
-        for t in range(T):
-            if not tokens.mask[b, t]:
-                continue
-            logp, A = stats.logprobs[b, t], tokens.advantages[b]
-            r = torch.exp(logp - tokens.old[b, t])
-            term = -torch.min(r * A, torch.clamp(r, 1 - low, 1 + high) * A)
-            d = tokens.ref[b, t] - logp
-            term = term + beta * (torch.exp(d) - d - 1) - entropy_coef * stats.entropy[b, t]
-            total = total + term / denominator(b)
-    return total
-
-
-def counted(tokens, b):
-    return max(int(tokens.mask[b].sum()), 1)
+def naive_loss(tokens, stats, clip, beta, entropy_coef, mean) -> torch.Tensor:
+    """By naive.py, with the two terms that it has not."""
+    advantages = tokens.advantages[:, None].expand(tokens.mask.shape)
+    given = naive.Tokens(stats.logprobs, tokens.old, advantages, tokens.mask)
+    formula = partial(naive.ppo, low=clip.low, high=clip.high)
+    found = naive.terms(given, naive.token, formula)
+    for at, term in found.items():
+        d = tokens.ref[at] - stats.logprobs[at]
+        found[at] = term + beta * (torch.exp(d) - d - 1) - entropy_coef * stats.entropy[at]
+    return naive.total(given, found, mean)
 
 
 @pytest.mark.parametrize(
-    ("named", "denominator"),
+    ("named", "mean"),
     [
-        (fused_rl.grpo, lambda k: lambda b: 4 * counted(k, b)),
-        (fused_rl.bnpo, lambda k: lambda b: int(k.mask.sum())),
-        (fused_rl.dapo, lambda k: lambda b: int(k.mask.sum())),
-        (lambda **o: fused_rl.dapo(num_tokens=60, **o), lambda k: lambda b: 60),
-        (lambda **o: fused_rl.dr_grpo(11, **o), lambda k: lambda b: 4 * 11),
+        (fused_rl.grpo, naive.sequence_mean),
+        (fused_rl.bnpo, naive.token_mean),
+        (fused_rl.dapo, naive.token_mean),
+        (partial(fused_rl.dapo, num_tokens=60), lambda tokens, i: 1 / 60),
+        (partial(fused_rl.dr_grpo, 11), naive.fixed_length_mean),
     ],
     ids=["grpo", "bnpo", "dapo", "dapo of 60 tokens", "dr_grpo"],
 )
-def test_named_losses_against_naive_formulas(named, denominator):
+def test_named_losses_against_naive_formulas(named, mean):
     tokens = Tokens()
     loss = named(beta=0.1, entropy_coef=0.02)
     stats = tokens.stats()
-    clip = loss.surrogate
-    naive = naive_loss(tokens, stats, clip.low, clip.high, 0.1, 0.02, denominator(tokens))
-    expected = torch.autograd.grad(naive, (tokens.hidden, tokens.weight, tokens.bias))
+    expected_loss = naive_loss(tokens, stats, loss.surrogate, 0.1, 0.02, mean)
+    expected = torch.autograd.grad(expected_loss, (tokens.hidden, tokens.weight, tokens.bias))
     output = linear_policy_loss(tokens.hidden, tokens.head, tokens.batch, loss)
-    torch.testing.assert_close(output.loss, naive, atol=1e-13, rtol=1e-12)
+    torch.testing.assert_close(output.loss, expected_loss, atol=1e-13, rtol=1e-12)
     for ours, theirs in zip(tokens.gradients(output), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-13, rtol=1e-11)
 
