@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import decisions
 import interpreted
@@ -41,7 +40,7 @@ from interpreted import Launches
 
 from fused_rl.bench.clock import Clock, interleaved, peak_extra_bytes
 from fused_rl.bench.peers import USUAL_PEERS, Case
-from fused_rl.bench.records import OURS, PRODUCTS
+from fused_rl.bench.records import OURS, PRODUCTS, Record
 from fused_rl.bench.tasks import (
     KINDS,
     NO_GRAD,
@@ -55,7 +54,6 @@ from fused_rl.bench.tasks import (
 )
 from fused_rl.bench.tasks import judged as judged_by
 
-Record = dict[str, Any]
 SHAPES = {
     "Qwen3-8B": (8192, 4096, 151936),
     "Gemma-2-2B": (8192, 2304, 256000),

@@ -70,7 +70,10 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> int | None:
-    """How far memory rises above where it stood while `run` runs, once; None: nobody can say."""
+    """How far memory rises above where it stood while `run` runs; None where nobody can say.
+
+    `run` is called once, in any case.
+    """
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_rl.bench.packages import cut_cross_entropy, quack, trl_chunked
+from fused_rl.bench.packages import Stats, cut_cross_entropy, quack, trl_chunked
 from fused_rl.logprobs import linear_logprobs
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.named import grpo
@@ -37,7 +37,6 @@ BETA = 0.04
 ROWS = 256  # of logits, where a whole [N, V] is not wanted
 CLIP = 0.2  # of grpo(), for peers whose own default is another
 
-Stats = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 Step = Callable[[], tuple[Tensor, ...]]
 
 
