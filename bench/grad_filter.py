@@ -33,7 +33,7 @@ from fused_rl.system.outputs import try_folder, write_json
 WORDS, WIDTH, LENGTH, BATCH = 32768, 512, 256, 4
 FILTERS = (1e-3, 2.0**-12, 1e-4, 1e-5)
 PAGE = Path("docs/filtered-gradients.md")
-GROUP = fused_rl.filter_ops.FILTER_ROWS
+GROUP = fused_rl.ops.FILTER_ROWS
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The Triton kernels on the CPU, in Triton's interpreter: what gpu.py runs where there is no GPU.
 
-`start` gives every operator of ops_cuda.py the place of its C++ kernel, and torch's CPU the
+`start` gives every kernel of ops/triton.py the place of the C++ kernel, and torch's CPU the
 products of half precisions with float32 results, which only its CUDA has. The path is then the
 GPU's, from the operators down to the kernels' arithmetic. `Launches` counts who ran, there and
 here.
@@ -22,7 +22,7 @@ _libraries: list[torch.library.Library] = []
 
 
 def start() -> None:
-    """Every operator of ops_cuda.py on CPU tensors, interpreted, for the rest of the process.
+    """Every kernel of ops/triton.py on CPU tensors, interpreted, for the rest of the process.
 
     Raises:
         RuntimeError: triton is imported already, and its kernels are for a GPU.
@@ -62,21 +62,20 @@ def device():
 
 
 def _operators() -> None:
-    from fused_rl import chunked, ops_cuda
+    from fused_rl.ops import triton
 
     def on_cpu(kernel: Callable, plain: Callable) -> Callable:
-        def run(*args):
-            tensors = [a for a in args if isinstance(a, Tensor)]
-            if any(t.dtype == torch.float64 for t in tensors[:2]):
-                return plain(*args)
-            return ops_cuda.launch(kernel, args, device())
+        def run(*records):
+            if triton.in_float64(records):
+                return plain(*records)
+            return triton.launch(kernel, records, device())
 
         return run
 
     library = torch.library.Library("fused_rl", "IMPL")
-    for name in ops_cuda.OPERATORS:
-        run = on_cpu(getattr(ops_cuda, name), getattr(chunked, name))
-        library.impl(name, run, "CPU", allow_override=True)
+    for operator, kernel in triton.OPERATORS.items():
+        run = operator.flat(on_cpu(kernel, operator.plain))
+        library.impl(operator.__name__, run, "CPU", allow_override=True)
     _libraries.append(library)
 
 

@@ -11,9 +11,6 @@ import sys
 
 import torch
 
-from fused_rl import ops_cuda as _ops_cuda  # noqa: F401 - registers the kernels for CUDA
-from fused_rl.backends import Backend, backends
-from fused_rl.checkout import find_kernels as _find_kernels
 from fused_rl.head import LMHead
 from fused_rl.kept import KeptStats, linear_kept_logprobs
 from fused_rl.kl import KL, kl_penalty
@@ -47,6 +44,7 @@ from fused_rl.losses.penalties import KLPenalty
 from fused_rl.losses.policy import LossOutput, PolicyLoss
 from fused_rl.losses.sequences import Level
 from fused_rl.one_pass import linear_policy_loss
+from fused_rl.ops.backends import Backend, backends
 from fused_rl.rollouts import (
     advantages,
     diagnosis,
@@ -57,8 +55,6 @@ from fused_rl.rollouts import (
 )
 from fused_rl.rollouts.diagnosis import diagnose
 from fused_rl.stats import TokenStats, TopStats
-
-_find_kernels()
 
 __version__ = "0.1.0"
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks, reference
-from fused_rl.chunked import in_full
 from fused_rl.models import asked, parts
+from fused_rl.ops import in_full
 
 
 @dataclass(frozen=True, eq=False)

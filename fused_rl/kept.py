@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fused_rl import checks, kept_ops, ops
-from fused_rl.derivatives import call
+from fused_rl import checks, ops
 from fused_rl.head import LMHead
-from fused_rl.logprobs import flat_arguments
+from fused_rl.logprobs import flat_arguments, named
 from fused_rl.stats import IGNORE_INDEX
 
 
@@ -68,14 +67,15 @@ def linear_kept_logprobs(
             for wrong offsets).
     """
     head = LMHead.of(head)
-    flat, weight, bias, y, t, scale, softcap = flat_arguments(hidden, head, labels, temperature)
+    flat = flat_arguments(hidden, head, labels, temperature)
     checks.is_integer("ignore_index", ignore_index)
     checks.chunk_bytes_is_positive(chunk_bytes)
     _check_sets(kept, cu_kept, labels)
-    logprobs, entropy, _, kept_logprobs, _ = call(
-        kept_ops.linear_kept_logprobs,
-        *(flat, weight, bias, y, kept.long(), cu_kept.long(), t, scale, softcap),
-        *(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes)),
+    logprobs, entropy, _, kept_logprobs, _ = named(
+        ops.linear_kept_logprobs,
+        ops.KeptHead.of(flat, ops.Sets(kept.long(), cu_kept.long())),
+        ops.Limits(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes)),
+        shape=labels.shape,
     )
     return KeptStats(*(x.reshape(labels.shape) for x in (logprobs, entropy, kept_logprobs)))
 

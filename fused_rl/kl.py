@@ -19,7 +19,6 @@ from enum import Enum
 from torch import Tensor
 
 from fused_rl import checks, ops, reference
-from fused_rl.derivatives import call
 from fused_rl.log_ratios import log_ratio
 
 
@@ -79,5 +78,5 @@ def kl_penalty(
         grad is None or isinstance(grad, KL), lambda: f"grad must be a KL or None, got {grad!r}"
     )
     d = log_ratio(logprobs, ref_logprobs)
-    penalty, _ = call(ops.kl, d, value.value, (grad or value).value)
+    penalty, _ = ops.kl(ops.Deviation(d, value.value, (grad or value).value))
     return penalty if weight is None else weight * penalty

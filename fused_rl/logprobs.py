@@ -10,15 +10,16 @@ them (the backward pass recomputes the logits); 4 where the head is not trained;
 known in the forward pass (`linear_policy_loss`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_rl import checks, filter_ops, ops
-from fused_rl.chunked import autocasts
-from fused_rl.derivatives import call, transformed
+from fused_rl import checks, ops
+from fused_rl.derivatives import transformed
 from fused_rl.head import LMHead
+from fused_rl.reference import acc_dtype
 from fused_rl.stats import IGNORE_INDEX, TokenStats, TopStats
 
 
@@ -109,12 +110,12 @@ def linear_top_logprobs(
         ValueError: as for linear_logprobs.
     """
     head = LMHead.of(head)
-    *args, scale, softcap = flat_arguments(hidden, head, labels, temperature)
+    flat = flat_arguments(hidden, head, labels, temperature)
     checks.is_integer("ignore_index", ignore_index)
     checks.chunk_bytes_is_positive(chunk_bytes)
     checks.grad_filter_is_possible(grad_filter, hidden.device)
-    options = {"chunk_bytes": chunk_bytes, "grad_filter": grad_filter}
-    stats = flat_top_logprobs(args, scale, softcap, ignore_index, **options)
+    options = (ignore_index, chunk_bytes, grad_filter)
+    stats = named(flat_top_logprobs, flat, *options, shape=labels.shape)
     return TopStats(*(x.reshape(labels.shape) for x in stats))
 
 
@@ -150,16 +151,15 @@ def logprobs_from_logits(
         logits.shape[-1] > 0, lambda: f"logits have no vocabulary, got {list(logits.shape)}"
     )
     flat = logits.reshape(-1, logits.shape[-1])
-    t = flat_temperature(temperature, labels, ops.acc_dtype(logits))
-    logprobs, entropy, _ = call(
-        ops.logits_logprobs, flat, labels.reshape(-1).long(), t, ignore_index
-    )
+    t = flat_temperature(temperature, labels, acc_dtype(logits))
+    rows = ops.Rows(flat, labels.reshape(-1).long(), t, ignore_index)
+    logprobs, entropy, _ = named(ops.logits_logprobs, rows, shape=labels.shape)
     return TokenStats(logprobs.reshape(labels.shape), entropy.reshape(labels.shape))
 
 
 def flat_arguments(
     hidden: Tensor, head: LMHead, labels: Tensor, temperature: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, float, float]:
+) -> ops.Head:
     """What every op of the linear head begins with: checked, flattened to [N, ...]."""
     checks.is_floating("hidden", hidden)
     checks.is_labels(labels)
@@ -174,35 +174,36 @@ def flat_arguments(
     checks.same_device(hidden=hidden, weight=head.weight, labels=labels)
     weight = head.weight
     kind = hidden.device.type
-    if autocasts(kind):
+    if ops.autocasts(kind):
         hidden, weight = (_autocast(t, torch.get_autocast_dtype(kind)) for t in (hidden, weight))
     flat = hidden.reshape(-1, hidden.shape[-1])
-    t = flat_temperature(temperature, labels, ops.acc_dtype(hidden, weight))
+    t = flat_temperature(temperature, labels, acc_dtype(hidden, weight))
     options = (float(head.scale), float(head.softcap or 0.0))
-    return flat, weight, head.bias, labels.reshape(-1).long(), t, *options
+    return ops.Head(flat, weight, head.bias, labels.reshape(-1).long(), t, *options)
 
 
 def flat_top_logprobs(
-    operands: Sequence[Tensor | None],
-    scale: float,
-    softcap: float,
-    ignore_index: int,
-    *,
-    chunk_bytes: int | None,
-    grad_filter: float | None,
+    head: ops.Head, ignore_index: int, chunk_bytes: int | None, grad_filter: float | None
 ) -> TopStats:
     """linear_top_logprobs of what flat_arguments returns, [N] each."""
-    hidden, weight, bias, *_ = operands
+    hidden, weight, bias, *_ = head
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    options = [ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes)]
-    op = ops.linear_logprobs
+    limits = ops.Limits(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes))
+    op, options = ops.linear_logprobs, ()
     if grad_filter is not None and torch.is_grad_enabled():
-        op = filter_ops.linear_filtered_logprobs
-        options.append(grad_filter)
+        op, options = ops.linear_filtered_logprobs, (ops.Filter(grad_filter),)
     elif torch.is_grad_enabled() and hidden.requires_grad and not trained and not transformed():
         op = ops.linear_logprobs_frozen
-    logprobs, entropy, _, top, *_ = call(op, *operands, scale, softcap, *options)
-    return TopStats(logprobs, entropy, top)
+    stats = op(head, limits, *options)
+    return TopStats(stats.logprobs, stats.entropy, stats.top)
+
+
+def named(op: Callable, *args: object, shape: torch.Size) -> Any:
+    """op(*args); what it says of a token [n] names the token's place in the caller's shape."""
+    try:
+        return op(*args)
+    except ValueError as error:
+        raise ValueError(checks.placed(str(error), shape)) from error
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,19 +5,19 @@ What a policy loss is stands in policy.py, the losses that have a name in named.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fused_rl import checks, ops
-from fused_rl.chunked import kept_dtype
 from fused_rl.derivatives import transformed
 from fused_rl.head import LMHead
-from fused_rl.logprobs import flat_arguments, flat_top_logprobs
+from fused_rl.logprobs import flat_arguments, flat_top_logprobs, named
 from fused_rl.losses.batch import TokenBatch, is_batch
 from fused_rl.losses.named import NAMES
 from fused_rl.losses.policy import (
@@ -78,26 +78,39 @@ def linear_policy_loss(
     checks.chunk_bytes_is_positive(chunk_bytes)
     checks.grad_filter_is_possible(grad_filter, hidden.device)
     labels = batch.labels.reshape(batch.shape)
-    *operands, scale, softcap = flat_arguments(hidden, head, labels, temperature)
-    trained = torch.is_grad_enabled() and any(_needs(operands))
+    flat = flat_arguments(hidden, head, labels, temperature)
+    trained = torch.is_grad_enabled() and any(_needs(flat))
     separable = getattr(loss, "token_separable", False) and not torch.compiler.is_compiling()
     one_pass = trained and separable and grad_filter is None and not transformed()
     if one_pass and checks.has_values(hidden):
-        hidden, weight, *_ = operands
-        most = ops.chunk_tokens(hidden, weight, chunk_bytes)
-        if one_pass_pays(len(hidden), most, hidden.device, head.requires_grad):
-            return _one_pass(operands, batch, _Pass(loss, scale, softcap, most))
-    options = {"chunk_bytes": chunk_bytes, "grad_filter": grad_filter}
-    logprobs, entropy, _ = flat_top_logprobs(operands, scale, softcap, IGNORE_INDEX, **options)
+        most = ops.chunk_tokens(flat.hidden, flat.weight, chunk_bytes)
+        if ops.one_pass_pays(len(flat.hidden), most, hidden.device, head.requires_grad):
+            return _one_pass(flat, batch, _Pass(loss, flat.scale, flat.softcap, most))
+    options = (IGNORE_INDEX, chunk_bytes, grad_filter)
+    logprobs, entropy, _ = _named(flat_top_logprobs, flat, *options, shape=batch.shape)
     return loss(TokenStats(logprobs, entropy), batch)
 
 
-def _one_pass(operands: Sequence[Tensor | None], batch: TokenBatch, way: _Pass) -> LossOutput:
-    _, weight, _, labels, temperature = operands
-    ops.check_tokens(labels, temperature, len(weight), IGNORE_INDEX)
+def _one_pass(head: ops.Head, batch: TokenBatch, way: _Pass) -> LossOutput:
+    *operands, _, _ = head
+    tokens = (head.labels, head.temperature, len(head.weight), IGNORE_INDEX)
+    _named(ops.check_tokens, *tokens, shape=batch.shape)
     output, gradients = way.formed(operands, batch, _needs(operands))
     loss = _OnePass.apply(*operands, batch, way, output.loss, gradients)
     return LossOutput(loss, output.metrics)
+
+
+def _named(op: Callable, *args: object, shape: torch.Size) -> Any:
+    """named(op, ...); a batch has made -1 of what counts and is negative or IGNORE_INDEX."""
+    try:
+        return named(op, *args, shape=shape)
+    except ValueError as error:
+        said = re.sub(
+            r" is -1, (outside the vocabulary \[0, \d+\)).*",
+            r" counts by loss_mask and is negative, \1",
+            str(error),
+        )
+        raise ValueError(said) from error
 
 
 def _needs(operands: Sequence[Tensor | None]) -> list[bool]:
@@ -113,26 +126,6 @@ def _are_arguments(hidden: Tensor, batch: TokenBatch, loss: Loss) -> None:
         not any(loss is maker for maker in NAMES.values()),
         lambda: f"loss must be a loss, got the function that makes one: give {loss.__name__}(...)",
     )
-
-
-def chunk_sizes(tokens: int, most: int) -> list[int]:
-    """Sizes of the chunks that `tokens` are cut into: as few as `most` allows, and even."""
-    count = max(1, -(-tokens // most))
-    size = min(most, round_up(-(-tokens // count), 16)) if tokens else 0
-    return [min(size, tokens - start) for start in range(0, tokens, size)] if size else []
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def one_pass_pays(tokens: int, most: int, device: torch.device, trained: bool) -> bool:
-    """Few chunks, or chunks that are large enough, or no dweight to accumulate over them.
-
-    most: tokens of a chunk, at most; trained: whether the head is.
-    """
-    sizes = chunk_sizes(tokens, most)
-    return len(sizes) <= 1 or sizes[0] >= ops.one_pass_tokens(device) or not trained
 
 
 class HeadGradients(NamedTuple):
@@ -153,7 +146,7 @@ class _Counted(NamedTuple):
     @classmethod
     def of(cls, loss_mask: Tensor, most: int) -> _Counted:
         rows = loss_mask.nonzero()[:, 0]
-        sizes = chunk_sizes(len(rows), most)
+        sizes = ops.chunk_sizes(len(rows), most)
         if len(rows) < len(loss_mask):
             return cls(len(loss_mask), rows, list(rows.split(sizes)) if sizes else [])
         bounds = pairwise(accumulate(sizes, initial=0))
@@ -251,34 +244,34 @@ class _Pass(NamedTuple):
             needs: which gradients, of hidden, weight and bias.
         """
         detached = (None if t is None else t.detach() for t in operands)
-        hidden, weight, bias, labels, temperature = detached
+        head = ops.Head(*detached, self.scale, self.softcap)
+        hidden, weight, bias, *_ = head
         need_hidden, need_weight, need_bias = needs
-        dtype = ops.acc_dtype(hidden, weight)
         counted = _Counted.of(batch.loss_mask, self.most)
         evaluation = _Evaluation(self.loss, batch, counted)
-        of_sum = dtype if len(counted.chunks) > 1 else kept_dtype(weight)
+        of_sum = head.dtype if len(counted.chunks) > 1 else ops.waiting_dtype(weight)
         allocate = weight.new_empty if counted.chunks else weight.new_zeros
         dhidden = None
         dweight = allocate(weight.shape if need_weight else 0, dtype=of_sum)
         dbias = allocate(weight.shape[0] if need_bias else 0, dtype=of_sum)
         for i, chunk in enumerate(counted.chunks):
-            of_tokens = (hidden[chunk], weight, bias, labels[chunk], temperature[chunk])
-            args = (*of_tokens, self.scale, self.softcap)
-            logprobs, entropy, lse, _, z = ops.linear_logprobs_chunk(*args)
-            upstream = evaluation.gradients(TokenStats(logprobs, entropy), chunk)
-            part = ops.linear_logprobs_chunk_backward(
-                z, *upstream, *args, lse, entropy, dweight, dbias, i > 0
+            part = head.at(chunk)
+            logprobs, entropy, lse, _, z = ops.linear_logprobs_chunk(part)
+            upstream = ops.Upstream(*evaluation.gradients(TokenStats(logprobs, entropy), chunk))
+            known, sums = ops.Known(lse, entropy), ops.Sums(dweight, dbias, i > 0)
+            of_chunk = ops.linear_logprobs_chunk_backward(
+                ops.ChunkLogits(z), upstream, part, known, sums
             )
             del z
-            dhidden = counted.add(dhidden, part, chunk) if need_hidden else None
+            dhidden = counted.add(dhidden, of_chunk, chunk) if need_hidden else None
         if not counted.chunks:
-            none = hidden.new_empty(0, dtype=dtype)
+            none = hidden.new_empty(0, dtype=head.dtype)
             evaluation.gradients(TokenStats(none, none), slice(0))
-            dhidden = hidden.new_zeros(hidden.shape, dtype=kept_dtype(hidden))
+            dhidden = hidden.new_zeros(hidden.shape, dtype=ops.waiting_dtype(hidden))
         gradients = HeadGradients(
             dhidden if need_hidden else None,
-            dweight.to(kept_dtype(weight)) if need_weight else None,
-            dbias.to(kept_dtype(bias)) if need_bias else None,
+            dweight.to(ops.waiting_dtype(weight)) if need_weight else None,
+            dbias.to(ops.waiting_dtype(bias)) if need_bias else None,
         )
         return evaluation.output(), gradients
 

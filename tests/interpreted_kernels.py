@@ -12,11 +12,15 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
-from fused_rl import ops_cuda, reference
+from fused_rl import reference
 from fused_rl.kernels import kl as kl_kernel
 from fused_rl.kernels import linear_gradients, linear_logprobs, logprobs
+from fused_rl.ops import ChunkLogits, Head, Known, Limits, Rows, Sums, Upstream
+from fused_rl.ops import triton as on_cuda
+from fused_rl.ops.record import Needs
 
 DEVICE = linear_logprobs.Device(multiprocessors=2, major=0, interpreted=True)
+LIMITS = Limits(-100, 2**20)
 SMALL = linear_logprobs.Config(16, 32, 16, 4, 2, False)
 
 
@@ -55,9 +59,13 @@ class Case:
         self.dentropy[2::5] = 0
 
     @property
-    def args(self):
+    def head(self):
         tokens = (self.hidden, self.weight, self.bias, self.labels, self.temperature)
-        return (*tokens, self.scale, self.softcap)
+        return Head(*tokens, self.scale, self.softcap)
+
+    @property
+    def upstream(self):
+        return Upstream(self.dlogprobs, self.dentropy)
 
     def exact(self):
         """Statistics and gradients in float64, zeros for ignored tokens."""
@@ -94,7 +102,7 @@ def test_statistics_from_hidden_states(dtype, transform, way, monkeypatch):
     monkeypatch.setitem(linear_logprobs.CONFIGS, 0, [SMALL._replace(tma=tma), SMALL])
     case = Case(H=24, dtype=dtype, transform=transform)
     exact, _ = case.exact()
-    stats = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    stats = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
     for ours, true in zip(stats, exact, strict=True):
         torch.testing.assert_close(ours.double(), true, atol=2e-5, rtol=2e-6)
 
@@ -105,7 +113,7 @@ def test_ragged_sizes(N, H, V, fused, monkeypatch):
     monkeypatch.setattr(linear_logprobs, "fuses", lambda *_: fused)
     case = Case(N, H, V)
     exact, _ = case.exact()
-    stats = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    stats = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
     for ours, true in zip(stats, exact, strict=True):
         torch.testing.assert_close(ours.double(), true, atol=2e-5, rtol=2e-6)
 
@@ -127,9 +135,9 @@ def test_logprobs_equal_top_at_the_most_likely_word_alone(transform, way, monkey
     case.labels[::2] = z.argmax(-1)[::2]
     case.labels[30:35], case.labels[35:] = 5, 101
     if way == "chunk":
-        logprobs_, _, _, top, _ = ops_cuda.linear_logprobs_chunk(*case.args, DEVICE)
+        logprobs_, _, _, top, _ = on_cuda.linear_logprobs_chunk(case.head, DEVICE)
     else:
-        logprobs_, _, _, top = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+        logprobs_, _, _, top = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
     largest = z.amax(-1)
     is_top = z.gather(-1, case.labels[:, None])[:, 0] > largest - 1e-9
     assert is_top[30:].all() and 15 <= is_top[:30].sum() < 20
@@ -144,10 +152,11 @@ def test_logprobs_equal_top_at_the_most_likely_word_alone(transform, way, monkey
 def test_gradients_in_two_passes(dtype, transform, chunk_bytes):
     case = Case(dtype=dtype, transform=transform)
     _, exact = case.exact()
-    _, entropy, lse, _ = ops_cuda.linear_logprobs(*case.args, -100, chunk_bytes, DEVICE)
-    grads = ops_cuda.linear_logprobs_backward(
-        *(case.dlogprobs, case.dentropy, *case.args, -100, chunk_bytes, lse, entropy),
-        *(True, True, transform, DEVICE),
+    limits = Limits(-100, chunk_bytes)
+    _, entropy, lse, _ = on_cuda.linear_logprobs(case.head, limits, DEVICE)
+    grads = on_cuda.linear_logprobs_backward(
+        *(case.upstream, case.head, limits, Known(lse, entropy)),
+        *(Needs(True, True, transform), DEVICE),
     )
     for ours, true in zip(grads, exact, strict=False):
         close(ours, true, GRADIENT_BUDGET[dtype])
@@ -158,13 +167,13 @@ def test_gradients_in_two_passes(dtype, transform, chunk_bytes):
 def test_gradients_of_a_chunk_in_one_pass(dtype, accumulate):
     case = Case(dtype=dtype, ignored=False)
     _, exact = case.exact()
-    _, entropy, lse, _, z = ops_cuda.linear_logprobs_chunk(*case.args, DEVICE)
+    _, entropy, lse, _, z = on_cuda.linear_logprobs_chunk(case.head, DEVICE)
     of_sum = torch.float32 if accumulate else dtype
     dweight = torch.full(case.weight.shape, 2.0 if accumulate else float("nan"), dtype=of_sum)
     dbias = torch.full(case.bias.shape, 2.0 if accumulate else float("nan"))
-    dhidden = ops_cuda.linear_logprobs_chunk_backward(
-        *(z, case.dlogprobs, case.dentropy, *case.args, lse, entropy),
-        *(dweight, dbias, accumulate, DEVICE),
+    dhidden = on_cuda.linear_logprobs_chunk_backward(
+        *(ChunkLogits(z), case.upstream, case.head, Known(lse, entropy)),
+        *(Sums(dweight, dbias, accumulate), DEVICE),
     )
     offset = 2.0 if accumulate else 0.0
     for ours, true in zip((dhidden, dweight - offset, dbias - offset), exact, strict=True):
@@ -175,11 +184,11 @@ def test_tiny_upstream_gradients_survive_float16():
     case = Case(dtype=torch.float16, transform=False)
     case.dlogprobs, case.dentropy = case.dlogprobs * 1e-7, case.dentropy * 1e-7
     _, exact = case.exact()
-    _, entropy, lse, _ = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    _, entropy, lse, _ = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
     case.hidden = case.hidden.float()  # only the results would underflow in float16
-    grads = ops_cuda.linear_logprobs_backward(
-        *(case.dlogprobs, case.dentropy, *case.args, -100, 2**20, lse, entropy),
-        *(True, False, False, DEVICE),
+    grads = on_cuda.linear_logprobs_backward(
+        *(case.upstream, case.head, LIMITS, Known(lse, entropy)),
+        *(Needs(True, False, False), DEVICE),
     )
     close(grads[0], exact[0], GRADIENT_BUDGET[torch.float16])
 
@@ -196,17 +205,17 @@ def test_one_large_upstream_gradient_leaves_the_others_theirs_in_float16(way, mo
     case.dlogprobs[0] = 500
     _, exact = case.exact()
     if way == "two passes":
-        _, entropy, lse, _ = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
-        dhidden, dweight, _ = ops_cuda.linear_logprobs_backward(
-            *(case.dlogprobs, case.dentropy, *case.args, -100, 2**20, lse, entropy),
-            *(True, True, False, DEVICE),
+        _, entropy, lse, _ = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
+        dhidden, dweight, _ = on_cuda.linear_logprobs_backward(
+            *(case.upstream, case.head, LIMITS, Known(lse, entropy)),
+            *(Needs(True, True, False), DEVICE),
         )
     else:
-        _, entropy, lse, _, z = ops_cuda.linear_logprobs_chunk(*case.args, DEVICE)
+        _, entropy, lse, _, z = on_cuda.linear_logprobs_chunk(case.head, DEVICE)
         dweight = torch.full(case.weight.shape, float("nan"), dtype=torch.float16)
-        dhidden = ops_cuda.linear_logprobs_chunk_backward(
-            *(z, case.dlogprobs, case.dentropy, *case.args, lse, entropy),
-            *(dweight, torch.empty(0), False, DEVICE),
+        dhidden = on_cuda.linear_logprobs_chunk_backward(
+            *(ChunkLogits(z), case.upstream, case.head, Known(lse, entropy)),
+            *(Sums(dweight, torch.empty(0), False), DEVICE),
         )
     close(dhidden[1:], exact[0][1:], GRADIENT_BUDGET[torch.float16])
     close(dhidden[0], exact[0][0], GRADIENT_BUDGET[torch.float16])
@@ -222,11 +231,11 @@ def test_float16_has_room_for_the_largest_gradients(temperature):
     case.weight *= 20
     case.dlogprobs, case.dentropy = torch.ones(4), torch.ones(4)
     _, exact = case.exact()
-    _, entropy, lse, _, z = ops_cuda.linear_logprobs_chunk(*case.args, DEVICE)
+    _, entropy, lse, _, z = on_cuda.linear_logprobs_chunk(case.head, DEVICE)
     dweight = torch.zeros(case.weight.shape)
-    dhidden = ops_cuda.linear_logprobs_chunk_backward(
-        *(z, case.dlogprobs, case.dentropy, *case.args, lse, entropy),
-        *(dweight, torch.empty(0), True, DEVICE),
+    dhidden = on_cuda.linear_logprobs_chunk_backward(
+        *(ChunkLogits(z), case.upstream, case.head, Known(lse, entropy)),
+        *(Sums(dweight, torch.empty(0), True), DEVICE),
     )
     close(dhidden, exact[0], GRADIENT_BUDGET[torch.float16])
     close(dweight, exact[1], GRADIENT_BUDGET[torch.float16])
@@ -240,7 +249,9 @@ def test_rows_of_logits(dtype, multiprocessors):
     labels[4] = -100
     temperature = torch.rand(9) + 0.5
     device = DEVICE._replace(multiprocessors=multiprocessors)
-    logprobs_, entropy, lse = ops_cuda.logits_logprobs(logits, labels, temperature, -100, device)
+    logprobs_, entropy, lse = on_cuda.logits_logprobs(
+        Rows(logits, labels, temperature, -100), device
+    )
     live = labels != -100
     leaf = logits.double().requires_grad_()
     exact = reference.logits_logprobs(leaf[live], labels[live], temperature[live].double())
@@ -248,8 +259,8 @@ def test_rows_of_logits(dtype, multiprocessors):
         torch.testing.assert_close(ours[live].double(), true.detach(), atol=1e-5, rtol=2e-6)
         assert ours[4] == 0
     g, h = torch.randn(9), torch.randn(9)
-    got = ops_cuda.logits_logprobs_backward(
-        g, h, logits, labels, temperature, -100, lse, entropy, device
+    got = on_cuda.logits_logprobs_backward(
+        *(Upstream(g, h), Rows(logits, labels, temperature, -100), Known(lse, entropy), device)
     )
     (true,) = torch.autograd.grad((exact[0] * g[live]).sum() + (exact[1] * h[live]).sum(), leaf)
     close(got, true, GRADIENT_BUDGET[dtype])
@@ -262,13 +273,14 @@ def test_minus_infinity_columns_and_rows():
     logits[0, 7:60] = -torch.inf
     logits[1] = -torch.inf
     labels = torch.tensor([0, 0, 0])
-    out = ops_cuda.logits_logprobs(logits, labels, torch.ones(3), -100, DEVICE)
+    rows = Rows(logits, labels, torch.ones(3), -100)
+    out = on_cuda.logits_logprobs(rows, DEVICE)
     exact = reference.logits_logprobs(logits.double(), labels, torch.ones(3).double())
     for ours, true in zip(out, exact, strict=True):
         torch.testing.assert_close(ours[[0, 2]].double(), true[[0, 2]], atol=1e-6, rtol=1e-6)
     assert out[0][1].isnan() and out[1][1].isnan()
-    got = ops_cuda.logits_logprobs_backward(
-        torch.ones(3), torch.ones(3), logits, labels, torch.ones(3), -100, *out[:0:-1], DEVICE
+    got = on_cuda.logits_logprobs_backward(
+        Upstream(torch.ones(3), torch.ones(3)), rows, Known(out.lse, out.entropy), DEVICE
     )
     assert got[[0, 2]].isfinite().all()
     assert (got[0, 7:60] == 0).all()
@@ -284,9 +296,11 @@ def test_gradients_of_huge_logits(kind):
         logits += torch.finfo(torch.float32).min if kind == "finfo.min" else kind
     labels = torch.tensor([3, 7, 0, 129])
     tokens = (labels, torch.ones(4), -100)
-    _, entropy, lse = ops_cuda.logits_logprobs(logits, *tokens, DEVICE)
+    _, entropy, lse = on_cuda.logits_logprobs(Rows(logits, *tokens), DEVICE)
     g, h = torch.randn(2, 4)
-    got = ops_cuda.logits_logprobs_backward(g, h, logits, *tokens, lse, entropy, DEVICE)
+    got = on_cuda.logits_logprobs_backward(
+        Upstream(g, h), Rows(logits, *tokens), Known(lse, entropy), DEVICE
+    )
     leaf = logits.double().requires_grad_()
     exact = reference.logits_logprobs(leaf, labels, torch.ones(4).double())
     (true,) = torch.autograd.grad(exact[:2], leaf, (g.double(), h.double()))
@@ -295,10 +309,10 @@ def test_gradients_of_huge_logits(kind):
     case = Case(4, 8, 130, transform=False, ignored=False)
     case.bias, case.labels = logits[0], labels
     _, exact = case.exact()
-    _, entropy, lse, _ = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
-    grads = ops_cuda.linear_logprobs_backward(
-        *(case.dlogprobs, case.dentropy, *case.args, -100, 2**20, lse, entropy),
-        *(True, True, True, DEVICE),
+    _, entropy, lse, _ = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
+    grads = on_cuda.linear_logprobs_backward(
+        *(case.upstream, case.head, LIMITS, Known(lse, entropy)),
+        *(Needs(True, True, True), DEVICE),
     )
     if kind != -1e15:  # in float64 the products still count beside it
         for ours, true in zip(grads, exact, strict=True):
@@ -310,9 +324,9 @@ def test_gradients_of_huge_logits(kind):
 def test_a_nan_row_poisons_itself_alone(fused, monkeypatch):
     monkeypatch.setattr(linear_logprobs, "fuses", lambda *_: fused)
     case = Case(ignored=False)
-    clean = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    clean = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
     case.hidden[5] = float("nan")
-    dirty = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    dirty = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
     others = torch.arange(37) != 5
     for a, b in zip(clean, dirty, strict=True):
         assert torch.equal(a[others], b[others])
@@ -323,10 +337,10 @@ def test_a_nan_at_an_ignored_row_reaches_nothing():
     case = Case()
     case.hidden[1] = float("nan")
     assert case.labels[1] == -100
-    _, entropy, lse, _ = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
-    grads = ops_cuda.linear_logprobs_backward(
-        *(case.dlogprobs, case.dentropy, *case.args, -100, 2**20, lse, entropy),
-        *(True, True, True, DEVICE),
+    _, entropy, lse, _ = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
+    grads = on_cuda.linear_logprobs_backward(
+        *(case.upstream, case.head, LIMITS, Known(lse, entropy)),
+        *(Needs(True, True, True), DEVICE),
     )
     assert all(g.isfinite().all() for g in grads)
 
@@ -334,7 +348,7 @@ def test_a_nan_at_an_ignored_row_reaches_nothing():
 def test_a_label_outside_the_vocabulary_is_nan_for_that_token():
     case = Case(ignored=False)
     case.labels[3], case.labels[8] = 130, -1
-    logprobs_, entropy, _, top = ops_cuda.linear_logprobs(*case.args, -100, 2**20, DEVICE)
+    logprobs_, entropy, _, top = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
     wrong = torch.zeros(37, dtype=torch.bool)
     wrong[[3, 8]] = True
     assert logprobs_[wrong].isnan().all()
@@ -367,21 +381,21 @@ def test_vectors_are_read_as_they_are_stored(how, dtype):
     assert not views[0].is_contiguous()
 
     def run(up, temperature, labels, bias):
-        args = (case.hidden, case.weight, bias, labels, temperature, 0.7, 5.0)
-        known = ops_cuda.launch(ops_cuda.linear_logprobs, (*args, -100, 2**20), DEVICE)
-        entropy, lse = known[1:3]
-        needs = (*args, -100, 2**20, lse, entropy, True, True, True)
-        grads = ops_cuda.launch(ops_cuda.linear_logprobs_backward, (up, up, *needs), DEVICE)
-        part = ops_cuda.launch(ops_cuda.linear_logprobs_chunk, args, DEVICE)
+        head = Head(case.hidden, case.weight, bias, labels, temperature, 0.7, 5.0)
+        of_loss = Upstream(up, up)
+        known = on_cuda.launch(on_cuda.linear_logprobs, (head, LIMITS), DEVICE)
+        needs = (Known(known.lse, known.entropy), Needs(True, True, True))
+        args = (of_loss, head, LIMITS, *needs)
+        grads = on_cuda.launch(on_cuda.linear_logprobs_backward, args, DEVICE)
+        part = on_cuda.launch(on_cuda.linear_logprobs_chunk, (head,), DEVICE)
         sums = torch.empty(70, 8, dtype=dtype), torch.empty(70, dtype=torch.float32)
-        rest = (up, up, *args, part[2], part[1], *sums, False)
-        chunk = ops_cuda.launch(
-            ops_cuda.linear_logprobs_chunk_backward, (part[4].clone(), *rest), DEVICE
-        )
-        rows = (case.hidden, labels.clamp(max=7), temperature, -100)
-        stats = ops_cuda.launch(ops_cuda.logits_logprobs, rows, DEVICE)
-        of_rows = (up, up, *rows, stats[2], stats[1])
-        dlogits = ops_cuda.launch(ops_cuda.logits_logprobs_backward, of_rows, DEVICE)
+        args = (ChunkLogits(part.z.clone()), of_loss, head, Known(part.lse, part.entropy))
+        args = (*args, Sums(*sums, False))
+        chunk = on_cuda.launch(on_cuda.linear_logprobs_chunk_backward, args, DEVICE)
+        rows = Rows(case.hidden, labels.clamp(max=7), temperature, -100)
+        stats = on_cuda.launch(on_cuda.logits_logprobs, (rows,), DEVICE)
+        args = (of_loss, rows, Known(stats.lse, stats.entropy))
+        dlogits = on_cuda.launch(on_cuda.logits_logprobs_backward, args, DEVICE)
         return (*known, *grads, *part[:4], chunk, *sums, *stats, dlogits)
 
     found = run(*views, labels, bias)
@@ -399,7 +413,7 @@ def test_offsets_beyond_two_to_the_31():
     values = torch.randn(3, 64).to(torch.bfloat16)
     logits.copy_(values)
     labels = torch.tensor([3, 5, 7])
-    out = ops_cuda.logits_logprobs(logits, labels, torch.ones(3), -100, DEVICE)
+    out = on_cuda.logits_logprobs(Rows(logits, labels, torch.ones(3), -100), DEVICE)
     exact = reference.logits_logprobs(values.double(), labels, torch.ones(3).double())
     torch.testing.assert_close(out[0].double(), exact[0], atol=1e-5, rtol=1e-5)
 

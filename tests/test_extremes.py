@@ -7,8 +7,11 @@ import pytest
 import torch
 from oracle import IGNORED, Case, Result
 
-from fused_rl import LMHead, chunked, linear_logprobs, logprobs_from_logits, reference
+from fused_rl import LMHead, linear_logprobs, logprobs_from_logits, ops, reference
 from fused_rl.logprobs import flat_arguments
+from fused_rl.ops.linear import linear_logprobs_backward
+from fused_rl.ops.logits import logits_logprobs_backward
+from fused_rl.ops.record import Known, Needs, Upstream
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -18,12 +21,12 @@ WIDE = (torch.float32, torch.float64)
 
 def plain(case: Case, dlogprobs, dentropy) -> Result:
     """What serves devices without a kernel."""
-    args = flat_arguments(case.hidden, case.head, case.labels, case.temperature)
-    options = (IGNORED, 20 * V * 8)
-    logprobs, entropy, lse, _ = chunked.linear_logprobs(*args, *options)
-    up = (dlogprobs.to(entropy.dtype), dentropy.to(entropy.dtype))
-    needs = (True, True, True)
-    grads = chunked.linear_logprobs_backward(*up, *args, *options, lse, entropy, *needs)
+    head = flat_arguments(case.hidden, case.head, case.labels, case.temperature)
+    limits = ops.Limits(IGNORED, 20 * V * 8)
+    logprobs, entropy, lse, _ = ops.linear_logprobs.plain(head, limits)
+    up = Upstream(dlogprobs.to(entropy.dtype), dentropy.to(entropy.dtype))
+    known, needs = Known(lse, entropy), Needs(True, True, True)
+    grads = linear_logprobs_backward.plain(up, head, limits, known, needs)
     return Result(logprobs, entropy, *grads)
 
 
@@ -70,9 +73,9 @@ def test_gradients_of_huge_logits(kind, dtype, way):
     if way == "kernel":
         got = gradient(logits.requires_grad_(), lambda z: tuple(logprobs_from_logits(z, labels)))
     else:
-        args = (labels, torch.ones(4, dtype=dtype), IGNORED)
-        _, entropy, lse = chunked.logits_logprobs(logits, *args)
-        got = chunked.logits_logprobs_backward(g, h, logits, *args, lse, entropy)
+        rows = ops.Rows(logits, labels, torch.ones(4, dtype=dtype), IGNORED)
+        _, entropy, lse = ops.logits_logprobs.plain(rows)
+        got = logits_logprobs_backward.plain(Upstream(g, h), rows, Known(lse, entropy))
     exact = logits.detach().double().requires_grad_()
     _close(got, gradient(exact, lambda z: reference.statistics(z, labels)), dtype)
     _close(got.sum(-1), torch.zeros(4), dtype)

@@ -12,9 +12,16 @@ import pytest
 import torch
 from oracle import EVERYTHING, FLOATS, IGNORED
 
-from fused_rl import LMHead, filter_ops, grpo, linear_logprobs, linear_policy_loss
+from fused_rl import LMHead, grpo, linear_logprobs, linear_policy_loss
 from fused_rl.checks import grad_filter_is_possible
-from fused_rl.filter_ops import FILTER_ROWS
+from fused_rl.ops.filtered import (
+    FILTER_ROWS,
+    Filter,
+    Peaks,
+    linear_filtered_logprobs,
+    linear_filtered_logprobs_backward,
+)
+from fused_rl.ops.record import Head, Known, Limits, Needs, Upstream
 
 N, H, V = 70, 34, 3 * FILTER_ROWS + 41
 FILTER = 1e-3
@@ -105,10 +112,11 @@ def test_the_native_kernel_does_what_the_plain_one_does(dtype):
     torch.manual_seed(2)
     case = peaked_case(dtype, **FEATURES)
     wide = torch.promote_types(dtype, torch.float32)
-    args = (case.hidden, case.weight, case.bias, case.labels, case.temperature.to(wide))
-    args = (*args, case.scale, case.softcap, IGNORED, 2**20, FILTER)
-    plain = filter_ops.linear_filtered_logprobs._init_fn(*args)
-    native = filter_ops.linear_filtered_logprobs(*args)
+    tokens = (case.labels, case.temperature.to(wide))
+    head = Head(case.hidden, case.weight, case.bias, *tokens, case.scale, case.softcap)
+    args = (head, Limits(IGNORED, 2**20), Filter(FILTER))
+    plain = linear_filtered_logprobs.plain(*args)
+    native = linear_filtered_logprobs(*args)
     for mine, right in zip(native, plain, strict=True):
         double = dtype == torch.float64
         torch.testing.assert_close(
@@ -116,13 +124,13 @@ def test_the_native_kernel_does_what_the_plain_one_does(dtype):
         )
     # A logit of 60 is known to 60 roundings; what is rounded to a half type loses more by that.
     roundings = 64 if dtype in (torch.float32, torch.float64) else 2
-    upstream = [g.to(wide) for g in oracle.random_upstream(N)]
-    _, entropy, lse, _, peaks = plain
+    upstream = Upstream(*(g.to(wide) for g in oracle.random_upstream(N)))
+    known = (Known(plain.lse, plain.entropy), Peaks(plain.peaks))
     for needs in ((True, True, True), (False, True, False), (True, False, False)):
-        call = (*upstream, *args, lse, entropy, peaks, *needs)
+        call = (upstream, *args, *known, Needs(*needs))
         both = zip(
-            filter_ops.linear_filtered_logprobs_backward(*call),
-            filter_ops.linear_filtered_logprobs_backward._init_fn(*call),
+            linear_filtered_logprobs_backward(*call),
+            linear_filtered_logprobs_backward.plain(*call),
             needs,
             strict=True,
         )
@@ -194,13 +202,13 @@ def test_a_weight_that_is_not_contiguous():
     torch.manual_seed(10)
     case = peaked_case(torch.float32)
     weight = case.weight.T.contiguous().T
-    up = [g.float() for g in oracle.random_upstream(N)]
-    args = (case.labels, case.temperature, 1.0, 0.0, IGNORED, 2**20, FILTER)
-    operands = (case.hidden, weight, None, *args)
-    _, entropy, lse, _, peaks = filter_ops.linear_filtered_logprobs(*operands)
-    op = filter_ops.linear_filtered_logprobs_backward
-    call = (*up, *operands, lse, entropy, peaks, True, True, False)
-    found = (op(*call), op._init_fn(*call))
+    up = Upstream(*(g.float() for g in oracle.random_upstream(N)))
+    head = Head(case.hidden, weight, None, case.labels, case.temperature, 1.0, 0.0)
+    args = (head, Limits(IGNORED, 2**20), Filter(FILTER))
+    stats = linear_filtered_logprobs(*args)
+    known = (Known(stats.lse, stats.entropy), Peaks(stats.peaks))
+    op, call = linear_filtered_logprobs_backward, (up, *args, *known, Needs(True, True, False))
+    found = (op(*call), op.plain(*call))
     for mine, plain in zip(*found, strict=True):
         assert mine.is_contiguous() and plain.is_contiguous()
         assert oracle.relative_error(mine, plain) < 1e-5
@@ -255,12 +263,12 @@ def test_opcheck(dtype):
     case = oracle.random_case(7, 6, FILTER_ROWS + 5, dtype, **FEATURES)
     leaves = leaves_of(case)
     args = (case.labels, case.temperature.float(), case.scale, case.softcap, IGNORED, 2**20, FILTER)
-    torch.library.opcheck(filter_ops.linear_filtered_logprobs, (*leaves, *args))
+    torch.library.opcheck(linear_filtered_logprobs.op, (*leaves, *args))
     plain = [t.detach() for t in leaves]
-    logprobs, entropy, lse, _, peaks = filter_ops.linear_filtered_logprobs(*plain, *args)
+    logprobs, entropy, lse, _, peaks = linear_filtered_logprobs.op(*plain, *args)
     call = (torch.ones_like(logprobs), entropy, *plain, *args, lse, entropy, peaks)
     for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(filter_ops.linear_filtered_logprobs_backward, (*call, *needs))
+        torch.library.opcheck(linear_filtered_logprobs_backward.op, (*call, *needs))
 
 
 def test_compiles_in_one_graph():

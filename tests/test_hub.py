@@ -15,8 +15,9 @@ import torch
 from kernels.variants import resolve_variants
 
 import fused_rl
-from fused_rl import cli, ops
+from fused_rl import cli
 from fused_rl.integrations import hub, layers
+from fused_rl.reference import acc_dtype
 
 # fused_rl is not to be found; as on a machine where it is not installed.
 WITHOUT_FUSED_RL = """
@@ -96,7 +97,7 @@ def save_case(file: Path, dtype: torch.dtype) -> tuple[oracle.Case, tuple]:
     torch.manual_seed(0)
     case = oracle.random_case(37, 33, 300, dtype, ignored=3, **oracle.EVERYTHING)
     case = oracle.replace(case, scale=0.7, softcap=3.0)
-    up = tuple(g.to(ops.acc_dtype(case.hidden)) for g in oracle.random_upstream(37))
+    up = tuple(g.to(acc_dtype(case.hidden)) for g in oracle.random_upstream(37))
     tensors = (case.hidden, case.weight, case.bias, case.labels, case.temperature)
     torch.save((*tensors, up), file)
     return case, up
@@ -162,20 +163,20 @@ from pathlib import Path
 from kernels import get_local_kernel
 
 kernel = get_local_kernel(Path(sys.argv[1]) / "build" / "torch-cuda")
-ops_cuda, triton = (
+ops, on_cuda, triton = (
     importlib.import_module(f"{kernel.__name__}.{name}")
-    for name in ("ops_cuda", "kernels.linear_logprobs")
+    for name in ("ops", "ops.triton", "kernels.linear_logprobs")
 )
 device = triton.Device(multiprocessors=2, major=0, interpreted=True)
 logits, labels = torch.randn(6, 70), torch.tensor([0, 69, -100, 3, 4, 5])
 temperature = torch.full((6,), 0.7)
-logprobs, entropy, lse = ops_cuda.logits_logprobs(logits, labels, temperature, -100, device)
+rows = ops.Rows(logits, labels, temperature, -100)
+logprobs, entropy, lse = on_cuda.logits_logprobs(rows, device)
 stats = kernel.logprobs_from_logits(logits, labels, temperature=0.7)
 torch.testing.assert_close((logprobs, entropy), tuple(stats))
 hidden, weight = torch.randn(6, 16), torch.randn(70, 16)
-got = ops_cuda.linear_logprobs(
-    hidden, weight, None, labels, temperature, 1.0, 0.0, -100, 2**20, device
-)
+head = ops.Head(hidden, weight, None, labels, temperature, 1.0, 0.0)
+got = on_cuda.linear_logprobs(head, ops.Limits(-100, 2**20), device)
 stats = kernel.linear_logprobs(hidden, weight, labels, temperature=0.7)
 torch.testing.assert_close(got[:2], tuple(stats), atol=1e-4, rtol=1e-4)
 print(next(b.kernel for b in kernel.backends() if b.device == "cuda"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import FLOATS, IGNORED
 
+import fused_rl
 from fused_rl import (
     LMHead,
     TokenBatch,
@@ -42,10 +43,10 @@ def _call(way, labels, hidden=None, V=10, **options):
 @pytest.mark.parametrize("wrong", [10, 11, -1, -99, -101, 2**40])
 def test_a_label_outside_the_vocabulary_raises(way, wrong):
     labels = torch.tensor([1, 2, wrong, 3])
-    named = -1 if way == "one_pass" and wrong < 0 else wrong
-    if way == "one_pass" and wrong == IGNORED:
-        return
-    with pytest.raises(ValueError, match=rf"labels\[2\] is {named}, outside the .*\[0, 10\)"):
+    said = f"is {wrong}"
+    if way == "one_pass" and wrong < 0:
+        said = "counts by loss_mask and is negative"
+    with pytest.raises(ValueError, match=rf"labels\[.*2\] {said}, outside the .*\[0, 10\)"):
         _call(way, labels)
 
 
@@ -56,8 +57,36 @@ def test_minus_100_is_an_error_where_ignore_index_is_something_else(way):
 
 
 def test_minus_100_counted_by_the_loss_mask_raises():
-    with pytest.raises(ValueError, match=r"labels\[1\] is -1, outside"):
+    said = r"labels\[1\] counts by loss_mask and is negative, outside the vocabulary \[0, 10\)$"
+    with pytest.raises(ValueError, match=said):
         _call("one_pass", torch.tensor([3, -100, 2]))
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 2), (1, 1)])
+def test_errors_name_the_place_of_a_token_in_the_shape_it_was_given_in(place):
+    hidden, head, labels = torch.randn(2, 3, 4), torch.randn(10, 4), torch.ones(2, 3).long()
+    kept, offsets = torch.arange(10).repeat(6), torch.arange(0, 61, 10)
+    b, t = place
+    wrong, temperature = labels.clone(), torch.ones(2, 3)
+    wrong[place], temperature[place] = 10, -2.0
+    mask, advantages = torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
+    batch = fused_rl.TokenBatch.padded(wrong, mask, advantages)
+    trained = hidden.clone().requires_grad_()
+    for call in (
+        lambda: fused_rl.linear_logprobs(hidden, head, wrong),
+        lambda: fused_rl.linear_logprobs(trained, head, wrong),
+        lambda: fused_rl.linear_top_logprobs(hidden, head, wrong),
+        lambda: fused_rl.linear_kept_logprobs(hidden, head, wrong, kept, offsets),
+        lambda: logprobs_from_logits(hidden @ head.T, wrong),
+        lambda: fused_rl.linear_policy_loss(trained, head, batch, fused_rl.grpo()),
+        lambda: fused_rl.linear_policy_loss(trained, head, batch, fused_rl.gspo()),
+    ):
+        with pytest.raises(ValueError, match=rf"^labels\[{b}, {t}\] is 10, outside"):
+            call()
+    with pytest.raises(ValueError, match=rf"^temperature\[{b}, {t}\] is -2, and"):
+        fused_rl.linear_logprobs(hidden, head, labels, temperature=temperature)
+    with pytest.raises(ValueError, match=r"^labels is 10, outside"):
+        fused_rl.linear_logprobs(hidden[0, 0], head, torch.tensor(10))
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from oracle import EVERYTHING, FLOATS, IGNORED, Case
 from torch import Tensor
 
-from fused_rl import KeptStats, LMHead, kept_ops, linear_kept_logprobs, linear_logprobs, reference
+from fused_rl import KeptStats, LMHead, linear_kept_logprobs, linear_logprobs, ops, reference
+from fused_rl.ops import kept as kept_ops
+from fused_rl.ops import kept_sets
+from fused_rl.ops.record import Known, Limits, Needs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -44,15 +47,17 @@ class Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, *rest):
-        ctx.args = (hidden, weight, bias, *rest)
-        logprobs, entropy, lse, kept_logprobs, slope = kept_ops.forward(*ctx.args)
-        ctx.saved = (lse, entropy, slope)
-        return logprobs, entropy, kept_logprobs
+        *of_head, ignore_index, chunk_bytes = (hidden, weight, bias, *rest)
+        ctx.args = (ops.KeptHead(*of_head), Limits(ignore_index, chunk_bytes))
+        stats = kept_ops.linear_kept_logprobs.plain(*ctx.args)
+        ctx.known = (Known(stats.lse, stats.entropy), kept_ops.Slope(stats.slope))
+        return stats.logprobs, stats.entropy, stats.kept_logprobs
 
     @staticmethod
     def backward(ctx, *upstream):
         needs = ctx.needs_input_grad[:3]
-        grads = kept_ops.backward(*upstream, *ctx.args, *ctx.saved, *needs)
+        args = (kept_ops.KeptUpstream(*upstream), *ctx.args, *ctx.known, Needs(*needs))
+        grads = kept_ops.linear_kept_logprobs_backward.plain(*args)
         wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
         return (*wanted, *(None,) * 8)
 
@@ -463,8 +468,8 @@ def test_mistakes_in_the_sets_raise_and_name_index_and_value(name, way):
 @pytest.mark.parametrize("name", sorted(set(MISTAKES) - {"a label outside"}))
 def test_where_nobody_may_look_mistakes_give_nan_for_their_token(name, monkeypatch):
     """As on CUDA, where looking would wait for the device."""
-    monkeypatch.setattr(kept_ops, "_check_sets", lambda *_: None)
-    monkeypatch.setattr(kept_ops, "_check_offsets", lambda *_: None)
+    monkeypatch.setattr(kept_sets, "check_sets", lambda *_: None)
+    monkeypatch.setattr(kept_ops, "check_offsets", lambda *_: None)
     case, *sets = _mistaken(name)
     _, _, kept_logprobs, dhidden, *_ = differentiated(plain(case, *sets), case, [torch.ones(3)] * 3)
     wrong = {"an empty set": [0], "a word too large": [0]}.get(name, [2])
@@ -511,16 +516,16 @@ STATIC = ("test_schema", "test_autograd_registration", "test_faketensor")
 def test_opcheck(dtype):
     for bias in (True, False):
         args = _samples(dtype, bias)
-        torch.library.opcheck(kept_ops.linear_kept_logprobs, args, test_utils=STATIC)
+        torch.library.opcheck(kept_ops.linear_kept_logprobs.op, args, test_utils=STATIC)
         leaves = [None if t is None else t.clone().requires_grad_() for t in args[:3]]
         torch.library.opcheck(
-            kept_ops.linear_kept_logprobs, (*leaves, *args[3:]), test_utils=STATIC
+            kept_ops.linear_kept_logprobs.op, (*leaves, *args[3:]), test_utils=STATIC
         )
-        _, entropy, lse, _, slope = kept_ops.linear_kept_logprobs(*args)
+        _, entropy, lse, _, slope = kept_ops.linear_kept_logprobs.op(*args)
         for dense in (torch.randn(7).to(entropy), torch.zeros_like(entropy)):
             for need in (True, False):
                 torch.library.opcheck(
-                    kept_ops.linear_kept_logprobs_backward,
+                    kept_ops.linear_kept_logprobs_backward.op,
                     (
                         *(dense, dense.clone(), torch.randn(7).to(entropy), *args),
                         *(lse, entropy, slope, need, not need, bias and need),
@@ -533,7 +538,7 @@ def test_opcheck_of_gradients_under_aot_dispatch():
     args = _samples(torch.float32)
     leaves = [t.clone().requires_grad_() for t in args[:3]]
     torch.library.opcheck(
-        kept_ops.linear_kept_logprobs,
+        kept_ops.linear_kept_logprobs.op,
         (*leaves, *args[3:]),
         test_utils="test_aot_dispatch_dynamic",
     )

@@ -13,7 +13,6 @@ from oracle import EVERYTHING, FLOATS, IGNORED
 from fused_rl import (
     LMHead,
     TokenStats,
-    chunked,
     grpo,
     linear_logprobs,
     linear_policy_loss,
@@ -392,11 +391,11 @@ def test_by_hand():
 # The most likely word
 
 TOPS = {
-    "trained": lambda args: ops.linear_logprobs(*args, IGNORED, 2**20)[3],
-    "frozen": lambda args: ops.linear_logprobs_frozen(*args, IGNORED, 2**16)[3],
-    "chunk": lambda args: ops.linear_logprobs_chunk(*args)[3],
-    "plain": lambda args: chunked.linear_logprobs(*args, IGNORED, 2**16)[3],
-    "plain chunk": lambda args: chunked.linear_logprobs_chunk(*args)[3],
+    "trained": lambda head: ops.linear_logprobs(head, ops.Limits(IGNORED, 2**20)).top,
+    "frozen": lambda head: ops.linear_logprobs_frozen(head, ops.Limits(IGNORED, 2**16)).top,
+    "chunk": lambda head: ops.linear_logprobs_chunk(head).top,
+    "plain": lambda head: ops.linear_logprobs.plain(head, ops.Limits(IGNORED, 2**16)).top,
+    "plain chunk": lambda head: ops.linear_logprobs_chunk.plain(head).top,
 }
 
 
@@ -432,8 +431,8 @@ def test_logprobs_equal_top_logprobs_at_the_most_likely_word_alone(dtype, featur
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_top_logprobs_are_no_worse_than_those_of_torch(dtype, features, way):
     case = oracle.random_case(65, 48, 1100, dtype, **FEATURES[features])
-    args = flat_arguments(case.hidden, case.head, case.labels, case.temperature)
-    top, eager = TOPS[way](args), _eager_top(case)
+    head = flat_arguments(case.hidden, case.head, case.labels, case.temperature)
+    top, eager = TOPS[way](head), _eager_top(case)
     assert top.dtype == eager.dtype
     oracle.assert_no_worse(top, eager, _exact_logprobs(case).amax(-1))
 
@@ -451,11 +450,12 @@ def test_words_that_tie_are_all_the_most_likely_one(way):
     weight = torch.zeros(300, 1)
     weight[[3, 257]] = 1.0
     tokens = (torch.tensor([3, 257, 3, 0, 299]), torch.ones(5))
-    args = (torch.tensor([[2.0], [2.0], [-2.0], [-2.0], [2.0]]), weight, None, *tokens, 1.0, 0.0)
+    hidden = torch.tensor([[2.0], [2.0], [-2.0], [-2.0], [2.0]])
+    head = ops.Head(hidden, weight, None, *tokens, 1.0, 0.0)
     logits, norms = (2, 2, 0, 0, 2), (298 + 2 * math.exp(h) for h in (2, 2, -2, -2, 2))
     right = [z - math.log(norm) for z, norm in zip(logits, norms, strict=True)]
-    assert TOPS[way](args).tolist() == pytest.approx(right, rel=1e-6)
-    stats = linear_top_logprobs(args[0], weight, tokens[0])
+    assert TOPS[way](head).tolist() == pytest.approx(right, rel=1e-6)
+    stats = linear_top_logprobs(hidden, weight, tokens[0])
     assert (stats.logprobs == stats.top_logprobs).tolist() == [True, True, False, True, False]
 
 

@@ -1,6 +1,8 @@
 """The operators as torch sees them: opcheck, torch.compile, autograd in all its uses."""
 
+import importlib
 import itertools
+import pkgutil
 
 import oracle
 import pytest
@@ -23,11 +25,27 @@ from fused_rl import (
     logprobs_from_logits,
     ops,
 )
+from fused_rl.ops import chunk, frozen, linear, logits
+from fused_rl.ops.kl import kl, kl_backward
+from fused_rl.ops.record import Operator
 
 WAYS = ["trained", "frozen", "one_pass", "from_logits"]
 
 
 # opcheck
+
+
+SAMPLES = {}
+
+
+def samples_of(operator):
+    """The function below yields arguments of an operator, in a row, for a dtype."""
+
+    def register(samples):
+        SAMPLES[operator] = samples
+        return samples
+
+    return register
 
 
 def _linear_args(dtype, bias=True):
@@ -43,27 +61,31 @@ def _require_grad(args, count):
     return (*leaves, *args[count:])
 
 
+@samples_of(linear.linear_logprobs)
 def _of_linear_logprobs(dtype):
     yield (*_linear_args(dtype), IGNORED, 2**20)
     yield (*_require_grad(_linear_args(dtype), 3), IGNORED, 2**20)
     yield (*_require_grad(_linear_args(dtype, bias=False), 2), IGNORED, 2**20)
 
 
+@samples_of(linear.linear_logprobs_backward)
 def _of_linear_logprobs_backward(dtype):
     args = (*_linear_args(dtype), IGNORED, 2**20)
-    _, entropy, lse, _ = ops.linear_logprobs(*args)
+    _, entropy, lse, _ = linear.linear_logprobs.op(*args)
     for needs in itertools.product([False, True], repeat=3):
         yield (torch.randn_like(entropy), torch.randn_like(entropy), *args, lse, entropy, *needs)
 
 
+@samples_of(frozen.linear_logprobs_frozen)
 def _of_linear_logprobs_frozen(dtype):
     yield (*_require_grad(_linear_args(dtype), 1), IGNORED, 2**20)
     yield (*_require_grad(_linear_args(dtype, bias=False), 1), IGNORED, 100)
 
 
+@samples_of(frozen.linear_logprobs_frozen_backward)
 def _of_linear_logprobs_frozen_backward(dtype):
     args = (*_linear_args(dtype), IGNORED, 2**20)
-    _, entropy, lse, _, unit = ops.linear_logprobs_frozen(*args)
+    _, entropy, lse, _, unit = frozen.linear_logprobs_frozen.op(*args)
     g = torch.randn_like(entropy)
     for dentropy in (torch.randn_like(entropy), torch.zeros_like(entropy)):
         yield (g, dentropy, *args, lse, entropy, unit)
@@ -75,13 +97,15 @@ def _chunk_args(dtype):
     return tuple(args)
 
 
+@samples_of(chunk.linear_logprobs_chunk)
 def _of_linear_logprobs_chunk(dtype):
     yield _chunk_args(dtype)
 
 
+@samples_of(chunk.linear_logprobs_chunk_backward)
 def _of_linear_logprobs_chunk_backward(dtype):
     args = _chunk_args(dtype)
-    _, entropy, lse, _, z = ops.linear_logprobs_chunk(*args)
+    _, entropy, lse, _, z = chunk.linear_logprobs_chunk.op(*args)
     up = (torch.randn_like(entropy), torch.randn_like(entropy))
     for accumulate in (False, True):
         sums = (torch.zeros(11, 6, dtype=lse.dtype), torch.zeros(11, dtype=lse.dtype))
@@ -94,68 +118,71 @@ def _logits_args(dtype):
     return torch.randn(4, 11).to(dtype), labels, torch.ones(4, dtype=wide), IGNORED
 
 
+@samples_of(logits.logits_logprobs)
 def _of_logits_logprobs(dtype):
     yield _logits_args(dtype)
     yield _require_grad(_logits_args(dtype), 1)
 
 
+@samples_of(logits.logits_logprobs_backward)
 def _of_logits_logprobs_backward(dtype):
     args = _logits_args(dtype)
-    _, entropy, lse = ops.logits_logprobs(*args)
+    _, entropy, lse = logits.logits_logprobs.op(*args)
     yield (torch.randn_like(entropy), torch.randn_like(entropy), *args, lse, entropy)
 
 
+@samples_of(kl)
 def _of_kl(dtype):
     if dtype in (torch.float32, torch.float64):
         for value, slope in itertools.product(KL, KL):
             yield (torch.randn(5, dtype=dtype, requires_grad=True), value.value, slope.value)
 
 
+@samples_of(kl_backward)
 def _of_kl_backward(dtype):
     if dtype in (torch.float32, torch.float64):
         yield (torch.randn(5, dtype=dtype), torch.randn(5, dtype=dtype))
 
 
-OPS = {
-    name: (getattr(ops, name), globals()[f"_of_{name}"])
-    for name in (
-        "linear_logprobs",
-        "linear_logprobs_backward",
-        "linear_logprobs_frozen",
-        "linear_logprobs_frozen_backward",
-        "linear_logprobs_chunk",
-        "linear_logprobs_chunk_backward",
-        "logits_logprobs",
-        "logits_logprobs_backward",
-        "kl",
-        "kl_backward",
-    )
-}
 STATIC = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
+# Their own files check them.
+ELSEWHERE = {
+    "linear_kept_logprobs",
+    "linear_kept_logprobs_backward",
+    "linear_filtered_logprobs",
+    "linear_filtered_logprobs_backward",
+}
+
+
 def test_every_op_is_among_those_checked_here():
-    defined = {
-        name for name, value in vars(ops).items() if isinstance(value, torch.library.CustomOpDef)
-    }
-    assert defined == set(OPS)
+    modules = (
+        importlib.import_module(f"fused_rl.ops.{module.name}")
+        for module in pkgutil.iter_modules(ops.__path__)
+    )
+    defined = {v for m in modules for v in vars(m).values() if isinstance(v, Operator)}
+    assert {op.__name__ for op in defined} == {op.__name__ for op in SAMPLES} | ELSEWHERE
+
+
+every_op = pytest.mark.parametrize("op", SAMPLES, ids=lambda op: op.__name__)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("name", OPS)
-def test_opcheck(name, dtype):
-    op, samples = OPS[name]
-    for args in samples(dtype):
-        torch.library.opcheck(op, args, test_utils=STATIC)
+@every_op
+def test_opcheck(op, dtype):
+    for args in SAMPLES[op](dtype):
+        torch.library.opcheck(op.op, args, test_utils=STATIC)
 
 
 @pytest.mark.parametrize(
-    "name", ["linear_logprobs", "linear_logprobs_frozen", "logits_logprobs", "kl"]
+    "op",
+    [linear.linear_logprobs, frozen.linear_logprobs_frozen, logits.logits_logprobs, kl],
+    ids=lambda op: op.__name__,
 )
-def test_opcheck_of_gradients_under_aot_dispatch(name):
-    op, samples = OPS[name]
-    for args in list(samples(torch.float32))[-2:]:
-        torch.library.opcheck(op, args, test_utils="test_aot_dispatch_dynamic")
+def test_opcheck_of_gradients_under_aot_dispatch(op):
+    for args in list(SAMPLES[op](torch.float32))[-2:]:
+        torch.library.opcheck(op.op, args, test_utils="test_aot_dispatch_dynamic")
 
 
 # torch.compile
@@ -456,7 +483,7 @@ def test_gradients_of_two_steps_add_up_in_grad(way):
 def test_two_micro_batches_give_the_gradient_of_one_large_batch():
     case = oracle.random_case(40, 6, 11, torch.float64)
     whole = oracle.policy_batch(case, (4, 10), masked=2)
-    loss = dapo(int(whole.num_tokens), beta=0.1, entropy_coef=0.01)
+    loss = dapo(num_tokens=int(whole.num_tokens), beta=0.1, entropy_coef=0.01)
     hidden = case.hidden.reshape(4, 10, 6)
 
     def gradient(parts):

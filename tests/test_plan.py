@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fused_rl import TokenBatch, grpo, linear_policy_loss, ops
+from fused_rl.ops.record import Statistics
 from fused_rl.plan.memory import head_shape, plan, readable
 
 HEAD = {"hidden_size": 256, "vocab_size": 65536}
@@ -109,17 +110,18 @@ def test_the_way_and_the_chunks_are_those_of_the_library(chunk_bytes, frozen, mo
     batch = TokenBatch.padded(labels, torch.ones_like(labels), torch.ones(1))
     sizes = []
 
-    def chunk(hidden, *rest):
-        sizes.append(len(hidden))
-        return *torch.zeros(4, len(hidden)), None
+    def chunk(head):
+        sizes.append(len(head.hidden))
+        return *torch.zeros(4, len(head.hidden)), None
 
-    def two_passes(hidden, *rest):
-        return torch.zeros(4, TOKENS)
+    def chunk_backward(logits, upstream, head, *rest):
+        return head.hidden.detach() * 0
+
+    def two_passes(head, limits):
+        return Statistics(*torch.zeros(4, TOKENS))
 
     monkeypatch.setattr(ops, "linear_logprobs_chunk", chunk)
-    monkeypatch.setattr(
-        ops, "linear_logprobs_chunk_backward", lambda z, g, h, hidden, *rest: hidden.detach() * 0
-    )
+    monkeypatch.setattr(ops, "linear_logprobs_chunk_backward", chunk_backward)
     monkeypatch.setattr(ops, "linear_logprobs", two_passes)
     linear_policy_loss(hidden, weight, batch, grpo(), chunk_bytes=chunk_bytes)
     assert (by_name(planned)["linear_policy_loss"].nhv < 8) == bool(sizes)

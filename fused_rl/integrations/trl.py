@@ -60,13 +60,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rl.chunked import in_full
 from fused_rl.head import LMHead
 from fused_rl.logprobs import linear_top_logprobs
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.means import TokenMean
 from fused_rl.losses.policy import Loss, LossOutput
 from fused_rl.one_pass import linear_policy_loss
+from fused_rl.ops import in_full
 from fused_rl.reference import logits
 
 _SEAM = "_ChunkedLogProbFunction"

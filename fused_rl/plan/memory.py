@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fused_rl import ops
-from fused_rl.one_pass import chunk_sizes, one_pass_pays, round_up
+from fused_rl.ops import chunk_sizes, one_pass_pays, round_up
 from fused_rl.plan.config import head_shape, size
+from fused_rl.reference import acc_dtype
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -120,7 +121,7 @@ def plan(
         )
     sizes = chunk_sizes(tokens, most)
     s = _Sizes(
-        *(tokens, H, V, dtype.itemsize, ops.acc_dtype(hidden, weight).itemsize),
+        *(tokens, H, V, dtype.itemsize, acc_dtype(hidden, weight).itemsize),
         op=_operand_bytes(dtype, device),
         waiting=4 if dtype == torch.float16 else dtype.itemsize,
         device=device,

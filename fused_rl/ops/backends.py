@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from fused_rl import ops
+from fused_rl.ops import native
+from fused_rl.ops.chunks import HAS_TRITON
 
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps fused-rl"
 
@@ -23,11 +24,11 @@ def backends() -> list[Backend]:
 
 
 def _cpu() -> Backend:
-    if ops.native_missing:
+    if native.native_missing:
         return Backend(
             "cpu",
             "reference (plain torch)",
-            f"{ops.native_missing}; with torch and a C++20 compiler at hand: {_REBUILD}",
+            f"{native.native_missing}; with torch and a C++20 compiler at hand: {_REBUILD}",
         )
     isa, *microkernels = torch.ops.fused_rl.cpu_features().split()
     products = ", ".join(microkernels) or "none"
@@ -39,7 +40,7 @@ def _cpu() -> Backend:
 
 def _cuda() -> Backend:
     here = "" if torch.cuda.is_available() else "; no device of the kind is visible to torch"
-    if not ops.HAS_TRITON:
+    if not HAS_TRITON:
         note = f"triton is not installed: pip install triton{here}"
         return Backend("cuda", "reference (plain torch)", note)
     note = "float64 in plain torch; proved in the interpreter, run on an H100 and an H200"

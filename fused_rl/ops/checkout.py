@@ -6,14 +6,14 @@ from pathlib import Path
 from types import ModuleType
 
 # Of this package, which has another name where it is exported to.
-NAME = f"{__package__}.kernels"
+NAME = __package__.rpartition(".")[0] + ".kernels"
 # Hugging Face's package is called kernels too, and lies beside an installed fused_rl.
 MARK = "linear_logprobs.py"
 
 
 def find_kernels() -> None:
     """Lets the kernels be imported from beside the package, where they are not inside it."""
-    folder = Path(__file__).parents[1] / "kernels"
+    folder = Path(__file__).parents[2] / "kernels"
     if find_spec(NAME) is None and (folder / MARK).exists():
         module = ModuleType(NAME)
         module.__path__ = [str(folder)]

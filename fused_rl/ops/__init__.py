@@ -1,0 +1,76 @@
+"""The operators. Which kernel runs is torch's dispatcher's choice: nothing else knows of devices.
+
+record.py says how one is written, and each family has its file. What has no kernel for the device
+at hand runs in plain torch. The kernels for CPUs (csrc/) are registered by the library that
+native.py loads, those for CUDA (kernels/) in triton.py.
+"""
+
+from fused_rl.ops import triton
+from fused_rl.ops.autocast import autocasts, in_full
+from fused_rl.ops.checkout import find_kernels
+from fused_rl.ops.chunk import (
+    ChunkLogits,
+    Sums,
+    linear_logprobs_chunk,
+    linear_logprobs_chunk_backward,
+)
+from fused_rl.ops.chunks import (
+    CHUNK_BYTES,
+    HAS_TRITON,
+    ONE_PASS_TOKENS,
+    check_tokens,
+    chunk_sizes,
+    chunk_tokens,
+    one_pass_pays,
+    round_up,
+    scratch_bytes,
+    waiting_dtype,
+)
+from fused_rl.ops.filtered import FILTER_ROWS, Filter, linear_filtered_logprobs
+from fused_rl.ops.frozen import linear_logprobs_frozen
+from fused_rl.ops.kept import KeptHead, linear_kept_logprobs
+from fused_rl.ops.kept_sets import Sets
+from fused_rl.ops.kl import Deviation, kl
+from fused_rl.ops.linear import linear_logprobs
+from fused_rl.ops.logits import Rows, logits_logprobs
+from fused_rl.ops.native import native_missing
+from fused_rl.ops.record import Head, Known, Limits, Upstream
+
+__all__ = [
+    "CHUNK_BYTES",
+    "FILTER_ROWS",
+    "HAS_TRITON",
+    "ONE_PASS_TOKENS",
+    "ChunkLogits",
+    "Deviation",
+    "Filter",
+    "Head",
+    "KeptHead",
+    "Known",
+    "Limits",
+    "Rows",
+    "Sets",
+    "Sums",
+    "Upstream",
+    "autocasts",
+    "check_tokens",
+    "chunk_sizes",
+    "chunk_tokens",
+    "in_full",
+    "kl",
+    "linear_filtered_logprobs",
+    "linear_kept_logprobs",
+    "linear_logprobs",
+    "linear_logprobs_chunk",
+    "linear_logprobs_chunk_backward",
+    "linear_logprobs_frozen",
+    "logits_logprobs",
+    "native_missing",
+    "one_pass_pays",
+    "round_up",
+    "scratch_bytes",
+    "triton",
+    "waiting_dtype",
+]
+
+find_kernels()

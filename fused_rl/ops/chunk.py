@@ -1,0 +1,71 @@
+"""The logits of a chunk of tokens, and their gradient in place of them: 2 NHV, and 4 NHV more.
+
+For a loss that is known between the two. All labels are inside the vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_rl.ops.chunks import padded, statistics_like, waiting_dtype
+from fused_rl.ops.formulas import add_gradients, statistics
+from fused_rl.ops.record import Head, Known, Operator, Upstream, Written
+
+
+class ChunkStatistics(NamedTuple):
+    """Statistics, and the logits for the backward pass that follows at once."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    lse: Tensor
+    top: Tensor
+    z: Tensor  # [V * padded(N)], in a layout of the kernel's own
+
+
+class ChunkLogits(NamedTuple):
+    """z of ChunkStatistics, which is spent: a kernel may write the gradient in its place."""
+
+    z: Tensor
+
+
+class Sums(NamedTuple):
+    """What is written, or added to; an empty one is skipped."""
+
+    dweight: Written  # [V, H], contiguous, in any floating dtype
+    dbias: Written  # [V], in any floating dtype
+    accumulate: bool
+
+
+@Operator
+def linear_logprobs_chunk(head: Head) -> ChunkStatistics:
+    """In plain torch z is [N, V], flattened."""
+    z, N = head.logits(), len(head.labels)
+    room = head.weight.shape[0] * (padded(N) - N)
+    return ChunkStatistics(*statistics(z, head.labels), F.pad(z.flatten(), (0, room)))
+
+
+@linear_logprobs_chunk.fake
+def _(head: Head) -> ChunkStatistics:
+    hidden, weight, *_ = head
+    z = hidden.new_empty(weight.shape[0] * padded(hidden.shape[0]), dtype=head.dtype)
+    return ChunkStatistics(*statistics_like(hidden, weight), z)
+
+
+@Operator
+def linear_logprobs_chunk_backward(
+    logits: ChunkLogits, upstream: Upstream, head: Head, known: Known, sums: Sums
+) -> Tensor:
+    """dhidden [N, H], in float32 where hidden is float16: its loss is still to be scaled."""
+    if not sums.accumulate:
+        sums.dweight.zero_()
+        sums.dbias.zero_()
+    N, V = head.hidden.shape[0], head.weight.shape[0]
+    z = logits.z[: N * V].view(N, V)
+    dhidden = add_gradients(upstream, known.entropy, head, z, sums.dweight, sums.dbias)
+    return dhidden.to(waiting_dtype(head.hidden))
+
+
+@linear_logprobs_chunk_backward.fake
+def _(logits: ChunkLogits, upstream: Upstream, head: Head, known: Known, sums: Sums) -> Tensor:
+    return head.hidden.new_empty(head.hidden.shape, dtype=waiting_dtype(head.hidden))

@@ -1,0 +1,125 @@
+"""How many tokens' logits are held at once, and room for what comes of them."""
+
+import math
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from fused_rl.ops.record import Gradients, Head, Needs, Statistics
+from fused_rl.reference import acc_dtype
+
+HAS_TRITON = find_spec("triton") is not None
+
+# Scratch for logits when the caller names none. Constants, not a fraction of what happens to be
+# free: the chunking, and with it the last bit of the result, must not change from run to run.
+CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+# With several chunks one pass adds up dweight in fp32: it pays from so many tokens in a chunk that
+# the arithmetic hides the traffic, 4 x arithmetic rate / memory bandwidth. On CPUs it never does:
+# at 2048 x 896 x 151936 it takes the time of two passes, and 480 MiB more.
+ONE_PASS_TOKENS = {"cuda": 735}
+
+
+def scratch_bytes(device: torch.device, chunk_bytes: int | None) -> int:
+    """chunk_bytes, or the device's own bound."""
+    return chunk_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+
+
+def one_pass_tokens(device: torch.device) -> float:
+    """From how many tokens in a chunk on one pass is cheaper than two, if there are several."""
+    return ONE_PASS_TOKENS.get(device.type, math.inf)
+
+
+def chunk_tokens(hidden: Tensor, weight: Tensor, chunk_bytes: int | None) -> int:
+    """Tokens whose logits a chunk may hold."""
+    scratch = scratch_bytes(hidden.device, chunk_bytes)
+    dtype = acc_dtype(hidden, weight)
+    if not (hidden.is_cuda and HAS_TRITON and dtype == torch.float32):
+        return chunk_rows(weight.shape[0], dtype, scratch)
+    from fused_rl.kernels import linear_gradients
+    from fused_rl.kernels.linear_logprobs import Device
+
+    width = hidden.element_size() if hidden.dtype == weight.dtype else 4
+    multiprocessors = Device.of(hidden.device).multiprocessors
+    V, H = weight.shape
+    return linear_gradients.chunk_tokens(V, H, width, scratch, multiprocessors)
+
+
+def chunk_rows(vocabulary: int, dtype: torch.dtype, chunk_bytes: int) -> int:
+    """Tokens whose logits fit into chunk_bytes; whole tiles of 64 where there are that many."""
+    rows = max(1, chunk_bytes // (max(vocabulary, 1) * dtype.itemsize))
+    return rows // 64 * 64 if rows >= 64 else rows
+
+
+def chunks_of(chosen: Tensor, head: Head, chunk_bytes: int) -> tuple[Tensor, ...]:
+    """The indices of the tokens that are chosen [N], cut so that their logits fit."""
+    rows = chosen.nonzero()[:, 0]
+    return rows.split(chunk_rows(head.weight.shape[0], head.dtype, chunk_bytes))
+
+
+def chunk_sizes(tokens: int, most: int) -> list[int]:
+    """Sizes of the chunks that `tokens` are cut into: as few as `most` allows, and even."""
+    count = max(1, -(-tokens // most))
+    size = min(most, round_up(-(-tokens // count), 16)) if tokens else 0
+    return [min(size, tokens - start) for start in range(0, tokens, size)] if size else []
+
+
+def one_pass_pays(tokens: int, most: int, device: torch.device, trained: bool) -> bool:
+    """Few chunks, or chunks that are large enough, or no dweight to accumulate over them.
+
+    most: tokens of a chunk, at most; trained: whether the head is.
+    """
+    sizes = chunk_sizes(tokens, most)
+    return len(sizes) <= 1 or sizes[0] >= one_pass_tokens(device) or not trained
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def padded(tokens: int) -> int:
+    """Tokens that the buffer of a chunk's logits has room for."""
+    return round_up(tokens, 16)
+
+
+def check_tokens(labels: Tensor, temperature: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """ValueError at the first label outside the vocabulary or temperature that is not positive.
+
+    Not on CUDA, where looking would wait for the device: there such a token's log-prob is NaN.
+    """
+    if labels.is_cuda:
+        return
+    counted = labels != ignore_index
+    if (wrong := ((labels < 0) | (labels >= vocabulary)) & counted).any():
+        n = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"labels[{n}] is {int(labels[n])}, outside the vocabulary [0, {vocabulary}) "
+            f"and not ignore_index ({ignore_index})"
+        )
+    if (wrong := ~(temperature > 0) & counted).any():
+        n = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"temperature[{n}] is {float(temperature[n])}, and a temperature must be positive"
+        )
+
+
+def statistics_like(hidden: Tensor, weight: Tensor) -> Statistics:
+    """Room for the statistics of N tokens."""
+    dtype = acc_dtype(hidden, weight)
+    dtypes = Statistics(dtype, dtype, torch.float64, dtype)
+    return Statistics(*(hidden.new_empty(hidden.shape[:1], dtype=t) for t in dtypes))
+
+
+def gradients_like(head: Head, needs: Needs) -> Gradients:
+    """Room for the gradients that are needed."""
+    hidden, weight, bias, *_ = head
+    return Gradients(
+        hidden.new_empty(hidden.shape if needs.need_dhidden else (0,)),
+        weight.new_empty(weight.shape if needs.need_dweight else (0,)),
+        bias.new_empty(bias.shape) if needs.need_dbias else weight.new_empty(0),
+    )
+
+
+def waiting_dtype(tensor: Tensor) -> torch.dtype:
+    """What a gradient waits in for the scale of its loss: float16 could underflow meanwhile."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype

@@ -1,0 +1,189 @@
+"""Log-probs renormalised over kept sets, beside those over the vocabulary.
+
+    kept_logprobs[n] = z[n, label] - log sum_{v in kept[n]} exp z[n, v]
+    slope[n, v]      = d kept_logprobs[n] / d (hidden[n] . weight[v]),    v in kept[n]
+
+The kernel for CPUs (csrc/kept.cpp) takes the kept logits out of the pass over the whole vocabulary.
+Elsewhere the other two statistics come from the operators of linear_logprobs, whichever kernel
+those have, and the kept logits are formed once more from indexed rows of weight: M H work, in
+chunks of bounded memory. Sums over the pairs are in order of their index: no atomics.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_rl import reference
+from fused_rl.ops.chunks import gradients_like, statistics_like
+from fused_rl.ops.kept_sets import Pairs, Sets, check_offsets, wrong_tokens
+from fused_rl.ops.linear import linear_logprobs, linear_logprobs_backward
+from fused_rl.ops.record import Gradients, Head, Known, Limits, Needs, Operator, Upstream
+
+
+class KeptHead(NamedTuple):
+    """Head, with a kept set beside each label."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    labels: Tensor  # [N] int64
+    kept: Tensor  # [M] int64
+    cu_kept: Tensor  # [N + 1] int64
+    temperature: Tensor  # [N]
+    scale: float
+    softcap: float
+
+    @classmethod
+    def of(cls, head: Head, sets: Sets) -> "KeptHead":
+        return cls(*head[:4], *sets, *head[4:])
+
+    def parts(self) -> tuple[Head, Sets]:
+        return Head(*self[:4], *self[6:]), Sets(self.kept, self.cu_kept)
+
+
+class KeptStatistics(NamedTuple):
+    """logprobs, entropy and lse as in Statistics."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    lse: Tensor
+    kept_logprobs: Tensor  # [N]
+    slope: Tensor  # [M]
+
+
+class KeptUpstream(NamedTuple):
+    dlogprobs: Tensor
+    dentropy: Tensor
+    dkept_logprobs: Tensor
+
+
+class Slope(NamedTuple):
+    slope: Tensor
+
+
+@Operator
+def linear_kept_logprobs(head: KeptHead, limits: Limits) -> KeptStatistics:
+    """2 NHV, and 6 more in the backward pass; M H instead for a loss of kept_logprobs alone."""
+    head, sets = head.parts()
+    logprobs, entropy, lse, _ = linear_logprobs(head, limits)
+    if not sets.kept.is_cuda:
+        check_offsets(sets.cu_kept, len(sets.kept))
+    if len(head.labels) == 0:
+        slope = torch.empty_like(sets.kept, dtype=logprobs.dtype)
+        return KeptStatistics(logprobs, entropy, lse, torch.empty_like(logprobs), slope)
+    kept_logprobs, slope = _renormalised(head, sets, limits)
+    return KeptStatistics(
+        *(logprobs, entropy, lse, kept_logprobs.to(logprobs.dtype), slope.to(logprobs.dtype))
+    )
+
+
+def _renormalised(head: Head, sets: Sets, limits: Limits) -> tuple[Tensor, Tensor]:
+    """kept_logprobs [N] and slope [M], in float64."""
+    V, labels = head.weight.shape[0], head.labels
+    pairs = Pairs.of(sets, V)
+    wrong = wrong_tokens(labels, sets.kept, pairs, V, limits.ignore_index)
+    z = _kept_logits(head, pairs, limits.chunk_bytes).double()
+    top = pairs.over_sets(z, "max")
+    weights = (z - top[pairs.token]).exp()
+    total = pairs.over_sets(weights, "sum")
+    is_label = pairs.entry == labels[pairs.token]
+    at_label = pairs.over_sets(z.masked_fill(~is_label, 0.0), "sum")
+    kept_logprobs = (at_label - top - total.log()).masked_fill(wrong, torch.nan)
+    slope = is_label.double() - weights / total[pairs.token]
+    t = head.temperature.double()[pairs.token]
+    if head.softcap:
+        slope = slope * (1 - (z * t / head.softcap) ** 2)
+    slope = (slope * (head.scale / t)).masked_fill(wrong[pairs.token], torch.nan)
+    counted = labels != limits.ignore_index
+    return kept_logprobs.where(counted, 0.0), slope.where(counted[pairs.token], 0.0)
+
+
+def _kept_logits(head: Head, pairs: Pairs, chunk_bytes: int) -> Tensor:  # [M]
+    hidden, weight, bias, _, temperature, scale, softcap = head
+    z = hidden.new_empty(len(pairs.entry), dtype=head.dtype)
+    for run in _runs(len(z), hidden.shape[1], head.dtype, chunk_bytes):
+        token, entry = pairs.token[run], pairs.entry[run]
+        raw = (hidden[token].to(head.dtype) * weight[entry].to(head.dtype)).sum(-1)
+        of_entry = None if bias is None else bias[entry]
+        z[run] = reference.from_products(raw, of_entry, temperature[token], scale, softcap)
+    return z
+
+
+def _runs(M: int, H: int, dtype: torch.dtype, chunk_bytes: int) -> Iterator[slice]:
+    """Runs of pairs whose rows fit into chunk_bytes: of hidden, of weight, and of their product,
+    which is summed in float64.
+    """
+    size = max(1, chunk_bytes // (H * (3 * dtype.itemsize + 8)))
+    return (slice(start, start + size) for start in range(0, M, size))
+
+
+@linear_kept_logprobs.fake
+def _(head: KeptHead, limits: Limits) -> KeptStatistics:
+    logprobs, entropy, lse, _ = statistics_like(head.hidden, head.weight)
+    of_sets = (torch.empty_like(logprobs), logprobs.new_empty(head.kept.shape))
+    return KeptStatistics(logprobs, entropy, lse, *of_sets)
+
+
+@Operator
+def linear_kept_logprobs_backward(
+    upstream: KeptUpstream,
+    head: KeptHead,
+    limits: Limits,
+    known: Known,
+    slope: Slope,
+    needs: Needs,
+) -> Gradients:
+    """Tokens whose upstream gradients are all 0 cost nothing."""
+    head, sets = head.parts()
+    grads = linear_logprobs_backward(Upstream(*upstream[:2]), head, limits, known, needs)
+    pairs = Pairs.of(sets, head.weight.shape[0])
+    up = upstream.dkept_logprobs.where(head.labels != limits.ignore_index, 0.0)[pairs.token]
+    # Only pairs with a gradient: a NaN elsewhere reaches nothing.
+    live = (up != 0).nonzero()[:, 0]
+    token, entry, draw = pairs.token[live], pairs.entry[live], (up * slope.slope)[live]
+    if needs.need_dhidden:
+        _add_products(grads.dhidden, token, draw, head.weight, entry, limits.chunk_bytes)
+    if needs.need_dweight or needs.need_dbias:
+        entry, order = entry.sort(stable=True)
+        token, draw = token[order], draw[order]
+    if needs.need_dweight:
+        _add_products(grads.dweight, entry, draw, head.hidden, token, limits.chunk_bytes)
+    if needs.need_dbias:
+        ones, first = draw.new_ones(1, 1), token * 0
+        _add_products(grads.dbias[:, None], entry, draw, ones, first, limits.chunk_bytes)
+    return grads
+
+
+def _add_products(
+    to: Tensor,  # [R, H]
+    index: Tensor,  # [M], rising
+    draw: Tensor,  # [M]
+    rows: Tensor,  # [., H]
+    row: Tensor,  # [M]
+    chunk_bytes: int,
+) -> None:
+    """to[index[i]] += draw[i] rows[row[i]] for all i, each sum in float64 and in order.
+
+    A sum that goes on in the next run is carried there: what is written is rounded once.
+    """
+    M, carried = len(index), None
+    for run in _runs(M, rows.shape[1], draw.dtype, chunk_bytes):
+        values = (draw[run, None] * rows[row[run]].to(draw.dtype)).double()
+        at, lengths = index[run].unique_consecutive(return_counts=True)
+        sums = torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True)
+        if carried is not None:
+            sums[0] += carried
+        goes_on = run.stop < M and bool(index[run.stop] == at[-1])
+        carried = sums[-1] if goes_on else None
+        done = at[:-1] if goes_on else at
+        to[done] = (to[done] + sums[: len(done)]).to(to.dtype)
+
+
+@linear_kept_logprobs_backward.fake
+def _(upstream, head: KeptHead, limits, known, slope, needs: Needs) -> Gradients:
+    return gradients_like(head.parts()[0], needs)
+
+
+linear_kept_logprobs.differentiate(linear_kept_logprobs_backward, of="linear_kept_logprobs")

@@ -1,0 +1,23 @@
+"""The kernels for CPUs: a library that registers itself with the operators when it is loaded."""
+
+import warnings
+from importlib.resources import files
+
+import torch
+
+
+def _load() -> str | None:
+    """Registers the kernels; returns why they are missing, or None."""
+    library = files("fused_rl") / "libfused_rl_cpu.so"
+    if not library.is_file():
+        return "the C++ library was not built with this installation"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        reason = f"the C++ library does not load into torch {torch.__version__}: {error}"
+        warnings.warn(f"fused_rl: {reason}; CPU tensors take the reference", stacklevel=2)
+        return reason
+    return None
+
+
+native_missing = _load()

@@ -1,0 +1,237 @@
+"""The operators on CUDA and ROCm: which tokens take part, and the Triton kernels they go to.
+
+float64 has no kernel and takes plain torch. Operands of different dtypes meet in float32. Each
+function is what the operator of its name does, plus the `device` it runs on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rl.ops import chunk, linear, logits
+from fused_rl.ops.chunk import ChunkLogits, ChunkStatistics, Sums
+from fused_rl.ops.chunks import HAS_TRITON, padded, waiting_dtype
+from fused_rl.ops.formulas import at, live
+from fused_rl.ops.kl import Deviation, Estimate
+from fused_rl.ops.kl import kl as kl_operator
+from fused_rl.ops.logits import Rows, RowStatistics
+from fused_rl.ops.record import (
+    Gradients,
+    Head,
+    Known,
+    Limits,
+    Needs,
+    Operator,
+    Statistics,
+    Upstream,
+)
+
+# The operators that have a kernel, and the kernel: a function of the same records and the device.
+OPERATORS: dict[Operator, Callable] = {}
+
+
+def on_cuda(operator: Operator) -> Callable[[Callable], Callable]:
+    """The function below is the kernel of an operator on cuda, under a guard of the device.
+
+    Plain torch for float64, and where triton is not installed: `backends()` says so.
+    """
+
+    def register(kernel: Callable) -> Callable:
+        def run(*records: tuple) -> Tensor | tuple:
+            if not HAS_TRITON or in_float64(records):
+                return operator.plain(*records)
+            from fused_rl.kernels.linear_logprobs import Device
+
+            device = next(a for a in records[0] if isinstance(a, Tensor)).device
+            with torch.cuda.device(device):
+                return launch(kernel, records, Device.of(device))
+
+        OPERATORS[operator] = kernel
+        operator.kernel("cuda", run)
+        return kernel
+
+    return register
+
+
+def in_float64(records: Sequence[tuple]) -> bool:
+    """Whether the first two tensors say so: an lse, further on, is in float64 always."""
+    tensors = [a for a in chain.from_iterable(records) if isinstance(a, Tensor)]
+    return any(t.dtype == torch.float64 for t in tensors[:2])
+
+
+def launch(kernel: Callable, records: Sequence[tuple], device: Any) -> Any:
+    """kernel(*records, device), with vectors as the kernels read them: one number after another.
+
+    The upstream gradient of a sum is one number, expanded; labels may be every second of a row.
+    """
+    return kernel(*(record._make(map(_dense, record)) for record in records), device)
+
+
+def _dense(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) and value.dim() == 1 else value
+
+
+def _operands(head: Head) -> Head:
+    """hidden and weight in one dtype, with contiguous columns."""
+    hidden, weight = head.hidden, head.weight
+    if hidden.dtype != weight.dtype:
+        hidden, weight = hidden.float(), weight.float()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    return head._replace(hidden=hidden.contiguous(), weight=weight)
+
+
+def _chosen(tokens: Tensor) -> Tensor | None:
+    """Indices of the tokens that take part, at the price of one synchronisation; None: all.
+
+    While a graph is captured all take part: kernels leave zeros where they should not.
+    """
+    if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    rows = tokens.nonzero()[:, 0]
+    return None if len(rows) == len(tokens) else rows
+
+
+def _placed(
+    rows: Tensor | None, part: Tensor, like: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    part = part.to(dtype or like.dtype)
+    if rows is None:
+        return part
+    return part.new_zeros(like.shape).index_copy_(0, rows, part)
+
+
+def _taken(
+    rows: Tensor | None, upstream: Upstream, head: Head, known: Known
+) -> tuple[Upstream, Head, Known]:
+    """Those of the tokens that take part."""
+    if rows is not None:
+        upstream, head, known = at(rows, upstream), head.at(rows), at(rows, known)
+    return upstream, _operands(head), known
+
+
+@on_cuda(linear.linear_logprobs)
+def linear_logprobs(head: Head, limits: Limits, device: Any) -> Statistics:
+    from fused_rl.kernels import linear_logprobs as kernel
+
+    rows = _chosen(head.labels != limits.ignore_index)
+    taken = _operands(head if rows is None else head.at(rows))
+    stats = kernel.fwd(*taken, limits.ignore_index, device)
+    return Statistics(*(_placed(rows, part, part.new_empty(len(head.labels))) for part in stats))
+
+
+# The power of two that the largest gradient of a log-prob is scaled to in float16, whose numbers
+# end at 65504 and lose digits below 6e-5. It leaves room for the gradient of an entropy:
+# p |log p + entropy| is under 4 in a vocabulary of a million.
+FLOAT16_TOP = 11
+
+
+def _power_of_two(head: Head, upstream: Upstream) -> Tensor | None:
+    """For float16, what brings the largest gradient of a log-prob to 2^FLOAT16_TOP."""
+    dlogprobs, dentropy = upstream
+    if head.hidden.dtype != torch.float16 or not dlogprobs.numel():
+        return None
+    # What the chain rule makes of the upstream gradients.
+    slope = head.scale / head.temperature
+    largest = (torch.maximum(dlogprobs.abs(), dentropy.abs()) * slope.abs()).max()
+    power = torch.exp2((FLOAT16_TOP - largest.log2()).floor().clamp(max=126.0))
+    return power.where(largest.isfinite(), 1.0)
+
+
+@on_cuda(linear.linear_logprobs_backward)
+def linear_logprobs_backward(
+    upstream: Upstream, head: Head, limits: Limits, known: Known, needs: Needs, device: Any
+) -> Gradients:
+    from fused_rl.kernels import linear_gradients as kernel
+
+    hidden, weight, bias, *_ = head
+    rows = _chosen(live(upstream, head.labels, limits.ignore_index))
+    upstream, taken, known = _taken(rows, upstream, head, known)
+    power = _power_of_two(taken, upstream)
+    if power is not None:
+        upstream = Upstream(*(g * power for g in upstream))
+    dhidden, dweight, dbias = kernel.bwd(*upstream, *taken, *limits, *known, tuple(needs))
+    if power is not None:
+        for sum_ in (dhidden, dweight, dbias):
+            if sum_ is not None:
+                sum_.div_(power)
+    return Gradients(
+        _placed(rows, dhidden, hidden) if needs.need_dhidden else hidden.new_empty(0),
+        dweight.to(weight.dtype) if needs.need_dweight else weight.new_empty(0),
+        dbias.to(bias.dtype) if needs.need_dbias else weight.new_empty(0),
+    )
+
+
+@on_cuda(chunk.linear_logprobs_chunk)
+def linear_logprobs_chunk(head: Head, device: Any) -> ChunkStatistics:
+    from fused_rl.kernels import linear_gradients, logprobs
+
+    hidden, weight, bias, *tokens = _operands(head)
+    N, V = hidden.shape[0], weight.shape[0]
+    z = head.temperature.new_empty(padded(N) * V)
+    raw = linear_gradients.product(hidden, weight.T, z[: N * V].view(N, V))
+    return ChunkStatistics(*logprobs.fwd(raw, bias, *tokens, -1, device.multiprocessors), z)
+
+
+@on_cuda(chunk.linear_logprobs_chunk_backward)
+def linear_logprobs_chunk_backward(
+    logits: ChunkLogits, upstream: Upstream, head: Head, known: Known, sums: Sums, device: Any
+) -> Tensor:
+    from fused_rl.kernels import linear_gradients as kernel
+
+    N, V = head.hidden.shape[0], head.weight.shape[0]
+    rows = _chosen((upstream.dlogprobs != 0) | (upstream.dentropy != 0))
+    raw = logits.z[: N * V].view(N, V)
+    raw = raw if rows is None else raw[rows]
+    upstream, taken, known = _taken(rows, upstream, head, known)
+    power = _power_of_two(taken, upstream)
+    if power is not None:
+        upstream = Upstream(*(g * power for g in upstream))
+    # Shares that are still scaled cannot be added where the sum is.
+    into = [None if not t.numel() else t for t in (sums.dweight, sums.dbias)]
+    shares = into if power is None else [None if t is None else t.float() * 0 for t in into]
+    accumulate = sums.accumulate and power is None
+    left, right, *tokens = taken
+    dhidden = kernel.chunk_bwd(
+        upstream, raw, left, right, tokens, (-1, *known), *shares, accumulate
+    )
+    if power is not None:
+        dhidden.div_(power)
+        for to, share in zip(into, shares, strict=True):
+            if to is not None:
+                to.copy_(to + share / power if sums.accumulate else share / power)
+    return _placed(rows, dhidden, head.hidden, waiting_dtype(head.hidden))
+
+
+def _of_rows(given: Rows) -> tuple:
+    """What the kernels take of logits that are there: no bias, scale or softcap."""
+    rows = given.logits if given.logits.stride(1) == 1 else given.logits.contiguous()
+    return (rows, None, given.labels, given.temperature, 1.0, 0.0, given.ignore_index)
+
+
+@on_cuda(logits.logits_logprobs)
+def logits_logprobs(given: Rows, device: Any) -> RowStatistics:
+    from fused_rl.kernels import logprobs as kernel
+
+    return RowStatistics(*kernel.fwd(*_of_rows(given), device.multiprocessors)[:3])
+
+
+@on_cuda(logits.logits_logprobs_backward)
+def logits_logprobs_backward(upstream: Upstream, given: Rows, known: Known, device: Any) -> Tensor:
+    from fused_rl.kernels import logprobs as kernel
+
+    dlogits = given.logits.new_empty(given.logits.shape)
+    dense = (g.contiguous() for g in upstream)
+    kernel.bwd(*dense, *_of_rows(given), *known, dlogits)
+    return dlogits
+
+
+@on_cuda(kl_operator)
+def kl(at: Deviation, device: Any) -> Estimate:
+    from fused_rl.kernels import kl as kernel
+
+    return Estimate(*kernel.fwd(*at))
