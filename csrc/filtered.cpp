@@ -92,14 +92,13 @@ static Tensors3 linear_filtered_logprobs_backward(
     using T = decltype(zero);
     using A = Acc<T>;
     const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
-    const at::Tensor dhidden =
-        at::zeros({need_dhidden ? hidden.size(0) : 0, hidden.size(1)}, of_A);
-    at::Tensor dweight = at::empty({0}, weight.options()), dbias = at::empty({0}, weight.options());
+    Gradients all{{}, {}, {}, false};
+    if (need_dhidden) all.dhidden = at::zeros(hidden.sizes(), of_A);
     if (need_dweight) {
-      dweight = at::empty(weight.sizes(), weight.options());
-      prefer_huge_pages(dweight);
+      all.dweight = at::empty(weight.sizes(), weight.options());
+      prefer_huge_pages(all.dweight);
     }
-    if (need_dbias) dbias = at::empty({V}, bias->options());
+    if (need_dbias) all.dbias = at::empty({V}, bias->options());
     const at::Tensor largest = peaks.to(of_A).contiguous(), H = entropy.to(of_A).contiguous();
     for (int64_t g = 0; g < filter_groups(V); ++g) {
       const int64_t v0 = g * filter_rows, count = std::min(filter_rows, V - v0);
@@ -108,8 +107,8 @@ static Tensors3 linear_filtered_logprobs_backward(
                                           exact.const_data_ptr<double>(), H.const_data_ptr<A>(), g,
                                           std::log(filter));
       Gradients out{{}, {}, {}, false};
-      if (need_dweight) out.dweight = dweight.narrow(0, v0, count);
-      if (need_dbias) out.dbias = dbias.narrow(0, v0, count);
+      if (need_dweight) out.dweight = all.dweight.narrow(0, v0, count);
+      if (need_dbias) out.dbias = all.dbias.narrow(0, v0, count);
       if (chosen.empty()) {
         if (need_dweight) out.dweight.zero_();
         if (need_dbias) out.dbias.zero_();
@@ -122,10 +121,10 @@ static Tensors3 linear_filtered_logprobs_backward(
       const auto up = gather_upstream<A>(exact, entropy, dlogprobs, dentropy, chosen, p.padded);
       if (need_dhidden) out.dhidden = at::empty({p.N, p.H}, of_A);
       backward<T>(p, up.upstream(p.inv_temperature), nullptr, out);
-      if (need_dhidden) add_rows<A>(out.dhidden, chosen, dhidden);
+      if (need_dhidden) add_rows<A>(out.dhidden, chosen, all.dhidden);
     }
-    return {need_dhidden ? dhidden.to(hidden.scalar_type()) : at::empty({0}, hidden.options()),
-            dweight, dbias};
+    if (need_dhidden) all.dhidden = all.dhidden.to(hidden.scalar_type());
+    return or_empty(all, hidden, weight);
   });
 }
 

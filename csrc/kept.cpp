@@ -289,9 +289,7 @@ static Tensors3 linear_kept_logprobs_backward(
     const bool sparse = dense.empty() && pairs * sparse_cost <= elements;
     Gradients out{{}, {}, {}, false};
     if (sparse) {
-      if (need_dhidden) out.dhidden = at::zeros(hidden.sizes(), hidden.options());
-      if (need_dweight) out.dweight = at::zeros(weight.sizes(), weight.options());
-      if (need_dbias) out.dbias = at::zeros({weight.size(0)}, bias->options());
+      out = zero_gradients(hidden, weight, bias, need_dhidden, need_dweight, need_dbias);
       sparse_backward<A>(hidden, weight, sets, rows, terms, out);
     } else {
       const auto p =
@@ -308,11 +306,7 @@ static Tensors3 linear_kept_logprobs_backward(
       backward<T>(p, g.upstream(p.inv_temperature), nullptr, out, &picks, terms.data());
       if (need_dhidden) out.dhidden = place_rows(out.dhidden, rows, hidden, hidden.scalar_type());
     }
-    const at::Tensor none_h = at::empty({0}, hidden.options());
-    const at::Tensor none_w = at::empty({0}, weight.options());
-    const at::Tensor none_b = at::empty({0}, weight.options());
-    return {need_dhidden ? out.dhidden : none_h, need_dweight ? out.dweight : none_w,
-            need_dbias ? out.dbias : none_b};
+    return or_empty(out, hidden, weight);
   });
 }
 

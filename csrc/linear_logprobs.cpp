@@ -94,13 +94,9 @@ static Tensors3 linear_logprobs_backward(
     using T = decltype(zero);
     using A = Acc<T>;
     const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
-    const at::Tensor none_h = at::empty({0}, hidden.options());
-    const at::Tensor none_w = at::empty({0}, weight.options());
-    const at::Tensor none_b = at::empty({0}, weight.options());
     if (rows.empty()) {
-      return {need_dhidden ? at::zeros(hidden.sizes(), hidden.options()) : none_h,
-              need_dweight ? at::zeros(weight.sizes(), weight.options()) : none_w,
-              need_dbias ? at::zeros({weight.size(0)}, bias->options()) : none_b};
+      return or_empty(zero_gradients(hidden, weight, bias, need_dhidden, need_dweight, need_dbias),
+                      hidden, weight);
     }
     const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
     auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
@@ -113,8 +109,8 @@ static Tensors3 linear_logprobs_backward(
     }
     if (need_dbias) out.dbias = at::empty({p.V}, bias->options());
     backward<T>(p, g.upstream(p.inv_temperature), nullptr, out);
-    return {need_dhidden ? place_rows(out.dhidden, rows, hidden, hidden.scalar_type()) : none_h,
-            need_dweight ? out.dweight : none_w, need_dbias ? out.dbias : none_b};
+    if (need_dhidden) out.dhidden = place_rows(out.dhidden, rows, hidden, hidden.scalar_type());
+    return or_empty(out, hidden, weight);
   });
 }
 

@@ -2,6 +2,7 @@
 // part, and the way from those tokens to all tokens and back.
 #pragma once
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 
@@ -126,6 +127,26 @@ inline at::Tensor place_rows(const at::Tensor& dhidden, const std::vector<int64_
   at::Tensor out = at::zeros(hidden.sizes(), hidden.options().dtype(dtype));
   out.index_copy_(0, index_tensor(rows), dhidden.to(dtype));
   return out;
+}
+
+// The gradients that are asked for, of tokens that have none.
+inline Gradients zero_gradients(const at::Tensor& hidden, const at::Tensor& weight,
+                                const Bias& bias, bool need_dhidden, bool need_dweight,
+                                bool need_dbias) {
+  Gradients out{{}, {}, {}, false};
+  if (need_dhidden) out.dhidden = at::zeros(hidden.sizes(), hidden.options());
+  if (need_dweight) out.dweight = at::zeros(weight.sizes(), weight.options());
+  if (need_dbias) out.dbias = at::zeros({weight.size(0)}, bias->options());
+  return out;
+}
+
+// Gradients as an operator returns them: empty where they were not asked for.
+inline Tensors3 or_empty(const Gradients& out, const at::Tensor& hidden,
+                         const at::Tensor& weight) {
+  const auto given = [](const at::Tensor& gradient, const at::Tensor& like) {
+    return gradient.defined() ? gradient : at::empty({0}, like.options());
+  };
+  return {given(out.dhidden, hidden), given(out.dweight, weight), given(out.dbias, weight)};
 }
 
 // What a gradient waits in for the scale of its loss: float16 could underflow meanwhile.
