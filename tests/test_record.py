@@ -117,6 +117,16 @@ def test_two_fields_of_one_name_are_refused():
         Operator(twice)
 
 
+def test_a_backward_pass_that_takes_what_nobody_knows_is_refused():
+    class Unknown(NamedTuple):
+        nobody: Tensor
+
+    def toy_of_nobody(up: OfPicked, unknown: Unknown) -> Tensor: ...
+
+    with pytest.raises(ValueError, match="'nobody' is not in list"):
+        toy_several_ids.differentiate(Operator(toy_of_nobody), of="several_ids")
+
+
 def test_the_operator_is_documented_and_gives_its_record():
     head, several = case()
     out = toy_several_ids(head, several)

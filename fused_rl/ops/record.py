@@ -196,34 +196,38 @@ class Operator:
 
 
 class _Rule:
-    """What the backward pass of an operator takes, found by its names."""
+    """What the backward pass of an operator takes, found by its names; kept as positions."""
 
     def __init__(self, forward: Operator, backward: Operator) -> None:
-        self.backward, self.arguments, self.results = backward, tuple(forward.takes), forward.gives
-        named = backward.takes
-        taken = [n for n in (*self.arguments, *self.results) if n in named]
-        self.tensors = [n for n in taken if named[n] in (Tensor, Tensor | None)]
-        self.numbers = [n for n in taken if n not in self.tensors]
-        # Of the results that have a gradient: where they stand, and its name.
-        self.moving = {i: f"d{n}" for i, n in enumerate(self.results) if f"d{n}" in named}
+        arguments, results, taken = tuple(forward.takes), forward.gives, backward.takes
+        names = (*arguments, *results)
+        self.backward, self.count = backward, max(1, len(backward.gives))
+        self.tensors = [i for i, n in enumerate(names) if taken.get(n) in (Tensor, Tensor | None)]
+        self.numbers = [i for i, n in enumerate(names) if n in taken and i not in self.tensors]
+        # The results that have a gradient.
+        self.moving = [i for i, n in enumerate(results) if f"d{n}" in taken]
+        known = [names[i] for i in (*self.tensors, *self.numbers)]
+        known += [f"d{results[i]}" for i in self.moving]
+        known += [f"need_d{n}" for n in arguments[: self.count]]
+        self.order = [known.index(n) for n in taken]
+        self.rest = (None,) * (len(arguments) - self.count)
 
     def save(self, ctx, inputs, output) -> None:
-        known = dict(zip((*self.arguments, *self.results), (*inputs, *output), strict=True))
-        ctx.save_for_backward(*(known[n] for n in self.tensors))
-        ctx.numbers = [known[n] for n in self.numbers]
+        values = (*inputs, *output)
+        ctx.save_for_backward(*[values[i] for i in self.tensors])
+        ctx.numbers = [values[i] for i in self.numbers]
         ctx.shapes = [(output[i].shape, output[i].dtype) for i in self.moving]
-        ctx.mark_non_differentiable(*(t for i, t in enumerate(output) if i not in self.moving))
+        ctx.mark_non_differentiable(*[t for i, t in enumerate(output) if i not in self.moving])
         ctx.set_materialize_grads(False)
 
     def gradient(self, ctx, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, count = ctx.saved_tensors, max(1, len(self.backward.gives))
-        known = dict(zip((*self.tensors, *self.numbers), (*saved, *ctx.numbers), strict=True))
-        for (i, name), (shape, dtype) in zip(self.moving.items(), ctx.shapes, strict=True):
-            g = upstream[i]
-            known[name] = saved[0].new_zeros(shape, dtype=dtype) if g is None else g.to(dtype)
-        needs = ctx.needs_input_grad[:count]
-        known |= {f"need_d{n}": need for n, need in zip(self.arguments, needs, strict=False)}
-        found = call(self.backward.op, *(known[n] for n in self.backward.takes))
-        grads = zip(found if self.backward.gives else (found,), needs, strict=True)
-        rest = (None,) * (len(self.arguments) - count)
-        return (*(g if need else None for g, need in grads), *rest)
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[: self.count]
+        moving = zip([upstream[i] for i in self.moving], ctx.shapes, strict=True)
+        grads = [
+            saved[0].new_zeros(shape, dtype=dtype) if g is None else g.to(dtype)
+            for g, (shape, dtype) in moving
+        ]
+        known = (*saved, *ctx.numbers, *grads, *needs)
+        found = call(self.backward.op, *[known[i] for i in self.order])
+        found = found if self.backward.gives else (found,)
+        return (*[g if n else None for g, n in zip(found, needs, strict=True)], *self.rest)
