@@ -1,5 +1,7 @@
 # `make demo` and `make test` set everything up from nothing: .venv, dependencies, native build.
 PYTHON ?= python3
+# Processes of `make test`; 0: this one.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -17,8 +19,11 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/CMakeLists.txt)
 demo: $(READY)
 	$(BIN)/fused-rl demo $(ARGS)
 
+# Each process takes a file at a time and has all the threads that torch takes. Threads that wait
+# sleep, and leave the processor to the other process.
 test: $(READY)
-	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  -m "not slow and not gpu" $(ARGS)
 
 test-all: $(READY_PEERS)
 	$(BIN)/pytest $(ARGS)
