@@ -58,6 +58,18 @@ def test_selected_rows_keep_the_counts_of_the_batch():
     assert part.old_logprobs is None
 
 
+def test_a_slice_selects_views_of_the_same_tokens():
+    batch = TokenBatch.padded(LABELS, MASK, torch.ones(2), ref_logprobs=torch.zeros(2, 4))
+    views, copies = batch.select(slice(3, 6)), batch.select(torch.tensor([3, 4, 5]))
+    assert views.shape == copies.shape == (3,)
+    for name, value in vars(copies).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(views, name), value)
+        else:
+            assert getattr(views, name) == value
+    assert views.labels.data_ptr() == batch.labels[3:].data_ptr()
+
+
 def test_the_batch_does_not_follow_gradients_of_its_inputs():
     old = torch.zeros(2, 4, requires_grad=True)
     batch = TokenBatch.padded(LABELS, MASK, torch.ones(2), old_logprobs=old)

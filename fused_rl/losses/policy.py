@@ -119,9 +119,10 @@ class PolicyLoss:
         """
         terms = self._terms(flat, batch)
         terms = terms._replace(losses=self._weighed(terms.losses, batch))
+        if type(self) is PolicyLoss:
+            return terms.losses.sum(), terms
         # A subclass may form its loss in another way.
-        own = type(self) is not PolicyLoss
-        return self.objective(flat, batch) if own else terms.losses.sum(), terms
+        return self.objective(flat, batch), terms
 
     def objective(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
         """The loss alone."""
