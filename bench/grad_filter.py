@@ -30,7 +30,7 @@ from fused_rl.bench.peers import eager
 from fused_rl.bench.tasks import environment
 from fused_rl.system.outputs import try_folder, write_json
 
-WORDS, WIDTH, LENGTH, BATCH = 32768, 512, 256, 4
+VOCABULARY, WIDTH, LENGTH, BATCH = 32768, 512, 256, 4
 FILTERS = (1e-3, 2.0**-12, 1e-4, 1e-5)
 PAGE = Path("docs/filtered-gradients.md")
 GROUP = fused_rl.ops.FILTER_ROWS
@@ -81,7 +81,10 @@ def corpus(count: int) -> Tensor:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=WORDS, initial_alphabet=alphabet, show_progress=False, special_tokens=["<end>"]
+        vocab_size=VOCABULARY,
+        initial_alphabet=alphabet,
+        show_progress=False,
+        special_tokens=["<end>"],
     )
     tokenizer.train_from_iterator(texts, trainer)
     found: list[int] = []
@@ -96,7 +99,7 @@ def small_model() -> torch.nn.Module:
 
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=WORDS,
+        vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
         num_hidden_layers=3,
@@ -283,8 +286,8 @@ def page(content: dict, link: str) -> list[str]:
     """The lines between the page's marks."""
     where = content["environment"]
     return [
-        f"A transformer of three layers (H = {WIDTH}, V = {WORDS}) trained for {content['steps']} "
-        f"steps on {content['text']} tokens of Python's standard library; tokens sampled from it "
+        f"A transformer of three layers (H = {WIDTH}, V = {VOCABULARY}) trained for "
+        f"{content['steps']} steps on {content['text']} tokens of Python's standard library; tokens sampled from it "
         f"at temperatures that give these entropies; bfloat16, on {where['threads']} cores of an "
         f"{where['cpu']} ([{Path(link).name}]({link}), `python bench/grad_filter.py`). Errors are "
         "those of the gradients against float64.",

@@ -37,7 +37,7 @@ PAGE, FRONT_PAGE = Path("docs/benchmarks.md"), Path("README.md")
 # The case of the front page's table, and who is in it beside the first of ours.
 SUMMARY = "GRPO step, head trained"
 SUMMARY_PEERS = ("eager torch", "torch.compile", "LigerFusedLinearGRPOLoss", "TRL chunked")
-# Words of a processor's name that do not tell it from others.
+# Parts of a processor's name that do not tell it from others.
 NOISE = ("amd", "intel", "nvidia", "cpu", "processor")
 
 

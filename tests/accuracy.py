@@ -26,7 +26,7 @@ KINDS = ("random", "mean", "constant", "weight mean")
 
 
 def cases(kind: str, N: int, H: int, V: int, dtype: torch.dtype) -> oracle.Case:
-    """Words of about the same probability, so that no few of them make up the error."""
+    """Entries of about the same probability, so that no few of them make up the error."""
     case = oracle.random_case(N, H, V, torch.float64, logit_std=0.3, bias=True)
     hidden, weight = case.hidden, case.weight
     if kind == "mean":

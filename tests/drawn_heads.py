@@ -1,5 +1,5 @@
-"""Heads and tokens that hypothesis draws: shapes, dtypes, layouts in memory, ignored tokens, words
-that no token may take; and how far the library may be from the truth on them.
+"""Heads and tokens that hypothesis draws: shapes, dtypes, layouts in memory, ignored tokens,
+entries that no token may take; and how far the library may be from the truth on them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LAYOUTS = (Tensor.clone, Tensor.clone, strided, transposed, offset, every_other_
 @dataclass(frozen=True)
 class Drawn:
     """case: with IGNORED for ignored tokens. labels: as the call gets them, with ignore_index.
-    trained: which of hidden, weight, bias want a gradient. excluded: words whose bias is -inf.
+    trained: which of hidden, weight, bias want a gradient. excluded: entries whose bias is -inf.
     """
 
     case: Case

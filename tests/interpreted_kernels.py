@@ -120,8 +120,8 @@ def test_ragged_sizes(N, H, V, fused, monkeypatch):
 
 @pytest.mark.parametrize("transform", [False, True])
 @pytest.mark.parametrize("way", ["fused", "tiled", "chunk"])
-def test_logprobs_equal_top_at_the_most_likely_word_alone(transform, way, monkeypatch):
-    """Every second label is that word; words 5 and 101 tie for ten tokens, and both are the one."""
+def test_logprobs_equal_top_at_the_most_likely_token_alone(transform, way, monkeypatch):
+    """Every second label is that entry; 5 and 101 tie for ten tokens, and both are the one."""
     monkeypatch.setattr(linear_logprobs, "fuses", lambda *_: way != "tiled")
     case = Case(40, 16, 130, transform=transform, ignored=False)
     # Products of these are exact, in whatever order they are summed.
@@ -199,7 +199,7 @@ def test_one_large_upstream_gradient_leaves_the_others_theirs_in_float16(way, mo
     monkeypatch.setattr(logprobs, "BLOCK_V", 1024)
     case = Case(6, 16, 4096, torch.float16, transform=False, ignored=False)
     case.weight = case.weight / 16
-    # Without the labels' own words, whose gradient is large in any case.
+    # Without the labels' own entries, whose gradient is large in any case.
     case.weight[case.labels[1:]] = 0
     case.dlogprobs, case.dentropy = torch.ones(6), torch.zeros(6)
     case.dlogprobs[0] = 500
@@ -224,7 +224,7 @@ def test_one_large_upstream_gradient_leaves_the_others_theirs_in_float16(way, mo
 
 @pytest.mark.parametrize("temperature", [1.0, 0.02])
 def test_float16_has_room_for_the_largest_gradients(temperature):
-    """An entropy's, at half the probability on one word; a temperature that multiplies by 50."""
+    """An entropy's, at half the probability on one entry; a temperature that multiplies by 50."""
     case = Case(4, 8, 130, torch.float16, transform=False, ignored=False)
     case.temperature = torch.full((4,), temperature)
     case.hidden = case.hidden * temperature

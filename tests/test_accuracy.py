@@ -98,7 +98,7 @@ def test_a_large_vocabulary_whose_weights_have_a_mean():
 @pytest.mark.parametrize("std", [1.0, 4.0])
 @pytest.mark.parametrize("shift", [0.0, 30.0, -30.0])
 def test_gradients_of_logits_where_one_word_has_most_of_the_probability(shift, std):
-    """A float32 sum that holds p = 1 loses the last digits of the words that come after."""
+    """A float32 sum that holds p = 1 loses the last digits of the entries that come after."""
     logits, labels = torch.randn(64, 3000) * std + shift, torch.randint(3000, (64,))
     up = torch.randn(2, 64)
 

@@ -53,10 +53,10 @@ def filtered(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def kept(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Every word is kept, so that kept_logprobs are the log-probs."""
-    words = torch.arange(V).repeat(labels.numel())
+    """Every entry is kept, so that kept_logprobs are the log-probs."""
+    entries = torch.arange(V).repeat(labels.numel())
     cu_kept = torch.arange(labels.numel() + 1) * V
-    stats = linear_kept_logprobs(hidden, weight, labels, words, cu_kept)
+    stats = linear_kept_logprobs(hidden, weight, labels, entries, cu_kept)
     return (stats.kept_logprobs * stats.entropy).sum()
 
 

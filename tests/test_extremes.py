@@ -1,4 +1,4 @@
-"""Logits so large that a sum of them keeps no digit of what counts, and words that are excluded."""
+"""Logits so large that a sum of them keeps no digit of what counts, and excluded entries."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def plain(case: Case, dlogprobs, dentropy) -> Result:
 WAYS = {
     "trained": oracle.ours,
     "frozen": lambda *args: oracle.ours(*args, frozen=True),
-    # Every word has a probability that the filter lets pass.
+    # Every entry has a probability that the filter lets pass.
     "filtered": lambda *args: oracle.ours(*args, grad_filter=1e-9),
     "plain": plain,
 }
@@ -112,7 +112,7 @@ def test_gradients_of_a_head_with_a_huge_bias(way, kind, dtype):
 @pytest.mark.parametrize("power", range(24, 64, 3))
 @pytest.mark.parametrize("sign", [1, -1])
 def test_where_the_digits_end(power, sign):
-    """Three words tie; a fourth is as near to them as float32 allows."""
+    """Three entries tie; a fourth is as near to them as float32 allows."""
     top = torch.tensor(sign * 2.0**power)
     logits = torch.full((2, V), -torch.inf)
     logits[:, [2, 5, 9]] = top
@@ -127,7 +127,7 @@ def test_where_the_digits_end(power, sign):
     torch.testing.assert_close(got.double(), want, atol=5e-7, rtol=0)
 
 
-# Excluded words
+# Excluded entries
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -31,7 +31,7 @@ FEATURES = {**EVERYTHING, "softcap": 60.0}
 
 
 def peaked_case(dtype, **features):
-    """Logits of standard deviation 14: most groups of most tokens have no word of weight."""
+    """Logits of standard deviation 14: most groups of most tokens have no entry of weight."""
     case = oracle.random_case(N, H, V, dtype, logit_std=14.0, **features)
     case.labels[::9] = IGNORED
     return case

@@ -64,9 +64,9 @@ def test_linear_logprobs_agrees_with_the_cpu_in_float64(dtype, N, trained):
 def test_logprobs_equal_top_logprobs_at_the_most_likely_word_alone(dtype, N, trained):
     hidden, weight, labels = build(dtype, "cuda", N, trained=trained)
     z = hidden.detach().double().cpu() @ weight.detach().double().cpu().T
-    (best, second), word = z.topk(2, -1).values.unbind(-1), z.argmax(-1)
+    (best, second), entry = z.topk(2, -1).values.unbind(-1), z.argmax(-1)
     labels = labels.cpu()
-    labels[::2] = word[::2]
+    labels[::2] = entry[::2]
     stats = linear_top_logprobs(hidden, weight, labels.cuda())
     counted = labels != -100
     exact = (best - z.logsumexp(-1)).where(counted, 0.0)
@@ -74,7 +74,7 @@ def test_logprobs_equal_top_logprobs_at_the_most_likely_word_alone(dtype, N, tra
     torch.testing.assert_close(top.double(), exact, atol=2e-5, rtol=2e-6)
     judged = counted & (best - second > 1e-3)
     is_top = stats.logprobs.cpu() == top
-    assert torch.equal(is_top[judged], (labels == word)[judged])
+    assert torch.equal(is_top[judged], (labels == entry)[judged])
     assert 0 < is_top[judged].sum() < judged.sum()
 
 

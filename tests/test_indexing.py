@@ -183,7 +183,7 @@ def test_an_expanded_weight_and_an_expanded_hidden():
     case = oracle.random_case(6, 5, 9, torch.float64)
     up = oracle.random_upstream(6)
     case = replace(case, hidden=case.hidden[:1].expand(6, 5), weight=case.weight[:1].expand(9, 5))
-    # Words that are all alike: nothing moves hidden, and the truth there is 0.
+    # Entries that are all alike: nothing moves hidden, and the truth there is 0.
     for mine, other in zip(oracle.ours(case, *up)[:4], oracle.exact(case, *up), strict=False):
         assert (mine - other).abs().max() < 1e-13
 
@@ -330,7 +330,7 @@ def test_any_number_of_tokens(dtype, N, poisoned):
 
 @pytest.mark.parametrize("way", ["trained", "frozen"])
 def test_one_token_and_one_word(way):
-    # One word has probability 1: log-prob 0, entropy 0, and nothing to learn.
+    # One entry has probability 1: log-prob 0, entropy 0, and nothing to learn.
     hidden = torch.randn(1, 1, requires_grad=True)
     weight = torch.randn(1, 1, requires_grad=way == "trained")
     logprobs, entropy = linear_logprobs(hidden, weight, torch.tensor([0]))
@@ -362,14 +362,14 @@ def test_more_than_2_to_31_logits(frozen):
     oracle.assert_same_bits(stats.logprobs[rows], got.logprobs[rows])
     if frozen:
         return
-    words = torch.tensor([0, 1, 65_535, 65_536, V - 2, V - 1])
+    entries = torch.tensor([0, 1, 65_535, 65_536, V - 2, V - 1])
     hidden, g, h = case.hidden.double(), *(t[:, None] for t in up)
-    z = hidden @ case.weight.double().T[:, words]
+    z = hidden @ case.weight.double().T[:, entries]
     own = hidden.mul(case.weight.double()[case.labels]).sum(1) - got.logprobs
     logp = z - own[:, None]
-    dz = g * ((case.labels[:, None] == words).double() - logp.exp())
+    dz = g * ((case.labels[:, None] == entries).double() - logp.exp())
     dz -= h * logp.exp() * (logp + got.entropy[:, None])
-    assert oracle.relative_error(got.dweight[words], dz.T @ hidden) < 2e-6
+    assert oracle.relative_error(got.dweight[entries], dz.T @ hidden) < 2e-6
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Log-probs renormalised over the kept words: against float64, by property, as operators."""
+"""Log-probs renormalised over the kept entries: against float64, by property, as operators."""
 
 import math
 import subprocess
@@ -30,15 +30,15 @@ def packed(sets: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def random_sets(case: Case, most: int) -> tuple[Tensor, Tensor]:
-    """The label and up to most - 1 other words, in any order; ignored tokens have garbage."""
+    """The label and up to most - 1 other entries, in any order; ignored tokens have garbage."""
     V, sets = case.weight.shape[0], []
     for label in case.labels:
-        words = torch.randperm(V)[: int(torch.randint(most, ()))]
+        entries = torch.randperm(V)[: int(torch.randint(most, ()))]
         if label == IGNORED:
-            sets.append(words * 1000 - 5)
+            sets.append(entries * 1000 - 5)
             continue
-        words = torch.cat([words[words != label], label[None]])
-        sets.append(words[torch.randperm(len(words))])
+        entries = torch.cat([entries[entries != label], label[None]])
+        sets.append(entries[torch.randperm(len(entries))])
     return packed(sets)
 
 
@@ -274,17 +274,17 @@ def test_the_label_alone_as_kept_set_gives_zero_and_no_gradient(dtype, way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_smaller_sets_give_greater_logprobs_and_probabilities_of_a_set_add_up_to_one(way):
-    words = torch.randperm(300)[:40]
+    entries = torch.randperm(300)[:40]
     case = oracle.random_case(40, 16, 300, torch.bfloat16, logit_std=3.0)
-    case = replace(case, hidden=case.hidden[:1].expand(40, 16), labels=words)
+    case = replace(case, hidden=case.hidden[:1].expand(40, 16), labels=entries)
     leaves = (case.hidden, case.weight, case.bias)
-    large = WAYS[way](case, *packed([words] * 40))(*leaves)
+    large = WAYS[way](case, *packed([entries] * 40))(*leaves)
     assert float(large.kept_logprobs.double().exp().sum()) == pytest.approx(1.0, abs=1e-6)
-    nested = packed([words[: n + 1] for n in range(40)])
+    nested = packed([entries[: n + 1] for n in range(40)])
     small = WAYS[way](case, *nested)(*leaves)
     assert (large.logprobs < large.kept_logprobs).all() and (small.kept_logprobs <= 0).all()
     assert (large.kept_logprobs <= small.kept_logprobs + 1e-6).all()
-    # The mass of the kept set is one number for all its words.
+    # The mass of the kept set is one number for all its entries.
     mass = (large.logprobs - large.kept_logprobs).exp()
     assert float(mass.std()) < 1e-6
 
@@ -431,17 +431,17 @@ def test_losses_take_kept_logprobs_and_inputs_stay_as_they_are():
 
 # Errors
 
-# Three tokens, of which the second is ignored; words 0 .. 9.
+# Three tokens, of which the second is ignored; entries 0 .. 9.
 LABELS, KEPT, OFFSETS = [4, IGNORED, 7], [4, 5, -3, 7, 7000, 7, 8, 9], [0, 2, 5, 8]
 MISTAKES = {
-    "a word too large": (
+    "an entry too large": (
         LABELS,
         [4, 10, *KEPT[2:]],
         OFFSETS,
         r"kept\[1\] is 10, outside .*\[0, 10",
     ),
-    "a negative word": (LABELS, [*KEPT[:7], -1], OFFSETS, r"kept\[7\] is -1, outside"),
-    "a word twice": (LABELS, [*KEPT[:7], 7], OFFSETS, r"kept\[7\] is 7, twice .* of token 2"),
+    "a negative entry": (LABELS, [*KEPT[:7], -1], OFFSETS, r"kept\[7\] is -1, outside"),
+    "an entry twice": (LABELS, [*KEPT[:7], 7], OFFSETS, r"kept\[7\] is 7, twice .* of token 2"),
     "a label that is not kept": ([4, IGNORED, 6], KEPT, OFFSETS, r"labels\[2\] is 6, which is not"),
     "an empty set": (LABELS, KEPT, [0, 0, 5, 8], r"set of token 0 is empty, and labels\[0\] is 4"),
     "a label outside": ([10, IGNORED, 7], KEPT, OFFSETS, r"labels\[0\] is 10, outside"),
@@ -472,7 +472,7 @@ def test_where_nobody_may_look_mistakes_give_nan_for_their_token(name, monkeypat
     monkeypatch.setattr(kept_ops, "check_offsets", lambda *_: None)
     case, *sets = _mistaken(name)
     _, _, kept_logprobs, dhidden, *_ = differentiated(plain(case, *sets), case, [torch.ones(3)] * 3)
-    wrong = {"an empty set": [0], "a word too large": [0]}.get(name, [2])
+    wrong = {"an empty set": [0], "an entry too large": [0]}.get(name, [2])
     if "offsets" in name:
         wrong = [0, 2]
         assert dhidden.isnan().any()

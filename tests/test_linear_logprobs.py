@@ -343,7 +343,7 @@ def test_nan_at_a_masked_row_reaches_neither_loss_nor_gradient_of_the_one_pass_l
 @pytest.mark.parametrize("V", [1, 2, 31, 63, 65, 127, 255, 257, 1023, 1025])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_vocabularies_that_fill_no_block_count_no_padding(dtype, V):
-    # Equal logits: log-prob -log V and entropy log V, and one padded word more would be seen.
+    # Equal logits: log-prob -log V and entropy log V, and one padded entry more would be seen.
     hidden, weight = torch.ones(5, 3, dtype=dtype), torch.ones(V, 3, dtype=dtype)
     labels = torch.tensor([0, V // 2, V - 1, 0, V - 1])
     logprobs, entropy = linear_logprobs(hidden, weight, labels)
@@ -388,7 +388,7 @@ def test_by_hand():
     assert float(hidden.grad) == pytest.approx(slope, rel=1e-14)
 
 
-# The most likely word
+# The most likely entry
 
 TOPS = {
     "trained": lambda head: ops.linear_logprobs(head, ops.Limits(IGNORED, 2**20)).top,
@@ -412,7 +412,7 @@ def _exact_logprobs(case):
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_logprobs_equal_top_logprobs_at_the_most_likely_word_alone(dtype, features, frozen):
-    """Every word in turn as the label of tokens whose two best words are apart."""
+    """Every entry in turn as the label of tokens whose two best entries are apart."""
     N, V = 12, 150
     case = oracle.random_case(4 * N, 24, V, dtype, **FEATURES[features])
     best, second = _exact_logprobs(case).topk(2, -1).values.unbind(-1)
@@ -446,7 +446,7 @@ def _eager_top(case):
 
 @pytest.mark.parametrize("way", TOPS)
 def test_words_that_tie_are_all_the_most_likely_one(way):
-    """Words 3 and 257, in two blocks of the vocabulary, above 300 words of logit 0."""
+    """Entries 3 and 257, in two blocks of the vocabulary, above 300 entries of logit 0."""
     weight = torch.zeros(300, 1)
     weight[[3, 257]] = 1.0
     tokens = (torch.tensor([3, 257, 3, 0, 299]), torch.ones(5))
@@ -533,9 +533,9 @@ def test_properties_of_any_case(N, H, V, dtype, std, features, frozen, data):
 
 def test_probabilities_of_all_words_add_up_to_one():
     case = oracle.random_case(3, 16, 300, torch.bfloat16, logit_std=3.0)
-    words = torch.arange(300)
+    entries = torch.arange(300)
     for n in range(3):
-        logprobs, entropy = linear_logprobs(case.hidden[n].expand(300, 16), case.weight, words)
+        logprobs, entropy = linear_logprobs(case.hidden[n].expand(300, 16), case.weight, entries)
         p = logprobs.double().exp()
         assert float(p.sum()) == pytest.approx(1.0, abs=1e-6)
         assert float(-(p * logprobs).sum()) == pytest.approx(float(entropy[0]), abs=1e-5)

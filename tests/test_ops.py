@@ -247,7 +247,7 @@ def test_compiled_linear_top_logprobs_equals_eager_and_compiles_once_for_any_n(t
         head = LMHead(weight, bias, 0.7, 3.0)
         logprobs, entropy, top = linear_top_logprobs(hidden, head, labels, temperature=0.9)
         is_top = logprobs == top
-        # Less than 0 for every other word, so that both branches have their share.
+        # Less than 0 for every other entry, so that both branches have their share.
         return (logprobs * g.where(is_top, logprobs - top)).sum() - 0.1 * entropy.sum()
 
     _assert_compiled_equals_eager(loss, _linear_leaves(trained), "aot_eager")
