@@ -97,7 +97,7 @@ def test_a_large_vocabulary_whose_weights_have_a_mean():
 
 @pytest.mark.parametrize("std", [1.0, 4.0])
 @pytest.mark.parametrize("shift", [0.0, 30.0, -30.0])
-def test_gradients_of_logits_where_one_word_has_most_of_the_probability(shift, std):
+def test_gradients_of_logits_where_one_entry_has_most_of_the_probability(shift, std):
     """A float32 sum that holds p = 1 loses the last digits of the entries that come after."""
     logits, labels = torch.randn(64, 3000) * std + shift, torch.randint(3000, (64,))
     up = torch.randn(2, 64)
@@ -119,7 +119,7 @@ def test_gradients_of_logits_where_one_word_has_most_of_the_probability(shift, s
 
 
 @pytest.mark.parametrize("way", ["kernel", "plain"])
-def test_a_word_in_every_kept_set(way):
+def test_an_entry_in_every_kept_set(way):
     N, H, V = 20_000, 8, 200
     hidden, weight = 1 + 0.1 * torch.randn(N, H), torch.randn(V, H) / 3
     labels = torch.randint(1, V, (N,))

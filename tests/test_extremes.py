@@ -157,7 +157,7 @@ def test_words_at_minus_infinity_have_a_gradient_of_exactly_zero(way, upstream, 
 
 @pytest.mark.parametrize("N", [1, 20, 64, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_word_whose_weights_are_infinite_leaves_the_others_alone(N, dtype):
+def test_an_entry_whose_weights_are_infinite_leaves_the_others_alone(N, dtype):
     """Its logit is -inf for every token; what pads the tokens, 0 times infinity, takes no part."""
     case = oracle.random_case(N, 16, 200, dtype, bias=True)
     case = replace(case, hidden=case.hidden.abs() + 0.1, labels=torch.randint(6, 200, (N,)))

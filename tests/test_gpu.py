@@ -61,7 +61,7 @@ def test_linear_logprobs_agrees_with_the_cpu_in_float64(dtype, N, trained):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N", [130, 700])
 @pytest.mark.parametrize("trained", [True, False])
-def test_logprobs_equal_top_logprobs_at_the_most_likely_word_alone(dtype, N, trained):
+def test_logprobs_equal_top_logprobs_at_the_most_likely_token_alone(dtype, N, trained):
     hidden, weight, labels = build(dtype, "cuda", N, trained=trained)
     z = hidden.detach().double().cpu() @ weight.detach().double().cpu().T
     (best, second), entry = z.topk(2, -1).values.unbind(-1), z.argmax(-1)

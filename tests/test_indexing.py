@@ -329,7 +329,7 @@ def test_any_number_of_tokens(dtype, N, poisoned):
 
 
 @pytest.mark.parametrize("way", ["trained", "frozen"])
-def test_one_token_and_one_word(way):
+def test_one_token_and_one_entry(way):
     # One entry has probability 1: log-prob 0, entropy 0, and nothing to learn.
     hidden = torch.randn(1, 1, requires_grad=True)
     weight = torch.randn(1, 1, requires_grad=way == "trained")
