@@ -288,9 +288,9 @@ def page(content: dict, link: str) -> list[str]:
     return [
         f"A transformer of three layers (H = {WIDTH}, V = {VOCABULARY}) trained for "
         f"{content['steps']} steps on {content['text']} tokens of Python's standard library; "
-        f"tokens sampled from it at temperatures that give these entropies; bfloat16, on {where['threads']} cores of an "
-        f"{where['cpu']} ([{Path(link).name}]({link}), `python bench/grad_filter.py`). Errors are "
-        "those of the gradients against float64.",
+        "tokens sampled from it at temperatures that give these entropies; bfloat16, on "
+        f"{where['threads']} cores of an {where['cpu']} ([{Path(link).name}]({link}), "
+        "`python bench/grad_filter.py`). Errors are those of the gradients against float64.",
         "",
         *table(content["records"]),
     ]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import oracle
 import pytest
 import torch
 from by_name import loss_of
@@ -185,20 +186,30 @@ def test_chunks_add_up(name, dtype, trained, every, any_chunk_pays):
     """A loss and its metrics are sums over tokens, added in the same order whatever the chunks.
 
     Not a bit less, as long as torch rounds a token alike wherever it stands: its sigmoid, sapo's,
-    rounds the last few of a vector in another way.
+    rounds the last few of a vector in another way, and so may a matrix library where no microkernel
+    serves.
     """
+    exact = dtype in oracle.microkernels()
+
+    def assert_same(mine: Tensor, right: Tensor) -> None:
+        if exact:
+            assert torch.equal(mine, right)
+        else:
+            torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+
     step = Step(every, dtype, B=12, trained=trained)
     loss = loss_of(name, beta=0.1, entropy_coef=0.02)
     whole = step.output(loss)
     expected = step.gradients(whole)
     for rows in (1, 7, 16, 33):
         found = step.output(loss, rows)
-        assert torch.equal(found.loss, whole.loss)
+        assert_same(found.loss.detach(), whole.loss.detach())
         assert found.metrics.keys() == whole.metrics.keys()
-        assert all(torch.equal(found.metrics[key], whole.metrics[key]) for key in whole.metrics)
-        gradients = step.gradients(found)
-        assert torch.equal(gradients[0], expected[0])
-        for mine, right in zip(gradients[1:], expected[1:], strict=True):
+        for key, metric in whole.metrics.items():
+            assert_same(found.metrics[key], metric)
+        for i, (mine, right) in enumerate(zip(step.gradients(found), expected, strict=True)):
+            if exact and i == 0:
+                assert torch.equal(mine, right)
             bound = 1e-2 if dtype == torch.bfloat16 else 2e-6
             assert (mine - right).norm() <= bound * right.norm()
 

@@ -63,7 +63,7 @@ class Head(NamedTuple):
         """What the logits are formed in."""
         return reference.acc_dtype(self.hidden, self.weight)
 
-    def at(self, rows: Tensor) -> "Head":
+    def at(self, rows: Tensor | slice) -> "Head":
         """The same for some of the tokens."""
         hidden, labels, temperature = self.hidden[rows], self.labels[rows], self.temperature[rows]
         return self._replace(hidden=hidden, labels=labels, temperature=temperature)
