@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from errors import LOGPROB_ERROR
 from run import PAGE, replace_block, row
 
 from fused_rl.bench.records import OURS, PRODUCTS, Content, Record
@@ -92,6 +93,12 @@ def faults(content: Content) -> list[str]:
     found += [f"- a CUDA graph: {r['failed']}" for r in content["graph"] if "failed" in r]
     reasons = Counter(r["failed"] for r in content["forwards"] if "failed" in r)
     found += [f"- {n} of the forwards that were tried: {why}" for why, n in reasons.items()]
+    errors = [r["logprob_error"] for r in content["forwards"] if "logprob_error" in r]
+    if over := [error for error in errors if not error <= LOGPROB_ERROR]:
+        found.append(
+            f"- {len(over)} of {len(errors)} forwards are further from float64 than "
+            f"{LOGPROB_ERROR:.0e} nats, up to {max(over):.0e}"
+        )
     found += [f"- did not fit into the time: {title}" for title in content["left out"]]
     found += [f"- never launched: {name}" for name in content["never launched"]]
     return found or ["Nothing of ours was wrong or failed in that run."]
