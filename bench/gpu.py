@@ -46,13 +46,12 @@ from fused_rl.bench.tasks import (
     NO_GRAD,
     STEP,
     Kind,
-    Task,
     environment,
     head_task,
+    judged,
     times,
     usable,
 )
-from fused_rl.bench.tasks import judged as judged_by
 
 SHAPES = {
     "Qwen3-8B": (8192, 4096, 151936),
@@ -287,15 +286,6 @@ def make_case(N: int, H: int, V: int, device: torch.device, dtype=torch.bfloat16
     hidden = (torch.randn(N, H, **where) * 4 / H**0.5).to(dtype)
     weight = torch.randn(V, H, **where).to(dtype)
     return Case(hidden, weight, torch.randint(0, V, (N,), **where))
-
-
-def judged(task: Task, run: Callable) -> Record:
-    """right, wrong or failed, with its error. A peer may fail in whatever way it likes."""
-    try:
-        return judged_by(task, run)
-    except Exception as failure:
-        note = f"{type(failure).__name__}: {failure}".split("\n")[0][:200]
-        return {"verdict": "failed", "note": note}
 
 
 def gpu() -> Record:

@@ -65,7 +65,7 @@ def measure(options: list[str], name: str | None, page: Path) -> int:
     from rich.console import Console
 
     from fused_rl.bench.report import show, write_data
-    from fused_rl.bench.run import BenchConfig, measured, status
+    from fused_rl.bench.run import BenchConfig, exit_status, measured
 
     parsed = cli.build_parser().parse_args(["bench", "--sweep", "--out", RESULTS, *options])
     try:
@@ -79,11 +79,11 @@ def measure(options: list[str], name: str | None, page: Path) -> int:
     if "interrupted" in content:
         stem = stem.with_name(f"{stem.name}-interrupted")
     if not content["records"]:
-        return status(content)
+        return exit_status(content)
     for path in write_data(stem, content):
         print(f"written to {path}")
     show(console, content)
-    if code := status(content):
+    if code := exit_status(content):
         why = "interrupted" if "interrupted" in content else "one of our ways is wrong or failed"
         print(f"{why}: {page} stays as it is")
         return code

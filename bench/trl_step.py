@@ -31,7 +31,7 @@ import torch
 from run import PAGE, replace_block
 
 import fused_rl
-from fused_rl.bench.clock import status
+from fused_rl.bench.clock import process_bytes
 from fused_rl.bench.records import MIB, Record
 from fused_rl.bench.tasks import environment
 from fused_rl.integrations import trl as integration
@@ -242,13 +242,13 @@ class Watch:
         self.generation_seconds.append(time.perf_counter() - began)
         self.tokens.append(int(inputs["completion_mask"].sum()))
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        self.resident = status("VmRSS")
+        self.resident = process_bytes("VmRSS")
         self.began = time.perf_counter()
         return inputs
 
     def ended(self) -> None:
         self.step_seconds.append(time.perf_counter() - self.began)
-        self.peak_bytes.append(status("VmHWM"))
+        self.peak_bytes.append(process_bytes("VmHWM"))
         self.extra_bytes.append(max(0, self.peak_bytes[-1] - self.resident))
 
 

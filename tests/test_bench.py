@@ -345,7 +345,7 @@ def check_csv(path, content):
 
 def test_the_shape_asked_for_is_the_end_of_each_curve(content):
     for axis, values in (("tokens", [8, 16, 32]), ("hidden", [8, 16]), ("padded", [8, 16, 32])):
-        case = STEP.title if axis != "padded" else run.PADDED
+        case = STEP.title if axis != "padded" else run.PADDED_STEP
         points = on_axis(content["records"], case, axis)
         ours = [r for r in points if r["provider"] == "fused_rl linear_policy_loss"]
         assert [r["hidden" if axis == "hidden" else "tokens"] for r in ours] == values

@@ -572,7 +572,7 @@ MEMORY = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch, test_kept, oracle
-from fused_rl.bench.clock import status
+from fused_rl.bench.clock import process_bytes
 
 def run(N, V):
     case = oracle.random_case(N, 8, V)
@@ -582,9 +582,9 @@ def run(N, V):
             test_kept.differentiated(way(case, *sets), case, test_kept.upstream(N, which))
 
 run(64, 1000)
-before = status("VmHWM")
+before = process_bytes("VmHWM")
 run(3000, 50000)
-print(status("VmHWM") - before)
+print(process_bytes("VmHWM") - before)
 """
 
 

@@ -88,12 +88,12 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> i
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
+    before = process_bytes("VmRSS")
     run()
-    return max(0, status("VmHWM") - before)
+    return max(0, process_bytes("VmHWM") - before)
 
 
-def status(field: str) -> int:
+def process_bytes(field: str) -> int:
     """Bytes, by the kernel's account of this process: VmRSS, VmHWM. Linux only."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):

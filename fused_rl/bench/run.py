@@ -21,7 +21,7 @@ from fused_rl.system.signals import status_of, stop_behind, stoppable, stops
 if TYPE_CHECKING:
     from rich.console import Console
 
-PADDED = "GRPO step, more and more padding"
+PADDED_STEP = "GRPO step, more and more padding"
 # A point of a curve needs no more.
 CURVE_ROUNDS = 5
 
@@ -75,7 +75,7 @@ def points(config: BenchConfig) -> list[Point]:
     found += [Point("hidden", N, max(8, H // k), V, kinds) for k in parts]
     counted = in_eights(N // 4)
     for k in (1, 2, 4):
-        kind = Kind(PADDED, "grpo_step_padded", 6, counted=1 / k)
+        kind = Kind(PADDED_STEP, "grpo_step_padded", 6, counted=1 / k)
         found.append(Point("padded", counted * k, H, V, (kind,)))
     return list(dict.fromkeys(found))
 
@@ -114,10 +114,10 @@ def run(config: BenchConfig) -> int:
                 console.print(f"written to {path}")
         if "interrupted" in content:
             console.print(f"Interrupted with {len(content['records'])} figures.")
-    return status(content)
+    return exit_status(content)
 
 
-def status(content: Content) -> int:
+def exit_status(content: Content) -> int:
     """That of the stop; else 1 if one of our ways is wrong or fails, else 0."""
     ours = [r for r in content["records"] if r["provider"].startswith(OURS)]
     return content.get("interrupted") or int(any(r["verdict"] != "right" for r in ours))

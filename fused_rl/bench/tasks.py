@@ -266,7 +266,10 @@ def usable(names: tuple[str, ...], device: str = "cpu") -> tuple[tuple[str, ...]
     for name in names:
         peer = PEERS[name]
         try:
-            peer.load(device) if peer.stats else peer.check(device)
+            if peer.stats:
+                peer.load(device)
+            else:
+                peer.check(device)
             found.append(name)
         except Missing as missing:
             reasons.append(str(missing))
