@@ -85,12 +85,12 @@ def _renormalised(head: Head, sets: Sets, limits: Limits) -> tuple[Tensor, Tenso
     pairs = Pairs.of(sets, V)
     wrong = wrong_tokens(labels, sets.kept, pairs, V, limits.ignore_index)
     z = _kept_logits(head, pairs, limits.chunk_bytes).double()
-    top = pairs.over_sets(z, "max")
-    weights = (z - top[pairs.token]).exp()
+    largest = pairs.over_sets(z, "max")
+    weights = (z - largest[pairs.token]).exp()
     total = pairs.over_sets(weights, "sum")
     is_label = pairs.entry == labels[pairs.token]
     at_label = pairs.over_sets(z.masked_fill(~is_label, 0.0), "sum")
-    kept_logprobs = (at_label - top - total.log()).masked_fill(wrong, torch.nan)
+    kept_logprobs = (at_label - largest - total.log()).masked_fill(wrong, torch.nan)
     slope = is_label.double() - weights / total[pairs.token]
     t = head.temperature.double()[pairs.token]
     if head.softcap:

@@ -127,18 +127,18 @@ def linear_logprobs(head: Head, limits: Limits, device: Any) -> Statistics:
 # The power of two that the largest gradient of a log-prob is scaled to in float16, whose numbers
 # end at 65504 and lose digits below 6e-5. It leaves room for the gradient of an entropy:
 # p |log p + entropy| is under 4 in a vocabulary of a million.
-FLOAT16_TOP = 11
+FLOAT16_POWER = 11
 
 
 def _power_of_two(head: Head, upstream: Upstream) -> Tensor | None:
-    """For float16, what brings the largest gradient of a log-prob to 2^FLOAT16_TOP."""
+    """For float16, what brings the largest gradient of a log-prob to 2^FLOAT16_POWER."""
     dlogprobs, dentropy = upstream
     if head.hidden.dtype != torch.float16 or not dlogprobs.numel():
         return None
     # What the chain rule makes of the upstream gradients.
     slope = head.scale / head.temperature
     largest = (torch.maximum(dlogprobs.abs(), dentropy.abs()) * slope.abs()).max()
-    power = torch.exp2((FLOAT16_TOP - largest.log2()).floor().clamp(max=126.0))
+    power = torch.exp2((FLOAT16_POWER - largest.log2()).floor().clamp(max=126.0))
     return power.where(largest.isfinite(), 1.0)
 
 
