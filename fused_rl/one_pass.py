@@ -1,6 +1,7 @@
 """linear_policy_loss: a policy loss, and its gradients, straight from hidden states and the head.
 
-What a policy loss is stands in policy.py, the losses that have a name in named.py.
+losses/policy.py says what a policy loss is, losses/named.py has those that have a name. This is the
+only room that knows the vocabulary and the loss.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class Point:
-    """A shape and what is measured there; axis as in bench_records."""
+    """A shape and what is measured there; axis as in records.py."""
 
     axis: str | None
     tokens: int

@@ -189,7 +189,7 @@ def run(config: DemoConfig) -> int:
         The exit status: 0; or 130, 143 or 129 after one of these.
 
     Raises:
-        UnusableModel: a ValueError; see demo_task.load.
+        UnusableModel: a ValueError; see task.load.
         UnusableFolder: a ValueError; config.out cannot be written to.
         Unwritable: it could be, at the start.
     """
