@@ -10,6 +10,7 @@ import pytest
 import torch
 from by_name import NEEDS, loss_of
 from hypothesis import given
+from packaging.version import parse
 
 import fused_rl
 from fused_rl import KL, KLPenalty, TokenBatch, TokenStats, linear_policy_loss
@@ -226,6 +227,10 @@ def test_weights_multiply_the_surrogate_and_nothing_else(name):
     torch.testing.assert_close(bare.objective(stats, weighted), expected)
 
 
+@pytest.mark.skipif(
+    parse(torch.__version__) < parse("2.13"),
+    reason="its compiler hashes a loss that it has not filled yet",
+)
 @pytest.mark.parametrize("name", named.NAMES)
 def test_a_loss_made_inside_a_compiled_function(name):
     """One graph; its value, its gradient and what it reports are those of eager torch."""
