@@ -146,8 +146,16 @@ def is_floating(name: str, tensor: Tensor) -> None:
     is_tensor(name, tensor)
     require(
         tensor.dtype in _FLOATING,
-        lambda: f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}",
+        lambda: (
+            f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
+            + (f": give {name}.float()" if _counts(tensor) else "")
+        ),
     )
+
+
+def _counts(tensor: Tensor) -> bool:
+    """Whether float() says the same: integers, such as rewards of 0 and 1, and bool."""
+    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def is_indices(name: str, tensor: Tensor) -> None:

@@ -82,12 +82,18 @@ def test_the_batch_does_not_follow_gradients_of_its_inputs():
         ({"labels": LABELS[0]}, r"labels must be \[B, T\], got \[4\]"),
         ({"labels": LABELS.float()}, "labels must be an int64 or int32 tensor, got torch.float32"),
         ({"loss_mask": MASK[:, :3]}, r"loss_mask \[2, 3\] and labels \[2, 4\]"),
-        ({"loss_mask": MASK.float()}, "loss_mask must be bool or 0/1 integers, got torch.float32"),
+        (
+            {"loss_mask": MASK.float()},
+            r"loss_mask must be bool or 0/1 integers, got torch.float32: give loss_mask.bool\(\)$",
+        ),
         (
             {"advantages": torch.ones(3)},
             r"one per sequence \(\[2\]\) or one per token .* got \[3\]",
         ),
-        ({"advantages": torch.ones(2).long()}, "advantages must be float16.*got torch.int64"),
+        (
+            {"advantages": torch.ones(2).long()},
+            r"advantages must be float16.*got torch.int64: give advantages.float\(\)$",
+        ),
         ({"old_logprobs": torch.ones(2)}, r"old_logprobs \[2\] and labels \[2, 4\]"),
     ],
 )

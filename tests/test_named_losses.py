@@ -276,6 +276,18 @@ def test_an_option_that_a_loss_does_not_have(name):
     assert set(options) == {*own, *named.Terms.__annotations__} - {"terms"}
 
 
+def test_an_option_that_a_loss_of_ones_own_does_not_have():
+    def mine(**terms):
+        parts = fused_rl.surrogates.Clip(), fused_rl.ratios.TokenRatio(), fused_rl.means.TokenMean()
+        return named.compose(*parts, **terms)
+
+    assert mine(entropy_coef=0.3).entropy_coef == 0.3
+    with pytest.raises(
+        TypeError, match=r"^mine\(\) got .* 'clip_higher'; its options are beta, kl,"
+    ):
+        mine(clip_higher=0.3)
+
+
 @pytest.mark.parametrize("name", named.NAMES)
 def test_counts_go_by_name(name):
     """A beta or a count in the wrong place would scale the loss and raise nothing."""

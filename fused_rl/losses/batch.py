@@ -144,7 +144,10 @@ class TokenBatch:
         checks.same_shape("loss_mask", loss_mask, "labels", labels)
         checks.require(
             loss_mask.dtype in (torch.bool, torch.int32, torch.int64, torch.uint8),
-            lambda: f"loss_mask must be bool or 0/1 integers, got {loss_mask.dtype}",
+            lambda: (
+                f"loss_mask must be bool or 0/1 integers, got {loss_mask.dtype}: "
+                "give loss_mask.bool()"
+            ),
         )
         checks.require(
             advantages.shape == labels.shape,

@@ -80,7 +80,9 @@ def compose(
 
 def _unexpected(loss: str, option: str) -> TypeError:
     """What Python says of an option that a function does not have, and the options that it has."""
-    own = [name for name in inspect.signature(NAMES[loss]).parameters if name != "terms"]
+    # compose() may be called by a loss that has no name here.
+    known = inspect.signature(NAMES[loss]).parameters if loss in NAMES else ()
+    own = [name for name in known if name != "terms"]
     return TypeError(
         f"{loss}() got an unexpected keyword argument {option!r}; its options are "
         f"{', '.join([*own, *Terms.__annotations__])}"
