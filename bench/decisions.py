@@ -124,35 +124,31 @@ def forwards(case: Case, sizes: Sizes, device: Any, rounds: int, clock: Clock) -
 
 def forward_ways(case: Case, sizes: Sizes, device: Any) -> dict[str, Call]:
     """title -> logprobs, entropy and more of the case."""
+    from fused_rl.kernels import configs
     from fused_rl.kernels import linear_logprobs as kernel
-
-    def pointers_or_descriptors(blocks: tuple[int, ...], tma: bool) -> tuple[str, Call]:
-        config = kernel.Config(*blocks, tma)
-        m, n, k, warps, stages = blocks
-        title = f"{'TMA' if tma else 'pointers'} {m}x{n}x{k}, {warps} warps, {stages} stages"
-        settings = (kernel, "CONFIGS", {**kernel.CONFIGS, device.major: [config]})
-        return title, _forward(case, kernel.fused_statistics, settings, device)
 
     # Descriptors are for Hopper and later, and for the interpreter.
     with_tma = (False, True) if device.major >= 9 or device.interpreted else (False,)
-    found = [pointers_or_descriptors(b, tma) for tma in with_tma for b in sizes.fused]
-    for tile in sizes.tiles:
-        settings = (kernel, "TILE", tile)
-        run = _forward(case, kernel.tiled_statistics, settings, device)
-        found.append((f"L2 tiles {tile[0]}x{tile[1]}", run))
-    return dict(found)
+    tried = [
+        configs.Config(*b, tma, exp2) for tma in with_tma for exp2 in (0, 1) for b in sizes.fused
+    ]
+    found = {config.title: _forward(case, config, (), device) for config in tried}
+    for rows, columns in sizes.tiles:
+        settings = ((kernel, "TILE_ROWS", rows), (kernel, "TILE_LOGITS", rows * columns))
+        found[f"L2 tiles {rows}x{columns}"] = _forward(case, None, settings, device)
+    return found
 
 
-def _forward(case: Case, statistics_of: Callable, settings: tuple, device: Any) -> Call:
-    from fused_rl.kernels import logprobs
+def _forward(case: Case, config: Any, settings: tuple, device: Any) -> Call:
+    """Of one configuration of the fused forward, or (None) of tiles under these settings."""
+    from fused_rl.kernels import linear_logprobs as kernel
 
     ones = torch.ones(len(case.labels), device=case.labels.device)
-    args = (case.hidden, case.weight, None, case.labels, ones, 1.0, 0.0, device)
+    args = (case.hidden, case.weight, None, case.labels, ones, 1.0, 0.0, -100, device)
 
     def run() -> tuple[Tensor, ...]:
-        with replaced(settings):
-            partial = statistics_of(*args)
-        return logprobs.merge(partial, case.labels, case.weight.shape[0], -100)
+        with replaced((kernel, "chosen", lambda *_: config), *settings):
+            return kernel.fwd(*args)
 
     return run
 

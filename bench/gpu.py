@@ -130,7 +130,7 @@ class Session:
     """What every part of the run needs, and what it has found so far."""
 
     def __init__(self, device: torch.device, args: argparse.Namespace) -> None:
-        from fused_rl.kernels.linear_logprobs import Device
+        from fused_rl.kernels.configs import Device
 
         self.device, self.small = device, args.small
         self.kernel_device = Device.of(device) if device.type == "cuda" else interpreted.device()
@@ -266,7 +266,7 @@ def warm() -> int:
 
 def warm_one(blocks: tuple[int, ...]) -> None:
     """The first shape with few tokens: strides and sizes of the kind that is timed."""
-    from fused_rl.kernels.linear_logprobs import Device
+    from fused_rl.kernels.configs import Device
 
     _, H, V = next(iter(SHAPES.values()))
     device = torch.device("cuda")

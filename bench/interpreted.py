@@ -56,7 +56,7 @@ def _products() -> None:
 
 def device():
     """What stands for the GPU: two multiprocessors, so that vocabularies are cut into parts."""
-    from fused_rl.kernels.linear_logprobs import Device
+    from fused_rl.kernels.configs import Device
 
     return Device(multiprocessors=2, major=0, interpreted=True)
 

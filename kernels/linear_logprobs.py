@@ -4,14 +4,13 @@
 
 Two ways. `fused_statistics` never writes a logit: a program owns a tile of tokens and one of
 `splits` parts of the vocabulary, multiplies tile by tile with fp32 accumulators in registers, and
-keeps the running softmax of its tokens. Traffic: reads NH and VH (from L2 for all but the first of
+keeps the running softmax of its tokens, in units of log2 where the configuration says so: one
+instruction less for each exponential. Traffic: reads NH and VH (from L2 for all but the first of
 the programs that share a part), writes 4 N splits. `tiled_statistics` lets the vendor's library
 write tiles of fp32 logits that stay in L2, and reads them there. Parts merge in a fixed order.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -19,52 +18,55 @@ import triton.language as tl
 from torch import Tensor
 
 from . import logprobs
+from .configs import Config, Device, chosen
 from .linear_gradients import product
 
-# Logits in a tile of `tiled_statistics`: 32 MiB in fp32, which an L2 of 50 MB holds.
-TILE = (4096, 2048)
-# With few tokens the launches of `tiled_statistics` would take longer than their products.
-FUSED_ROWS = 512
+# Logits in a tile of `tiled_statistics`, and tokens at most: 64 MiB in fp32, of which an L2 of
+# 50 MB holds most; smaller ones take more launches than that saves.
+TILE_LOGITS, TILE_ROWS = 2**24, 2048
 
 
-class Device(NamedTuple):
-    """What the drivers need to know of the device."""
-
-    multiprocessors: int
-    major: int  # of the compute capability; 0: not NVIDIA's, or interpreted
-    interpreted: bool = False  # the interpreter multiplies bf16 wrongly: convert first
-
-    @classmethod
-    def of(cls, device: torch.device) -> Device:
-        properties = torch.cuda.get_device_properties(device)
-        major = 0 if torch.version.hip else properties.major
-        return cls(properties.multi_processor_count, major)
-
-
-class Config(NamedTuple):
-    """A tile of the fused forward."""
-
-    block_m: int  # tokens
-    block_n: int  # vocabulary
-    block_k: int  # of H
-    num_warps: int
-    num_stages: int
-    tma: bool  # operands through tensor descriptors rather than pointers
-
-
-# By the major number of the compute capability (0: any other device): what compiles there without
-# spills and within shared memory. The first is taken where its operands can be described.
-CONFIGS = {
-    8: [Config(128, 128, 64, 8, 3, False)],
-    9: [Config(128, 128, 64, 8, 4, True), Config(128, 128, 32, 8, 4, False)],
-    10: [Config(128, 128, 64, 8, 4, True), Config(128, 128, 32, 8, 4, False)],
-    0: [Config(128, 128, 32, 8, 2, False)],
-}
-
-
-def configs(major: int) -> list[Config]:
-    """The tiles for a compute capability."""
-    return CONFIGS.get(major, CONFIGS[0])
+@triton.jit
+def raw_tile(
+    hidden,
+    weight,
+    first_row,
+    v0,
+    N,
+    end,
+    H,
+    hidden_row_stride,
+    weight_row_stride,
+    TMA: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """hidden . weight of BLOCK_M tokens and BLOCK_N entries of the vocabulary, in fp32."""
+    raw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if not TMA:
+        rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
+        cols = v0 + tl.arange(0, BLOCK_N)
+        ks = tl.arange(0, BLOCK_K)
+        row_mask, col_mask = rows < N, cols < end
+        a_ptrs = hidden + rows[:, None] * hidden_row_stride + ks[None, :]
+        b_ptrs = weight + cols[:, None].to(tl.int64) * weight_row_stride + ks[None, :]
+    for k0 in range(0, H, BLOCK_K):
+        if TMA:
+            a = hidden.load([first_row, k0])
+            b = weight.load([v0, k0])
+        else:
+            k_mask = ks[None, :] < H - k0
+            a = tl.load(a_ptrs, mask=row_mask[:, None] & k_mask, other=0.0)
+            b = tl.load(b_ptrs, mask=col_mask[:, None] & k_mask, other=0.0)
+            a_ptrs += BLOCK_K
+            b_ptrs += BLOCK_K
+        if UPCAST:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        raw = tl.dot(a, b.T, raw, input_precision="ieee")
+    return raw
 
 
 @triton.jit
@@ -85,6 +87,7 @@ def _linear_statistics_kernel(
     weight_row_stride,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    EXP2: tl.constexpr,
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -99,42 +102,48 @@ def _linear_statistics_kernel(
     row_mask = rows < N
     labels = tl.load(labels_ptr + rows, mask=row_mask, other=-1)
     inv_temperature = 1.0 / tl.load(temperature_ptr + rows, mask=row_mask, other=1.0)
+    to_log2 = logprobs.log2_factor(scale, inv_temperature, HAS_SOFTCAP)
+    # In int32, and -1 for those that no int32 holds: they are in no tile.
+    short_labels = tl.where((labels >= 0) & (labels < V), labels, -1).to(tl.int32)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     s_i = tl.zeros((BLOCK_M,), tl.float32)
     t_i = tl.zeros((BLOCK_M,), tl.float32)
     at_label = tl.zeros((BLOCK_M,), tl.float32)
-    ks = tl.arange(0, BLOCK_K)
+    offsets = tl.arange(0, BLOCK_N)
     begin = (split * columns_per_split).to(tl.int32)
     end = tl.minimum(begin + columns_per_split, V)
     for v0 in range(begin, end, BLOCK_N):
-        cols = v0 + tl.arange(0, BLOCK_N)
+        cols = v0 + offsets
         col_mask = cols < end
-        z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if not TMA:
-            a_ptrs = hidden + rows[:, None] * hidden_row_stride + ks[None, :]
-            b_ptrs = weight + cols[:, None].to(tl.int64) * weight_row_stride + ks[None, :]
-        for k0 in range(0, H, BLOCK_K):
-            if TMA:
-                a = hidden.load([first_row, k0])
-                b = weight.load([v0, k0])
-            else:
-                k_mask = ks[None, :] < H - k0
-                a = tl.load(a_ptrs, mask=row_mask[:, None] & k_mask, other=0.0)
-                b = tl.load(b_ptrs, mask=col_mask[:, None] & k_mask, other=0.0)
-                a_ptrs += BLOCK_K
-                b_ptrs += BLOCK_K
-            if UPCAST:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            z = tl.dot(a, b.T, z, input_precision="ieee")
+        z = raw_tile(
+            hidden, weight, first_row, v0, N, end, H, hidden_row_stride, weight_row_stride,
+            TMA, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0) if HAS_BIAS else 0.0
         if HAS_BIAS:
             bias = bias.to(tl.float32)[None, :]
-        z = logprobs.transformed(z, bias, scale, softcap, inv_temperature[:, None], HAS_SOFTCAP)
-        z = tl.where(col_mask[None, :], z, float("-inf"))
-        m_i, s_i, t_i = logprobs.added(m_i, s_i, t_i, z)
-        is_label = (cols[None, :] == labels[:, None]) & col_mask[None, :]
-        at_label += tl.sum(tl.where(is_label, z, 0.0), axis=1)
+        per_token = inv_temperature[:, None]
+        if EXP2:
+            if HAS_BIAS:
+                z = logprobs.transformed(z, bias, scale, softcap, per_token, True, HAS_SOFTCAP)
+            else:
+                z = logprobs.in_log2(z, scale, softcap, to_log2[:, None], HAS_SOFTCAP)
+            if v0 + BLOCK_N > end:
+                z = tl.where(col_mask[None, :], z, float("-inf"))
+            m_i, s_i, t_i = logprobs.added_by_exp2(m_i, s_i, t_i, z, not HAS_BIAS)
+            here = short_labels - v0
+            if tl.max(((here >= 0) & (here < BLOCK_N)).to(tl.int32)) > 0:
+                at_label += tl.sum(tl.where(offsets[None, :] == here[:, None], z, 0.0), axis=1)
+        else:
+            z = logprobs.transformed(
+                z, bias, scale, softcap, inv_temperature[:, None], HAS_BIAS, HAS_SOFTCAP
+            )
+            z = tl.where(col_mask[None, :], z, float("-inf"))
+            m_i, s_i, t_i = logprobs.added(m_i, s_i, t_i, z)
+            is_label = (cols[None, :] == labels[:, None]) & col_mask[None, :]
+            at_label += tl.sum(tl.where(is_label, z, 0.0), axis=1)
+    if EXP2 and HAS_BIAS:
+        t_i *= 0.6931471805599453
     out = partial_ptr + split * 4 * N + rows
     tl.store(out + 0 * N, m_i, mask=row_mask)
     tl.store(out + 1 * N, s_i, mask=row_mask)
@@ -156,13 +165,34 @@ def descriptors(
     )
 
 
-def can_describe(tensor: Tensor) -> bool:
-    """A tensor descriptor wants a 16-byte aligned base and rows, and contiguous columns."""
-    return (
-        tensor.stride(1) == 1
-        and tensor.data_ptr() % 16 == 0
-        and tensor.stride(0) * tensor.element_size() % 16 == 0
-    )
+def parts(tokens: int, V: int, config: Config, device: Device) -> tuple[int, int, int]:
+    """Tiles of tokens, splits of the vocabulary, and columns of a split."""
+    tiles = triton.cdiv(tokens, config.block_m)
+    # Two programs for each multiprocessor even out the ends of the parts.
+    splits = max(1, min(2 * device.multiprocessors // tiles, triton.cdiv(V, config.block_n)))
+    per_split = triton.cdiv(triton.cdiv(V, config.block_n), splits) * config.block_n
+    return tiles, triton.cdiv(V, per_split), per_split
+
+
+def blocks(config: Config, device: Device) -> dict[str, object]:
+    """What the kernels are compiled for."""
+    return {
+        "TMA": config.tma,
+        "UPCAST": device.interpreted,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def unit(config: Config, bias: Tensor | None) -> float:
+    """Of what `fused_statistics` writes: log2 but for a bias, which may be near the largest number
+    there is, so that its multiple by log2(e) would be infinite.
+    """
+    return logprobs.LN2 if config.exp2 and bias is None else 1.0
 
 
 def fused_statistics(
@@ -174,22 +204,14 @@ def fused_statistics(
     scale: float,
     softcap: float,
     device: Device,
-) -> Tensor:  # [splits, 4, N] fp32
+    config: Config,
+) -> Tensor:  # [splits, 4, N] fp32, in multiples of unit(config, bias)
     """Parts of the running softmax, from logits that stay in registers."""
     (N, H), V = hidden.shape, weight.shape[0]
-    first, *others = configs(device.major)
-    described = can_describe(hidden) and can_describe(weight)
-    config = first if described or not first.tma else others[0]
-    tiles = triton.cdiv(N, config.block_m)
-    # Two programs for each multiprocessor even out the ends of the parts.
-    splits = max(1, min(2 * device.multiprocessors // tiles, triton.cdiv(V, config.block_n)))
-    per_split = triton.cdiv(triton.cdiv(V, config.block_n), splits) * config.block_n
-    splits = triton.cdiv(V, per_split)
-    left, right = descriptors(hidden, weight, config)
+    tiles, splits, per_split = parts(N, V, config, device)
     partial = torch.empty(splits, 4, N, dtype=torch.float32, device=hidden.device)
     _linear_statistics_kernel[(tiles * splits,)](
-        left,
-        right,
+        *descriptors(hidden, weight, config),
         hidden if bias is None else bias,
         labels,
         temperature,
@@ -204,16 +226,20 @@ def fused_statistics(
         weight.stride(0),
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap != 0.0,
-        TMA=config.tma,
-        UPCAST=device.interpreted,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
+        EXP2=config.exp2,
+        **blocks(config, device),
     )
     return partial
+
+
+def tile_sides(tokens: int) -> tuple[int, int]:
+    """Tokens and columns of a tile of logits: even tiles of tokens, as many columns as fit.
+
+    Columns are whole blocks of the row kernel, so that none of its lanes is idle.
+    """
+    rows = triton.cdiv(tokens, triton.cdiv(tokens, TILE_ROWS))
+    block = logprobs.BLOCK_V
+    return rows, max(1, TILE_LOGITS // (rows * block)) * block
 
 
 def tiled_statistics(
@@ -224,25 +250,26 @@ def tiled_statistics(
     temperature: Tensor,
     scale: float,
     softcap: float,
-    device: Device,
 ) -> Tensor:  # [tiles, 4, N] fp32
     """The same, from the vendor's products: tiles of fp32 logits small enough to stay in L2."""
     N, V = hidden.shape[0], weight.shape[0]
-    rows, columns = TILE
-    parts = triton.cdiv(V, columns)
-    partial = torch.empty(parts, 4, N, dtype=torch.float32, device=hidden.device)
+    rows, columns = tile_sides(N)
+    columns_of = [weight[v0 : v0 + columns] for v0 in range(0, V, columns)]
+    partial = torch.empty(len(columns_of), 4, N, dtype=torch.float32, device=hidden.device)
+    raw = torch.empty(rows * min(columns, V), dtype=torch.float32, device=hidden.device)
     for n0 in range(0, N, rows):
         n1 = min(n0 + rows, N)
         # A contiguous workspace for these rows; copied where the rows are not all there are.
-        here = partial if n1 - n0 == N else partial.new_empty(parts, 4, n1 - n0)
-        for part in range(parts):
-            v0, v1 = part * columns, min((part + 1) * columns, V)
+        here = partial if n1 - n0 == N else partial.new_empty(len(columns_of), 4, n1 - n0)
+        tokens = (labels[n0:n1], temperature[n0:n1])
+        for i, part in enumerate(columns_of):
+            v0, count = i * columns, len(part)
+            logits = raw[: (n1 - n0) * count].view(n1 - n0, count)
             logprobs.partial_statistics(
-                product(hidden[n0:n1], weight[v0:v1].T),
-                None if bias is None else bias[v0:v1],
-                labels[n0:n1],
-                temperature[n0:n1],
-                here[part : part + 1],
+                product(hidden[n0:n1], part.T, logits),
+                None if bias is None else bias[v0 : v0 + count],
+                *tokens,
+                here[i : i + 1],
                 scale,
                 softcap,
                 v0,
@@ -250,16 +277,6 @@ def tiled_statistics(
         if here is not partial:
             partial[:, :, n0:n1] = here
     return partial
-
-
-def fuses(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether `fwd` takes the fused way.
-
-    Not in fp32: there an lse shows that is from logits which round otherwise than those of the
-    backward pass.
-    """
-    few = len(hidden) <= FUSED_ROWS and weight.stride(1) == 1
-    return few and hidden.dtype != torch.float32
 
 
 def fwd(
@@ -277,7 +294,9 @@ def fwd(
     if len(labels) == 0:
         empty = temperature.new_empty(0)
         return empty, empty.clone(), empty.double(), empty.clone()
-    statistics = fused_statistics if fuses(hidden, weight) else tiled_statistics
-    args = (bias, labels, temperature, scale, softcap)
-    partial = statistics(hidden.contiguous(), weight, *args, device)
-    return logprobs.merge(partial, labels, weight.shape[0], ignore_index)
+    args = (hidden.contiguous(), weight, bias, labels, temperature, scale, softcap)
+    config = chosen(args, device)
+    if config is None:
+        return logprobs.merge(tiled_statistics(*args), labels, len(weight), ignore_index)
+    partial = fused_statistics(*args, device, config)
+    return logprobs.merge(partial, labels, len(weight), ignore_index, unit(config, bias))

@@ -20,17 +20,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LN2 = 0.6931471805599453
+_LOG2E = tl.constexpr(1.4426950408889634)
+# 2^-160 is 0 in fp32, and times -160 still: where -inf would give NaN.
+_LEAST = tl.constexpr(-160.0)
+_WITH_NAN = tl.constexpr(tl.PropagateNan.ALL)
+
 BLOCK_V = 4096  # columns at a time: four vectors of 16 bytes for each of 256 threads in float32
 NUM_WARPS = 8
-MERGE_ROWS = 128
+MERGE_TILE = (32, 32)  # parts, rows
 # Programs per multiprocessor that keep the memory busy.
 PROGRAMS_PER_SM = 8
 
 
 @triton.jit
-def transformed(raw, bias, scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
+def transformed(
+    raw, bias, scale, softcap, inv_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
     """A logit from its raw product."""
-    x = (raw + bias) * scale
+    # Without one, no sum: the compiler may not drop an addition of 0.
+    x = (raw + bias) * scale if HAS_BIAS else raw * scale
     if HAS_SOFTCAP:
         # tanh(u) = 1 - 2 / (exp(2u) + 1): exp may overflow to inf, and the quotient is then 0.
         x = softcap * (1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0))
@@ -51,6 +60,51 @@ def added(m_i, s_i, t_i, z):
     shift = tl.where(m_i == float("-inf"), 0.0, m_i - at)
     factor = tl.where(m_i == float("-inf"), 0.0, tl.exp(shift))
     t_new = factor * (t_i + shift * s_i) + tl.sum(p * tl.where(p > 0.0, d, 0.0), axis=-1)
+    s_new = factor * s_i + tl.sum(p, axis=-1)
+    return m_new, s_new, t_new
+
+
+@triton.jit
+def log2_factor(scale, inv_temperature, HAS_SOFTCAP: tl.constexpr):
+    """What `in_log2` multiplies by: all that comes after a softcap, or all there is."""
+    if HAS_SOFTCAP:
+        return inv_temperature * _LOG2E
+    return (scale * _LOG2E) * inv_temperature
+
+
+@triton.jit
+def in_log2(raw, scale, softcap, to_log2, HAS_SOFTCAP: tl.constexpr):
+    """A logit times log2(e), from its raw product; to_log2 of `log2_factor`.
+
+    Not for logits with a bias, which may be as large as the dtype holds.
+    """
+    if HAS_SOFTCAP:
+        # As in `transformed`, with exp(2u) = 2^(2 log2(e) u).
+        power = tl.exp2(raw * (2.0 * _LOG2E * scale / softcap))
+        return softcap * (1.0 - 2.0 / (power + 1.0)) * to_log2
+    return raw * to_log2
+
+
+@triton.jit
+def log2_ratio(z, at, IN_LOG2: tl.constexpr):
+    """log2 of exp(z - at), where both are in units of log2 or neither is; 0 stays of it at -inf."""
+    d = z - at if IN_LOG2 else (z - at) * _LOG2E
+    return tl.maximum(d, _LEAST, propagate_nan=_WITH_NAN)
+
+
+@triton.jit
+def added_by_exp2(m_i, s_i, t_i, z, IN_LOG2: tl.constexpr):
+    """`added` with t in units of log2, and z and m in them too if IN_LOG2:
+
+    s = sum 2^d, t = sum 2^d d with d = log2 of exp(z - m).
+    """
+    m_new = tl.maximum(m_i, tl.max(z, axis=-1))
+    at = tl.where(m_new == float("-inf"), 0.0, m_new)
+    d = log2_ratio(z, tl.expand_dims(at, -1), IN_LOG2)
+    p = tl.exp2(d)
+    shift = log2_ratio(m_i, at, IN_LOG2)
+    factor = tl.exp2(shift)
+    t_new = factor * (t_i + shift * s_i) + tl.sum(p * d, axis=-1)
     s_new = factor * s_i + tl.sum(p, axis=-1)
     return m_new, s_new, t_new
 
@@ -112,7 +166,7 @@ def _statistics_kernel(
         mask = cols < end
         raw = tl.load(logits_ptr + n * row_stride + cols, mask=mask, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-        z = transformed(raw, bias, scale, softcap, inv_temperature, HAS_SOFTCAP)
+        z = transformed(raw, bias, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
         z = tl.where(mask, z, float("-inf"))
         m_i, s_i, t_i = added(m_i, s_i, t_i, z)
         # With the mask: the label may lie in the columns after these.
@@ -136,36 +190,44 @@ def _merge_kernel(
     V,
     splits,
     ignore_index,
+    unit: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = rows < N
+    parts = tl.arange(0, BLOCK_S)
+    # [BLOCK_S, BLOCK_N]: the same number of each part, and of each row.
+    of_part = tl.full((), 4, tl.int64) * N
+    first = partial_ptr + parts[:, None] * of_part + rows[None, :]
     m_i = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    part = partial_ptr + rows
-    for _ in range(splits):
-        m_i = tl.maximum(m_i, tl.load(part, mask=mask, other=0.0))
-        part += 4 * N
+    for i in range(0, splits, BLOCK_S):
+        there = (parts < splits - i)[:, None] & mask[None, :]
+        m = tl.load(first + i * of_part, mask=there, other=float("-inf"))
+        m_i = tl.maximum(m_i, tl.max(m, axis=0))
     empty = m_i == float("-inf")
     at = tl.where(empty, 0.0, m_i)
     s_i = tl.zeros((BLOCK_N,), tl.float64)
     t_i = tl.zeros((BLOCK_N,), tl.float64)
     label_logit = tl.zeros((BLOCK_N,), tl.float32)
-    part = partial_ptr + rows
-    for _ in range(splits):
-        m = tl.load(part, mask=mask, other=0.0)
-        s = tl.load(part + 1 * N, mask=mask, other=1.0)
-        t = tl.load(part + 2 * N, mask=mask, other=0.0)
-        shift = tl.where(m == float("-inf"), 0.0, m - at)
-        factor = tl.where(m == float("-inf"), 0.0, tl.exp(shift))
+    for i in range(0, splits, BLOCK_S):
+        there = (parts < splits - i)[:, None] & mask[None, :]
+        part = first + i * of_part
+        m = tl.load(part, mask=there, other=float("-inf"))
+        s = tl.load(part + 1 * N, mask=there, other=0.0)
+        t = tl.load(part + 2 * N, mask=there, other=0.0)
+        shift = tl.where(m == float("-inf"), 0.0, m - at[None, :])
+        factor = tl.where(m == float("-inf"), 0.0, tl.exp(shift * unit))
         # A part of NaN alone has maximum -inf and a NaN sum, which must not be lost.
-        s_i += tl.where(s == s, factor * s, s).to(tl.float64)
-        t_i += (factor * (t + shift * s)).to(tl.float64)
-        label_logit += tl.load(part + 3 * N, mask=mask, other=0.0)
-        part += 4 * N
+        s_i += tl.sum(tl.where(s == s, factor * s, s).to(tl.float64), axis=0)
+        t_i += tl.sum((factor * (t + shift * s)).to(tl.float64), axis=0)
+        label_logit += tl.sum(tl.load(part + 3 * N, mask=there, other=0.0), axis=0)
+    # A row beyond the last has no parts.
+    s_i = tl.where(mask, s_i, 1.0)
     nan = float("nan")
     log_s = tl.log(s_i)
-    entropy = tl.where(empty, nan, (log_s - t_i / s_i).to(tl.float32))
-    logprob = ((label_logit - m_i).to(tl.float64) - log_s).to(tl.float32)
+    entropy = tl.where(empty, nan, (log_s - t_i * unit / s_i).to(tl.float32))
+    logprob = ((label_logit - m_i).to(tl.float64) * unit - log_s).to(tl.float32)
     # The same rounding: equal to logprob where the label has the largest logit.
     top = tl.where(empty, nan, (0.0 - log_s).to(tl.float32))
     label = tl.load(labels_ptr + rows, mask=mask, other=0)
@@ -174,7 +236,7 @@ def _merge_kernel(
     ignored = label == ignore_index
     tl.store(logprobs_ptr + rows, tl.where(ignored, 0.0, logprob), mask=mask)
     tl.store(entropy_ptr + rows, tl.where(ignored, 0.0, entropy), mask=mask)
-    tl.store(lse_ptr + rows, tl.where(ignored, 0.0, m_i.to(tl.float64) + log_s), mask=mask)
+    tl.store(lse_ptr + rows, tl.where(ignored, 0.0, m_i.to(tl.float64) * unit + log_s), mask=mask)
     tl.store(top_ptr + rows, tl.where(ignored, 0.0, top), mask=mask)
 
 
@@ -211,7 +273,7 @@ def _gradient_kernel(
     mask = cols < V
     raw = tl.load(logits_ptr + n * row_stride + cols, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-    z = transformed(raw, bias, scale, softcap, inv_temperature, HAS_SOFTCAP)
+    z = transformed(raw, bias, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
     is_label = cols + first_column == label
     dz = softmax_gradient(z, lse, entropy, dlogprob, dentropy, is_label)
     if HAS_SOFTCAP:
@@ -274,13 +336,17 @@ def merge(
     labels: Tensor,  # [N] int64
     V: int,
     ignore_index: int,
+    unit: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprobs, entropy, lse (fp64), top [N] of the rows whose parts are in `partial`."""
+    """logprobs, entropy, lse (fp64), top [N] of the rows whose parts are in `partial`, whose
+    logits are in multiples of `unit`.
+    """
     splits, _, N = partial.shape
     logprobs, entropy, top = (partial.new_empty(N) for _ in range(3))
     lse = partial.new_empty(N, dtype=torch.float64)
+    at_once, rows = MERGE_TILE
     if N:
-        _merge_kernel[(triton.cdiv(N, MERGE_ROWS),)](
+        _merge_kernel[(triton.cdiv(N, rows),)](
             partial,
             labels,
             logprobs,
@@ -291,7 +357,9 @@ def merge(
             V,
             splits,
             ignore_index,
-            BLOCK_N=MERGE_ROWS,
+            unit=unit,
+            BLOCK_S=at_once,
+            BLOCK_N=rows,
             num_warps=4,
             enable_fp_fusion=True,
         )

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_rl.kernels import kl, linear_logprobs, logprobs
+from fused_rl.kernels import configs, kl, linear_logprobs, logprobs
 
 # Shared memory per block that a device grants, bytes; LDS on AMD.
 SHARED_LIMIT = {"80": 166912, "90": 232448, "100": 232448, "gfx942": 65536}
@@ -53,8 +53,10 @@ def cases(arch: str):
             yield f"statistics {dtype}{title}", logprobs._statistics_kernel, shape, types, warps
             yield f"gradient {dtype}{title}", logprobs._gradient_kernel, shape, types, warps
         yield from linear_cases(arch, flags, title)
-    merge = {"BLOCK_N": logprobs.MERGE_ROWS}
-    yield "merge", logprobs._merge_kernel, merge, {}, {"num_warps": 4}
+    at_once, rows = logprobs.MERGE_TILE
+    for unit in (1.0, logprobs.LN2):
+        merge = {"BLOCK_S": at_once, "BLOCK_N": rows, "unit": unit}
+        yield f"merge {unit:.2f}", logprobs._merge_kernel, merge, {}, {"num_warps": 4}
     for kind in (1, 2, 3, 4):
         constants = {"VALUE": kind, "SLOPE": kind, "BLOCK": kl.BLOCK}
         yield f"kl {kind}", kl._kl_kernel, constants, {}, {"num_warps": 4}
@@ -62,9 +64,12 @@ def cases(arch: str):
 
 def linear_cases(arch: str, flags: dict, title: str):
     major = int(arch) // 10 if arch.isdigit() else 0
-    for config in linear_logprobs.configs(major):
+    for config in configs.configs(major):
+        if flags["HAS_BIAS"] and not config.transforms:
+            continue
         constants = {
             **flags,
+            "EXP2": config.exp2,
             "TMA": config.tma,
             "UPCAST": False,
             "BLOCK_M": config.block_m,
@@ -80,6 +85,7 @@ def linear_cases(arch: str, flags: dict, title: str):
         strides = {"hidden_row_stride": "i64", "weight_row_stride": "i64"}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         name = "x".join(map(str, config[:3])) + (" tma" if config.tma else "")
+        name += " exp2" if config.exp2 else ""
         kernel = linear_logprobs._linear_statistics_kernel
         yield f"linear {name}{title}", kernel, constants, {**types, **strides}, options
 

@@ -13,15 +13,26 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
 from fused_rl import reference
+from fused_rl.kernels import configs, linear_gradients, linear_logprobs, logprobs
 from fused_rl.kernels import kl as kl_kernel
-from fused_rl.kernels import linear_gradients, linear_logprobs, logprobs
 from fused_rl.ops import ChunkLogits, Head, Known, Limits, Rows, Sums, Upstream
 from fused_rl.ops import triton as on_cuda
 from fused_rl.ops.record import Needs
 
-DEVICE = linear_logprobs.Device(multiprocessors=2, major=0, interpreted=True)
+
+def everything(config, call):
+    return True
+
+
+DEVICE = configs.Device(2, 0, interpreted=True, trusts=everything)
 LIMITS = Limits(-100, 2**20)
-SMALL = linear_logprobs.Config(16, 32, 16, 4, 2, False)
+SMALL = configs.Config(16, 32, 16, 4, 2, False)
+# Of each tile of the fused forward: operands through pointers or descriptors, either epilogue.
+FUSED = {
+    c.title.replace(" 16x32x16, 4 warps, 2 stages", ""): c
+    for c in (SMALL._replace(tma=t, exp2=e) for t in (False, True) for e in (False, True))
+}
+FORWARDS = [*FUSED, "tiled"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +49,17 @@ def small_and_on_cpu(monkeypatch):
     monkeypatch.setattr(linear_gradients, "product", product)
     monkeypatch.setattr(linear_logprobs, "product", product)
     monkeypatch.setattr(linear_gradients, "add_product_", add_product_)
-    monkeypatch.setattr(linear_logprobs, "TILE", (24, 40))
+    monkeypatch.setattr(linear_logprobs, "TILE_ROWS", 24)
+    monkeypatch.setattr(linear_logprobs, "TILE_LOGITS", 24 * 64)
     monkeypatch.setattr(logprobs, "BLOCK_V", 64)
-    monkeypatch.setitem(linear_logprobs.CONFIGS, 0, [SMALL])
+    monkeypatch.setitem(configs.CONFIGS, 0, [SMALL])
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def take(monkeypatch):
+    """Makes the forward take a way of FORWARDS, whatever it would choose."""
+    return lambda way: monkeypatch.setattr(linear_logprobs, "chosen", lambda *_: FUSED.get(way))
 
 
 class Case:
@@ -95,11 +113,9 @@ GRADIENT_BUDGET = {torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 1
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transform", [False, True])
-@pytest.mark.parametrize("way", ["fused", "fused tma", "tiled"])
-def test_statistics_from_hidden_states(dtype, transform, way, monkeypatch):
-    monkeypatch.setattr(linear_logprobs, "fuses", lambda *_: way != "tiled")
-    tma = way == "fused tma"
-    monkeypatch.setitem(linear_logprobs.CONFIGS, 0, [SMALL._replace(tma=tma), SMALL])
+@pytest.mark.parametrize("way", FORWARDS)
+def test_statistics_from_hidden_states(dtype, transform, way, take):
+    take(way)
     case = Case(H=24, dtype=dtype, transform=transform)
     exact, _ = case.exact()
     stats = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
@@ -108,9 +124,9 @@ def test_statistics_from_hidden_states(dtype, transform, way, monkeypatch):
 
 
 @pytest.mark.parametrize(("N", "H", "V"), [(1, 1, 1), (1, 16, 33), (17, 7, 65), (16, 33, 31)])
-@pytest.mark.parametrize("fused", [False, True])
-def test_ragged_sizes(N, H, V, fused, monkeypatch):
-    monkeypatch.setattr(linear_logprobs, "fuses", lambda *_: fused)
+@pytest.mark.parametrize("way", ["pointers", "pointers, exp2", "tiled"])
+def test_ragged_sizes(N, H, V, way, take):
+    take(way)
     case = Case(N, H, V)
     exact, _ = case.exact()
     stats = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
@@ -119,10 +135,10 @@ def test_ragged_sizes(N, H, V, fused, monkeypatch):
 
 
 @pytest.mark.parametrize("transform", [False, True])
-@pytest.mark.parametrize("way", ["fused", "tiled", "chunk"])
-def test_logprobs_equal_top_at_the_most_likely_token_alone(transform, way, monkeypatch):
+@pytest.mark.parametrize("way", [*FORWARDS, "chunk"])
+def test_logprobs_equal_top_at_the_most_likely_token_alone(transform, way, take):
     """Every second label is that entry; 5 and 101 tie for ten tokens, and both are the one."""
-    monkeypatch.setattr(linear_logprobs, "fuses", lambda *_: way != "tiled")
+    take(way)
     case = Case(40, 16, 130, transform=transform, ignored=False)
     # Products of these are exact, in whatever order they are summed.
     case.hidden, case.weight = (torch.randint(-2, 3, (n, 16)) / 4 for n in (40, 130))
@@ -320,10 +336,61 @@ def test_gradients_of_huge_logits(kind):
     assert abs(grads[2].sum()) < 1e-5
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_nan_row_poisons_itself_alone(fused, monkeypatch):
-    monkeypatch.setattr(linear_logprobs, "fuses", lambda *_: fused)
-    case = Case(ignored=False)
+@pytest.mark.parametrize("way", FORWARDS)
+@pytest.mark.parametrize("kind", ["-inf", "a tile of -inf", "finfo.min", "finfo.max", -1e30, 1e20])
+def test_the_forward_of_extreme_biases(way, kind, take):
+    take(way)
+    case = Case(33, 24, 130, transform=False, ignored=False)
+    case.bias = torch.zeros(130)
+    if kind == "-inf":
+        case.bias[::3] = -torch.inf
+        case.labels = case.labels // 3 * 3 + 1
+    elif kind == "a tile of -inf":
+        case.bias[:70] = case.bias[96:] = -torch.inf
+        case.labels = 70 + case.labels % 26
+    else:
+        case.bias += getattr(torch.finfo(torch.float32), kind[6:]) if type(kind) is str else kind
+    exact, _ = case.exact()
+    stats = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
+    for name, ours, true in zip(stats._fields, stats, exact, strict=True):
+        if type(kind) is float or name != "lse":
+            # As large as these biases, the logits of a row are one and the same number in fp32.
+            in_fp32 = -torch.tensor(130.0).double().log()
+            known = {"logprobs": in_fp32, "top": in_fp32, "entropy": -in_fp32}
+            if kind not in ("-inf", "a tile of -inf"):
+                true = known.get(name, torch.tensor(0.0).double() + kind if name == "lse" else None)
+                true = true.expand(33)
+        elif kind.startswith("finfo"):
+            true = case.bias[:33].double()
+        torch.testing.assert_close(ours.double(), true, atol=2e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize("splits", [1, 31, 33, 100])
+def test_parts_merge_whatever_their_number(splits):
+    torch.manual_seed(splits)
+    z = torch.randn(splits, 40, 5) * 8
+    z[0, 3] = -torch.inf
+    m = z.amax(-1)
+    d = (z - m.where(m > -torch.inf, 0.0)[..., None]).double()
+    p = d.exp()
+    parts = torch.stack([m, p.sum(-1), (p * d).nan_to_num(0.0).sum(-1), torch.zeros_like(m)], 1)
+    labels = torch.randint(0, 5, (40,))
+    parts[0, 3] = z[0].gather(-1, labels[:, None])[:, 0]
+    found = logprobs.merge(parts.float().contiguous(), labels, 5 * splits, -100)
+    rows = z.transpose(0, 1).reshape(40, -1)
+    exact = reference.statistics(rows.double(), labels)
+    in_log2 = parts * torch.tensor([1, logprobs.LN2, 1, 1])[:, None] / logprobs.LN2
+    scaled = logprobs.merge(in_log2.float().contiguous(), labels, 5 * splits, -100, logprobs.LN2)
+    for ours, other, true in zip(found, scaled, exact, strict=True):
+        finite = true.isfinite()
+        torch.testing.assert_close(ours[finite].double(), true[finite], atol=2e-5, rtol=2e-6)
+        torch.testing.assert_close(other[finite], ours[finite], atol=2e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize("way", FORWARDS)
+def test_a_nan_row_poisons_itself_alone(way, take):
+    take(way)
+    case = Case(H=24, ignored=False)
     clean = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
     case.hidden[5] = float("nan")
     dirty = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)

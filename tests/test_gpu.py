@@ -214,17 +214,25 @@ def test_the_backward_of_the_one_pass_waits_for_nothing(scale):
 
 
 @pytest.mark.parametrize("N", [64, 700])
-def test_every_way_of_the_forward_agrees(N):
-    """Logits in registers or tiles of them: the same statistics, whichever `fwd` would choose."""
+@pytest.mark.parametrize("transform", [False, True])
+def test_every_way_of_the_forward_agrees(N, transform, monkeypatch):
+    """Whatever `fwd` would choose: each configuration for the device, and tiles of logits."""
+    from fused_rl.kernels import configs
     from fused_rl.kernels import linear_logprobs as kernel
-    from fused_rl.kernels import logprobs
 
-    hidden, weight, labels = build(torch.bfloat16, "cuda", N)
-    hidden, weight = hidden.detach(), weight.detach()
-    exact = linear_logprobs(hidden.double().cpu(), weight.double().cpu(), labels.cpu())
-    args = (hidden, weight, None, labels, torch.ones(N, device="cuda"), 1.0, 0.0)
-    for way in (kernel.fused_statistics, kernel.tiled_statistics):
-        partial = way(*args, kernel.Device.of(hidden.device))
-        stats = logprobs.merge(partial, labels, len(weight), -100)[:2]
+    hidden, weight, labels = (t.detach() for t in build(torch.bfloat16, "cuda", N))
+    bias = torch.randn(len(weight), device="cuda") if transform else None
+    head = fused_rl.LMHead(weight, bias, softcap=20.0 if transform else None)
+    on_cpu = (None if t is None else t.double().cpu() for t in (weight, bias))
+    exact = linear_logprobs(
+        hidden.double().cpu(), fused_rl.LMHead(*on_cpu, softcap=head.softcap), labels.cpu()
+    )
+    device = configs.Device.of(hidden.device)
+    call = (hidden, weight, bias, labels, torch.ones(N, device="cuda"), 1.0, head.softcap or 0.0)
+    for config in (*configs.configs(device.major), None):
+        if config is not None and (config.rows < N or (transform and not config.transforms)):
+            continue
+        monkeypatch.setattr(kernel, "chosen", lambda *_, config=config: config)
+        stats = kernel.fwd(*call, -100, device)[:2]
         for a, b in zip(stats, exact, strict=True):
             torch.testing.assert_close(a.double().cpu(), b, atol=2e-5, rtol=2e-6)

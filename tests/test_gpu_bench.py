@@ -230,25 +230,27 @@ def test_within_an_ulp_by_hand(monkeypatch):
 def test_every_forward_runs_with_its_own_tile(monkeypatch, major):
     """On a device of any compute capability; the settings of the library are as before then."""
     pytest.importorskip("triton", reason="triton is not installed")
+    from fused_rl.kernels import configs
     from fused_rl.kernels import linear_logprobs as kernel
 
-    tried, before = [], dict(kernel.CONFIGS)
+    tried, before = [], kernel.chosen
 
     def statistics(*args):
-        tried.append(kernel.configs(major)[0])
+        tried.append(args[-1])
         raise StopIteration
 
     monkeypatch.setattr(kernel, "fused_statistics", statistics)
     import decisions
 
     case = decisions.Case(torch.zeros(8, 4), torch.zeros(9, 4), torch.zeros(8, dtype=torch.long))
-    device = kernel.Device(2, major)
     sizes = decisions.LARGE._replace(tiles=())
-    for run in decisions.forward_ways(case, sizes, device).values():
+    ways = decisions.forward_ways(case, sizes, configs.Device(2, major))
+    for run in ways.values():
         with pytest.raises(StopIteration):
             run()
+    assert [config.title for config in tried] == list(ways)
     assert [config[:5] for config in tried[: len(sizes.fused)]] == list(sizes.fused)
-    assert before == kernel.CONFIGS
+    assert before == kernel.chosen
 
 
 def test_a_plain_checkout_has_the_kernels(tmp_path):

@@ -37,7 +37,7 @@ def chunk_tokens(hidden: Tensor, weight: Tensor, chunk_bytes: int | None) -> int
     if not (hidden.is_cuda and HAS_TRITON and dtype == torch.float32):
         return chunk_rows(weight.shape[0], dtype, scratch)
     from fused_rl.kernels import linear_gradients
-    from fused_rl.kernels.linear_logprobs import Device
+    from fused_rl.kernels.configs import Device
 
     width = hidden.element_size() if hidden.dtype == weight.dtype else 4
     multiprocessors = Device.of(hidden.device).multiprocessors

@@ -1,0 +1,121 @@
+"""How the fused forward is cut into tiles, per architecture; what was compiled, and what was run.
+
+A configuration that no GPU has run has no `proof`, and stays off until it is asked for: a result in
+bench/results that shows it right and faster than the next one is its proof. What the compiler makes
+of each (registers, stack, shared memory, instructions per logit) is in bench/results/compiled.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Config(NamedTuple):
+    """A tile of the fused forward, and the calls it is for."""
+
+    block_m: int  # tokens
+    block_n: int  # vocabulary
+    block_k: int  # of H
+    num_warps: int
+    num_stages: int
+    tma: bool  # operands through tensor descriptors rather than pointers
+    exp2: bool = False  # the epilogue in units of log2
+    rows: float = float("inf")  # tokens of a call, at most
+    transforms: bool = True  # whether it is for a bias or a softcap, too
+    proof: str | None = None  # a file of bench/results
+
+    @property
+    def title(self) -> str:
+        """As reports name it."""
+        m, n, k, warps, stages = self[:5]
+        operands = "TMA" if self.tma else "pointers"
+        epilogue = ", exp2" if self.exp2 else ""
+        return f"{operands} {m}x{n}x{k}, {warps} warps, {stages} stages{epilogue}"
+
+
+# Up to so many tokens launches of `tiled_statistics` take longer than their products.
+FEW = 512
+H100 = "h100-bfloat16"
+
+# By the major number of the compute capability (0: any other device), best first: what compiles
+# there without spills and within shared memory. Where none takes the call: `tiled_statistics`.
+CONFIGS = {
+    8: [
+        Config(128, 128, 64, 8, 3, False, exp2=True, rows=FEW),
+        Config(128, 128, 64, 8, 3, False, rows=FEW, proof=H100),
+    ],
+    9: [
+        Config(64, 128, 64, 4, 4, False, exp2=True, rows=64),
+        Config(128, 256, 64, 8, 4, True, exp2=True),
+        Config(128, 128, 64, 8, 4, False, exp2=True, rows=FEW),
+        Config(64, 128, 64, 4, 4, False, rows=64, proof=H100),
+        # 224 bytes of stack outside the loop over H, and still the fastest that was measured.
+        Config(128, 256, 64, 8, 3, True, transforms=False, proof=H100),
+        Config(128, 128, 64, 8, 4, True, proof=H100),
+        Config(128, 128, 64, 8, 4, False, rows=FEW, proof=H100),
+    ],
+    10: [
+        Config(128, 128, 64, 8, 4, True, exp2=True),
+        Config(128, 128, 64, 8, 4, True, proof=H100),
+        Config(128, 128, 32, 8, 4, False, rows=FEW, proof=H100),
+    ],
+    0: [
+        Config(128, 128, 32, 8, 2, False, exp2=True, rows=FEW),
+        Config(128, 128, 32, 8, 2, False, rows=FEW, proof=H100),
+    ],
+}
+
+
+class Device(NamedTuple):
+    """What the drivers need to know of the device."""
+
+    multiprocessors: int
+    major: int  # of the compute capability; 0: not NVIDIA's, or interpreted
+    interpreted: bool = False  # the interpreter multiplies bf16 wrongly: convert first
+    # Whether a configuration may run here, given what it would run on.
+    trusts: Callable[[Config, tuple], bool] = lambda config, call: config.proof is not None
+
+    @classmethod
+    def of(cls, device: torch.device, **options: Callable) -> Device:
+        properties = torch.cuda.get_device_properties(device)
+        major = 0 if torch.version.hip else properties.major
+        return cls(properties.multi_processor_count, major, **options)
+
+
+def configs(major: int) -> list[Config]:
+    """Those for a compute capability."""
+    return CONFIGS.get(major, CONFIGS[0])
+
+
+def can_describe(tensor: Tensor) -> bool:
+    """A tensor descriptor wants a 16-byte aligned base and rows, and contiguous columns."""
+    return (
+        tensor.stride(1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and tensor.stride(0) * tensor.element_size() % 16 == 0
+    )
+
+
+def chosen(call: tuple, device: Device) -> Config | None:
+    """The first that takes the call and may run on the device; None: tiled_statistics.
+
+    None in fp32: there an lse shows that is from logits which round otherwise than those of the
+    backward pass.
+
+    Args:
+        call: hidden, weight, bias, labels, temperature, scale, softcap.
+    """
+    hidden, weight, bias, *_, softcap = call
+    if hidden.dtype == torch.float32 or weight.stride(1) != 1:
+        return None
+    described = can_describe(hidden) and can_describe(weight)
+    plain = bias is None and softcap == 0.0
+    for config in configs(device.major):
+        takes = len(hidden) <= config.rows and (described or not config.tma)
+        if takes and (plain or config.transforms) and device.trusts(config, call):
+            return config
+    return None
