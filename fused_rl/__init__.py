@@ -45,6 +45,7 @@ from fused_rl.losses.policy import LossOutput, PolicyLoss
 from fused_rl.losses.sequences import Level
 from fused_rl.one_pass import linear_policy_loss
 from fused_rl.ops.backends import Backend, backends
+from fused_rl.ops.trust import trust_kernels
 from fused_rl.rollouts import (
     advantages,
     diagnosis,
@@ -97,6 +98,7 @@ __all__ = [
     "reinforce_plus_plus",
     "rloo",
     "sapo",
+    "trust_kernels",
     "vespo",
 ]
 

@@ -5,7 +5,7 @@ at hand runs in plain torch. The kernels for CPUs (csrc/) are registered by the 
 native.py loads, those for CUDA (kernels/) in triton.py.
 """
 
-from fused_rl.ops import triton
+from fused_rl.ops import triton, trust
 from fused_rl.ops.autocast import autocasts, in_full
 from fused_rl.ops.checkout import find_kernels
 from fused_rl.ops.chunk import (
@@ -70,6 +70,7 @@ __all__ = [
     "round_up",
     "scratch_bytes",
     "triton",
+    "trust",
     "waiting_dtype",
 ]
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_rl.ops import native
+from fused_rl.ops import native, trust
 from fused_rl.ops.chunks import HAS_TRITON
 
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps fused-rl"
@@ -44,4 +44,8 @@ def _cuda() -> Backend:
         note = f"triton is not installed: pip install triton{here}"
         return Backend("cuda", "reference (plain torch)", note)
     note = "float64 in plain torch; proved in the interpreter, run on an H100 and an H200"
+    note += "; with those that no GPU has run yet" if trust.options().unproven else ""
+    for verdict in trust.verdicts():
+        if verdict.error is not None:
+            note += f"; {verdict.kernel} is not used on {verdict.device}: {verdict.error}"
     return Backend("cuda", "Triton", note + here)

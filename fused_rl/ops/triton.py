@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rl.ops import chunk, linear, logits
+from fused_rl.ops import chunk, linear, logits, trust
 from fused_rl.ops.chunk import ChunkLogits, ChunkStatistics, Sums
 from fused_rl.ops.chunks import HAS_TRITON, padded, waiting_dtype
 from fused_rl.ops.formulas import at, live
@@ -45,17 +45,32 @@ def on_cuda(operator: Operator) -> Callable[[Callable], Callable]:
         def run(*records: tuple) -> Tensor | tuple:
             if not HAS_TRITON or in_float64(records):
                 return operator.plain(*records)
-            from fused_rl.kernels.linear_logprobs import Device
-
             device = next(a for a in records[0] if isinstance(a, Tensor)).device
             with torch.cuda.device(device):
-                return launch(kernel, records, Device.of(device))
+                return served(operator, records, device, trust.place_of(device))
 
         OPERATORS[operator] = kernel
         operator.kernel("cuda", run)
         return kernel
 
     return register
+
+
+def served(operator: Operator, records: tuple, device: torch.device, place: Any) -> Any:
+    """The operator's kernel at work, or plain torch where it was wrong at its first use."""
+    from fused_rl.ops import first_use
+
+    def run(operator: Operator, *records: tuple) -> Any:
+        return launch(OPERATORS[operator], records, place)
+
+    # The two halves of a chunk share a layout of logits: both run, or neither.
+    of_chunk = operator is chunk.linear_logprobs_chunk_backward
+    judged = chunk.linear_logprobs_chunk if of_chunk else operator
+    kind = trust.kind_of([r for r in records if isinstance(r, Head)] if of_chunk else records)
+    right = trust.passes(
+        device, judged.__name__, kind, lambda: first_use.difference(judged, records, run)
+    )
+    return run(operator, *records) if right else operator.plain(*records)
 
 
 def in_float64(records: Sequence[tuple]) -> bool:

@@ -1,0 +1,131 @@
+"""The small cases that kernels are compared with plain torch on, at their first use on a device.
+
+Each is made like the call at hand: its dtypes, its options, its H, and sizes that the compiler
+treats as it treats those of the call (divisible by 16 or not), so that what is compiled for it
+serves the call, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rl.ops import chunk, linear, logits
+from fused_rl.ops.chunk import ChunkLogits, Sums
+from fused_rl.ops.kl import Deviation
+from fused_rl.ops.logits import Rows
+from fused_rl.ops.record import Head, Known, Limits, Needs, Operator, Upstream
+
+# Of a norm, between a kernel and float64. Loose: a wrong kernel is wrong by more, and products in
+# float32 may be TF32 by the caller's own setting.
+BOUND = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+LIMITS = Limits(-100, 2**24)
+
+
+def wrong(ours: Iterable[Tensor], exact: Iterable[Tensor], dtype: torch.dtype) -> str | None:
+    """What differs by more than the bound; a NaN does."""
+    for i, (a, b) in enumerate(zip(ours, exact, strict=True)):
+        a, b = a.double(), b.double()
+        error = ((a - b).norm() / b.norm().clamp_min(1e-6)).item()
+        if not error <= BOUND[dtype]:
+            return f"result {i} is {error:.1e} from plain torch in float64"
+    return None
+
+
+def _size(like: int, divisible: int) -> int:
+    return divisible if like % 16 == 0 else divisible - 1
+
+
+def small_head(head: Head) -> Head:
+    """A head of the same kind, with 48 tokens and a vocabulary of 640, or one less each."""
+    hidden, weight, bias, labels, _, scale, softcap = head
+    N, V, H = _size(len(labels), 48), _size(len(weight), 640), hidden.shape[1]
+    noise = torch.Generator(hidden.device).manual_seed(0)
+    where = {"generator": noise, "device": hidden.device}
+    return Head(
+        (2 * torch.randn(N, H, **where) / max(1, H) ** 0.5 / (abs(scale) or 1.0)).to(hidden.dtype),
+        torch.randn(V, H, **where).to(weight.dtype),
+        None if bias is None else torch.randn(V, **where).to(bias.dtype),
+        torch.randint(0, V, (N,), **where),
+        1.0 + torch.rand(N, **where),
+        scale,
+        softcap,
+    )
+
+
+def exactly(record: tuple) -> tuple:
+    """Its tensors in float64."""
+    return record._make(
+        v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in record
+    )
+
+
+def forward_difference(config: Any, call: tuple, place: Any) -> str | None:
+    """Of one configuration of the fused forward, on a small case of the call."""
+    from fused_rl.kernels import linear_logprobs as kernel
+    from fused_rl.kernels import logprobs
+
+    head = small_head(Head(*call))
+    partial = kernel.fused_statistics(*head, place, config)
+    unit = kernel.unit(config, head.bias)
+    ours = logprobs.merge(partial, head.labels, len(head.weight), -100, unit)
+    return wrong(ours, linear.linear_logprobs.plain(exactly(head), LIMITS), call[0].dtype)
+
+
+def difference(operator: Operator, records: tuple, run: Callable[..., Any]) -> str | None:
+    """Of an operator's kernel on a small case of such records; run(operator, *records) runs it."""
+    if isinstance(records[0], Deviation):
+        return _of_kl(operator, records[0], run)
+    given = next(r for r in records if isinstance(r, (Head, Rows)))
+    if isinstance(given, Rows):
+        return _of_rows(operator, given, run)
+    return _of_head(operator, small_head(given), run)
+
+
+def _upstream(like: Tensor) -> Upstream:
+    noise = torch.Generator(like.device).manual_seed(1)
+    return Upstream(*torch.randn(2, len(like), generator=noise, device=like.device))
+
+
+def _of_head(operator: Operator, head: Head, run: Callable[..., Any]) -> str | None:
+    dtype = head.hidden.dtype if head.hidden.dtype == head.weight.dtype else torch.float32
+    if operator is linear.linear_logprobs:
+        stats = linear.linear_logprobs.plain(exactly(head), LIMITS)
+        return wrong(run(operator, head, LIMITS), stats, dtype)
+    upstream, needs = _upstream(head.labels), Needs(True, True, head.bias is not None)
+    stats = linear.linear_logprobs.plain(exactly(head), LIMITS)
+    known = Known(stats.lse, stats.entropy.float())
+    given = (exactly(upstream), exactly(head), LIMITS, exactly(known), needs)
+    exact = linear.linear_logprobs_backward.plain(*given)
+    if operator is linear.linear_logprobs_backward:
+        return wrong(run(operator, upstream, head, LIMITS, known, needs), exact, dtype)
+    # The two halves of a chunk.
+    *found, z = run(operator, head)
+    dweight = torch.empty(head.weight.shape, device=head.weight.device)
+    sums = Sums(dweight, dweight.new_empty(exact.dbias.shape), False)
+    given = (ChunkLogits(z), upstream, head, known, sums)
+    dhidden = run(chunk.linear_logprobs_chunk_backward, *given)
+    return wrong((*found, dhidden, *sums[:2]), (*stats, *exact), dtype)
+
+
+def _of_rows(operator: Operator, like: Rows, run: Callable[..., Any]) -> str | None:
+    device, V = like.logits.device, _size(like.logits.shape[1], 640)
+    noise = torch.Generator(device).manual_seed(0)
+    where = {"generator": noise, "device": device}
+    rows = (4 * torch.randn(48, V, **where)).to(like.logits.dtype)
+    given = Rows(rows, torch.randint(0, V, (48,), **where), 1.0 + torch.rand(48, **where), -100)
+    stats = logits.logits_logprobs.plain(exactly(given))
+    if operator is logits.logits_logprobs:
+        return wrong(run(operator, given), stats, rows.dtype)
+    upstream, known = _upstream(given.labels), Known(stats.lse, stats.entropy.float())
+    exact = operator.plain(exactly(upstream), exactly(given), exactly(known))
+    return wrong([run(operator, upstream, given, known)], [exact], rows.dtype)
+
+
+def _of_kl(operator: Operator, like: Deviation, run: Callable[..., Any]) -> str | None:
+    d = torch.linspace(-3.0, 3.0, 300, dtype=like[0].dtype, device=like[0].device)
+    given = like._replace(**{like._fields[0]: d})
+    return wrong(run(operator, given), operator.plain(exactly(given)), torch.float32)

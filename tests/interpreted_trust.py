@@ -1,0 +1,215 @@
+"""The first use of a kernel, in the interpreter; test_trust.py runs this file."""
+
+import os
+import warnings
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
+
+from fused_rl import ops
+from fused_rl.kernels import configs, linear_gradients, linear_logprobs, logprobs
+from fused_rl.ops import Head, Known, Limits, Rows, Sums, Upstream, trust
+from fused_rl.ops import triton as on_cuda
+from fused_rl.ops.chunk import linear_logprobs_chunk, linear_logprobs_chunk_backward
+from fused_rl.ops.kl import Deviation
+from fused_rl.ops.linear import linear_logprobs_backward
+from fused_rl.ops.logits import logits_logprobs_backward
+from fused_rl.ops.record import Needs
+
+CPU = torch.device("cpu")
+LIMITS = Limits(-100, 2**20)
+PROVEN = configs.Config(16, 32, 16, 4, 2, False, proof="a result")
+NEW = PROVEN._replace(exp2=True, proof=None)
+INTERPRETED = configs.Device(2, 0, interpreted=True)
+
+
+@pytest.fixture(autouse=True)
+def two_ways_on_cpu(monkeypatch):
+    """Products that a CPU has; a way that is proven, and before it one that is not."""
+
+    def product(a, b, out=None):
+        result = a.float() @ b.float()
+        return result if out is None else out.copy_(result)
+
+    def add_product_(total, a, b):
+        total += a.float() @ b.float()
+
+    monkeypatch.setattr(linear_gradients, "product", product)
+    monkeypatch.setattr(linear_logprobs, "product", product)
+    monkeypatch.setattr(linear_gradients, "add_product_", add_product_)
+    monkeypatch.setitem(configs.CONFIGS, 0, [NEW, PROVEN])
+    torch.manual_seed(0)
+    trust.trust_kernels()
+    yield
+    trust.trust_kernels()
+
+
+@pytest.fixture
+def place():
+    """Of a device that trusts as a GPU does."""
+    return INTERPRETED._replace(
+        trusts=lambda config, call: trust.trusts(CPU, INTERPRETED, config, call)
+    )
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The configurations that ran, in order."""
+    found, run = [], linear_logprobs.fused_statistics
+
+    def noted(*args):
+        found.append(args[-1])
+        return run(*args)
+
+    monkeypatch.setattr(linear_logprobs, "fused_statistics", noted)
+    return found
+
+
+def head(N=20, H=24, V=70, dtype=torch.bfloat16, bias=False):
+    hidden, weight = torch.randn(N, H).to(dtype), torch.randn(V, H).to(dtype)
+    labels = torch.randint(0, V, (N,))
+    return Head(hidden, weight, torch.randn(V) if bias else None, labels, torch.ones(N), 1.0, 0.0)
+
+
+def every_operator():
+    """Each operator that has a kernel, and records of a call."""
+    of = head()
+    stats = ops.linear_logprobs.plain(of, LIMITS)
+    known, up = Known(stats.lse, stats.entropy), Upstream(torch.ones(20), torch.ones(20))
+    *_, z = on_cuda.linear_logprobs_chunk(of, INTERPRETED)
+    sums = Sums(torch.empty(70, 24), torch.empty(0), False)
+    rows = Rows(torch.randn(20, 70), of.labels, torch.ones(20), -100)
+    of_rows = ops.logits_logprobs.plain(rows)
+    return {
+        ops.linear_logprobs: (of, LIMITS),
+        linear_logprobs_backward: (up, of, LIMITS, known, Needs(True, True, False)),
+        linear_logprobs_chunk: (of,),
+        linear_logprobs_chunk_backward: (ops.ChunkLogits(z), up, of, known, sums),
+        ops.logits_logprobs: (rows,),
+        logits_logprobs_backward: (up, rows, Known(of_rows.lse, of_rows.entropy)),
+        ops.kl: (Deviation(torch.randn(20), 3, 2),),
+    }
+
+
+NAMES = [operator.__name__ for operator in on_cuda.OPERATORS]
+
+
+def call_of(name):
+    return next((o, r) for o, r in every_operator().items() if o.__name__ == name)
+
+
+def test_every_kernel_has_a_case():
+    assert {o.__name__ for o in every_operator()} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_that_is_right_is_checked_once_and_runs(name, place, monkeypatch):
+    operator, _ = call_of(name)
+    runs, kernel = [], on_cuda.OPERATORS[operator]
+
+    def counted(*args):
+        runs.append(len(args))
+        return kernel(*args)
+
+    monkeypatch.setitem(on_cuda.OPERATORS, operator, counted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            on_cuda.served(operator, call_of(name)[1], CPU, place)
+    assert len(runs) == 4
+    assert {v.error for v in trust.verdicts()} == {None}
+
+
+def tensors(result):
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("fault", ["wrong", "nan", "fails"])
+def test_a_kernel_made_wrong_on_purpose_gives_way_to_plain_torch(name, fault, place, monkeypatch):
+    operator, records = call_of(name)
+    kernel = on_cuda.OPERATORS[operator]
+
+    def faulty(*args):
+        if fault == "fails":
+            raise RuntimeError("an illegal instruction\nwas encountered")
+        out = kernel(*args)
+        # One number in twenty.
+        tensors(out)[0].view(-1)[::20] = torch.nan if fault == "nan" else 7.0
+        return out
+
+    monkeypatch.setitem(on_cuda.OPERATORS, operator, faulty)
+    # The halves of a chunk are judged together, and give way together.
+    judged = name.removesuffix("_backward") if "chunk" in name else name
+    with pytest.warns(RuntimeWarning, match=f"kernel {judged} is not used on cpu") as found:
+        ours = on_cuda.served(operator, records, CPU, place)
+    said = str(found[0].message)
+    assert {"fails": "RuntimeError: an illegal instruction."}.get(fault, " from plain") in said
+    assert ("is nan from" in said) == (fault == "nan") and "report" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        on_cuda.served(operator, call_of(name)[1], CPU, place)
+    exact = operator.plain(*records)
+    for a, b in zip(tensors(ours), tensors(exact), strict=True):
+        assert torch.equal(a, b)
+    assert [v.kernel for v in trust.verdicts() if v.error] == [judged]
+
+
+@pytest.mark.parametrize("half", ["linear_logprobs_chunk", "linear_logprobs_chunk_backward"])
+def test_the_halves_of_a_chunk_run_in_plain_torch_if_one_is_wrong(half, place, monkeypatch):
+    def faulty(*args):
+        raise RuntimeError("no")
+
+    monkeypatch.setitem(on_cuda.OPERATORS, call_of(half)[0], faulty)
+    _, (_, up, of, known, sums) = call_of("linear_logprobs_chunk_backward")
+    with pytest.warns(RuntimeWarning, match="linear_logprobs_chunk is not used"):
+        *_, z = on_cuda.served(linear_logprobs_chunk, (of,), CPU, place)
+    records = (ops.ChunkLogits(z), up, of, known, sums)
+    dhidden = on_cuda.served(linear_logprobs_chunk_backward, records, CPU, place)
+    exact = linear_logprobs_backward.plain(up, of, LIMITS, known, Needs(True, True, False))
+    torch.testing.assert_close(dhidden, exact.dhidden, atol=1e-6, rtol=1e-2)
+
+
+def test_what_is_unproven_runs_where_it_is_asked_for(place, taken):
+    args = (ops.linear_logprobs, (head(), LIMITS), CPU, place)
+    on_cuda.served(*args)
+    assert set(taken) == {PROVEN}
+    taken.clear()
+    trust.trust_kernels(unproven=True)
+    on_cuda.served(*args)
+    assert set(taken) == {NEW}
+    assert [v.kernel for v in trust.verdicts()] == [
+        f"linear_logprobs, {NEW.title}",
+        "linear_logprobs",
+    ]
+
+
+def test_a_configuration_that_is_wrong_gives_way_to_the_next(place, taken, monkeypatch):
+    trust.trust_kernels(unproven=True)
+    right = logprobs.merge
+
+    def wrong(partial, labels, V, ignore_index, unit=1.0):
+        return right(partial, labels, V, ignore_index, 1.1 * unit if unit != 1.0 else unit)
+
+    monkeypatch.setattr(logprobs, "merge", wrong)
+    with pytest.warns(RuntimeWarning, match="linear_logprobs, pointers 16x32x16.*exp2 is not used"):
+        found = on_cuda.served(ops.linear_logprobs, (head(), LIMITS), CPU, place)
+    assert taken[-1] == PROVEN
+    torch.manual_seed(0)
+    exact = ops.linear_logprobs.plain(head(), LIMITS)
+    torch.testing.assert_close(found.logprobs, exact.logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_dtypes_and_options_are_checked_each(place):
+    for of in (head(), head(dtype=torch.float16), head(bias=True), head()):
+        on_cuda.served(ops.linear_logprobs, (of, LIMITS), CPU, place)
+    assert [v.kernel for v in trust.verdicts()].count("linear_logprobs") == 3
+
+
+def test_the_check_can_be_turned_off(place, taken):
+    trust.trust_kernels(first_use_check=False)
+    on_cuda.served(ops.linear_logprobs, (head(), LIMITS), CPU, place)
+    assert taken == [PROVEN] and trust.verdicts() == []
