@@ -192,10 +192,20 @@ def flat_top_logprobs(
     op, options = ops.linear_logprobs, ()
     if grad_filter is not None and torch.is_grad_enabled():
         op, options = ops.linear_filtered_logprobs, (ops.Filter(grad_filter),)
-    elif torch.is_grad_enabled() and hidden.requires_grad and not trained and not transformed():
-        op = ops.linear_logprobs_frozen
+    elif torch.is_grad_enabled() and not transformed():
+        if hidden.requires_grad and not trained:
+            op = ops.linear_logprobs_frozen
+        elif trained and _keeps_exponentials(head, limits):
+            op = ops.linear_logprobs_stored
     stats = op(head, limits, *options)
     return TopStats(stats.logprobs, stats.entropy, stats.top)
+
+
+def _keeps_exponentials(head: ops.Head, limits: ops.Limits) -> bool:
+    """Whether what there is of the logits stays for the backward pass, on a GPU."""
+    if torch.compiler.is_compiling() or not checks.has_values(head.hidden):
+        return False
+    return ops.fits_in_half(head.hidden, head.weight, limits.chunk_bytes)
 
 
 def named(op: Callable, *args: object, shape: torch.Size) -> Any:

@@ -24,6 +24,7 @@ class Config(NamedTuple):
     num_stages: int
     tma: bool  # operands through tensor descriptors rather than pointers
     exp2: bool = False  # the epilogue in units of log2
+    stores: bool = False  # for linear_exponentials.py, in bfloat16
     rows: float = float("inf")  # tokens of a call, at most
     transforms: bool = True  # whether it is for a bias or a softcap, too
     proof: str | None = None  # a file of bench/results
@@ -33,7 +34,7 @@ class Config(NamedTuple):
         """As reports name it."""
         m, n, k, warps, stages = self[:5]
         operands = "TMA" if self.tma else "pointers"
-        epilogue = ", exp2" if self.exp2 else ""
+        epilogue = ", stores" if self.stores else ", exp2" if self.exp2 else ""
         return f"{operands} {m}x{n}x{k}, {warps} warps, {stages} stages{epilogue}"
 
 
@@ -51,6 +52,7 @@ CONFIGS = {
     9: [
         Config(64, 128, 64, 4, 4, False, exp2=True, rows=64),
         Config(128, 256, 64, 8, 4, True, exp2=True),
+        Config(128, 256, 64, 8, 3, True, exp2=True, stores=True),
         Config(128, 128, 64, 8, 4, False, exp2=True, rows=FEW),
         Config(64, 128, 64, 4, 4, False, rows=64, proof=H100),
         # 224 bytes of stack outside the loop over H, and still the fastest that was measured.
@@ -59,12 +61,14 @@ CONFIGS = {
         Config(128, 128, 64, 8, 4, False, rows=FEW, proof=H100),
     ],
     10: [
+        Config(128, 128, 64, 8, 4, True, exp2=True, stores=True),
         Config(128, 128, 64, 8, 4, True, exp2=True),
         Config(128, 128, 64, 8, 4, True, proof=H100),
         Config(128, 128, 32, 8, 4, False, rows=FEW, proof=H100),
     ],
     0: [
         Config(128, 128, 32, 8, 2, False, exp2=True, rows=FEW),
+        Config(128, 128, 32, 8, 2, False, exp2=True, stores=True),
         Config(128, 128, 32, 8, 2, False, rows=FEW, proof=H100),
     ],
 }
@@ -100,22 +104,26 @@ def can_describe(tensor: Tensor) -> bool:
     )
 
 
-def chosen(call: tuple, device: Device) -> Config | None:
-    """The first that takes the call and may run on the device; None: tiled_statistics.
+def chosen(call: tuple, device: Device, *, stores: bool = False) -> Config | None:
+    """The first that takes the call and may run on the device.
 
-    None in fp32: there an lse shows that is from logits which round otherwise than those of the
-    backward pass.
+    None: linear_logprobs.tiled_statistics takes its place, or logits that of exponentials. Always
+    in fp32: there an lse shows that is from logits which round otherwise than those of the backward
+    pass. Exponentials need the range of bfloat16.
 
     Args:
         call: hidden, weight, bias, labels, temperature, scale, softcap.
+        stores: for exponentials.
     """
     hidden, weight, bias, *_, softcap = call
-    if hidden.dtype == torch.float32 or weight.stride(1) != 1:
+    dtypes = (torch.bfloat16,) if stores else (torch.bfloat16, torch.float16)
+    if hidden.dtype not in dtypes or weight.dtype != hidden.dtype or weight.stride(1) != 1:
         return None
     described = can_describe(hidden) and can_describe(weight)
     plain = bias is None and softcap == 0.0
     for config in configs(device.major):
-        takes = len(hidden) <= config.rows and (described or not config.tma)
-        if takes and (plain or config.transforms) and device.trusts(config, call):
+        takes = config.stores == stores and len(hidden) <= config.rows
+        takes = takes and (described or not config.tma) and (plain or config.transforms)
+        if takes and device.trusts(config, call):
             return config
     return None

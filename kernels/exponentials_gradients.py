@@ -16,13 +16,14 @@ Traffic: reads NV numbers of two bytes twice; that pass reads and writes them on
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear_exponentials import Exponentials
-from .linear_gradients import add_product_, product, write_product
+from .linear_gradients import add_product_, logits_room, product, write_product
 
 BLOCK_V, NUM_WARPS = 4096, 8
 
@@ -44,6 +45,7 @@ def _factor_kernel(
     dentropy_ptr,  # (N,) fp32
     V,
     H,
+    first_column,
     scale,
     softcap,
     row_stride,
@@ -56,7 +58,7 @@ def _factor_kernel(
     BLOCK_H: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + n)
+    label = tl.load(labels_ptr + n) - first_column
     inv_temperature = 1.0 / tl.load(temperature_ptr + n)
     s = tl.load(s_ptr + n)
     logprob = tl.load(logprobs_ptr + n)
@@ -95,7 +97,7 @@ def _factor_kernel(
             f -= tl.where(is_label, s if plain else g * s, 0.0)
             if HAS_SOFTCAP:
                 t = (logp + lse) / (inv_temperature * softcap)
-                f *= tl.where(e > 0.0, 1.0 - t * t, 0.0)
+                f *= tl.where((e > 0.0) | is_label, 1.0 - t * t, 0.0)
             f = tl.where(finite & (not idle), f, 0.0)
             tl.store(f_ptr + n * f_row_stride + cols, f.to(tl.bfloat16), mask=mask)
     if SCALED:
@@ -106,40 +108,121 @@ def _factor_kernel(
             tl.store(scaled_ptr + n * H + ks, x.to(tl.bfloat16), mask=ks < H)
 
 
+class Known(NamedTuple):
+    """What the forward pass left of N tokens, beside E."""
+
+    s: Tensor  # [N] fp32
+    logprobs: Tensor  # [N] fp32
+    lse: Tensor  # [N] fp64
+    entropy: Tensor  # [N] fp32
+
+
+Transform = tuple["Tensor | None", Tensor, Tensor, float, float]  # bias, labels, ... softcap
+
+
+def form(
+    upstream: tuple[Tensor, Tensor],
+    e: Tensor,
+    f: Tensor,
+    hidden: Tensor,
+    transform: Transform,
+    known: Known,
+    scaled: Tensor | None,
+    first_column: int = 0,
+) -> Tensor:  # [N] fp32
+    """factor; f and scaled [N, H] = factor hidden are written.
+
+    e and f are [N, columns] bf16, from first_column on: two tensors, or one, of which only the
+    entry of the label is written if nothing else differs.
+    """
+    (N, V), H = e.shape, hidden.shape[1]
+    _, labels, temperature, scale, softcap = transform
+    factor = known.s.new_empty(N)
+    if N == 0:
+        return factor
+    _factor_kernel[(N,)](
+        e,
+        f,
+        hidden,
+        hidden if scaled is None else scaled,
+        factor,
+        labels,
+        temperature,
+        *known,
+        *upstream,
+        V,
+        H,
+        first_column,
+        scale,
+        softcap,
+        e.stride(0),
+        f.stride(0),
+        hidden.stride(0),
+        HAS_SOFTCAP=softcap != 0.0,
+        IN_PLACE=f is e,
+        SCALED=scaled is not None,
+        BLOCK_V=BLOCK_V,
+        BLOCK_H=1024,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )
+    return factor
+
+
 def bwd(
     upstream: tuple[Tensor, Tensor],  # dlogprobs, dentropy [N] fp32
-    stored: Exponentials,
+    e: Tensor,  # [N, V] bf16, spent
     hidden: Tensor,  # [N, H] bf16, contiguous
     weight: Tensor,  # [V, H] bf16
-    transform: tuple[Tensor | None, Tensor, Tensor, float, float],  # bias ... softcap
-    known: tuple[Tensor, Tensor, Tensor],  # logprobs [N] fp32, lse [N] fp64, entropy [N] fp32
+    transform: Transform,
+    known: Known,
     dweight: Tensor | None,  # [V, H], written or added to
     dbias: Tensor | None,  # [V], written or added to
     accumulate: bool,
-    into: Tensor | None = None,  # [N, V] bf16: F; None: E itself becomes it
 ) -> Tensor:  # [N, H] fp32
-    """dhidden of a chunk of tokens; its share of dweight and dbias."""
-    (N, H), V = hidden.shape, weight.shape[0]
-    _, labels, temperature, scale, softcap = transform
-    e, s = stored
-    f = e if into is None else into
-    factor = s.new_empty(N)
-    scaled = torch.empty_like(hidden) if dweight is not None else hidden
-    if N:
-        _factor_kernel[(N,)](
-            e, f, hidden, scaled, factor, labels, temperature, s, *known, *upstream,
-            V, H, scale, softcap, e.stride(0), f.stride(0), hidden.stride(0),
-            HAS_SOFTCAP=softcap != 0.0, IN_PLACE=into is None, SCALED=dweight is not None,
-            BLOCK_V=BLOCK_V, BLOCK_H=1024, num_warps=NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+    """dhidden of a chunk of tokens; its share of dweight and dbias.
+
+    Without softcap and entropy gradients E is as before but for the entries of the labels, and a
+    second call finds the same.
+    """
+    scaled = None if dweight is None else torch.empty_like(hidden)
+    factor = form(upstream, e, e, hidden, transform, known, scaled)
     if dweight is not None and accumulate:
-        add_product_(dweight, f.T, scaled)
+        add_product_(dweight, e.T, scaled)
     elif dweight is not None:
-        write_product(f.T, scaled, dweight)
+        write_product(e.T, scaled, dweight)
     if dbias is not None:
-        share = _times(f, factor)
+        share = _times(e, factor)
         dbias.copy_(dbias + share if accumulate else share)
-    return product(f, weight).mul_(factor[:, None])
+    return product(e, weight).mul_(factor[:, None])
+
+
+def bwd_by_blocks(
+    upstream: tuple[Tensor, Tensor],
+    e: Tensor,  # [N, V] bf16, left as it is
+    hidden: Tensor,
+    weight: Tensor,
+    transform: Transform,
+    known: Known,
+    dweight: Tensor | None,  # [V, H], written
+    dbias: Tensor | None,  # [V], written
+    columns: int,
+) -> Tensor:  # [N, H] fp32
+    """The same, so many entries of the vocabulary at a time, and E stays what it was."""
+    (N, H), V = hidden.shape, weight.shape[0]
+    dhidden = hidden.new_zeros(N, H, dtype=torch.float32)
+    scaled = None if dweight is None else torch.empty_like(hidden)
+    room = logits_room(N, min(columns, V), e.dtype, e.device)
+    for v0 in range(0, V, columns):
+        v1 = min(v0 + columns, V)
+        f = room[:, : v1 - v0]
+        factor = form(upstream, e[:, v0:v1], f, hidden, transform, known, scaled, v0)
+        add_product_(dhidden, f, weight[v0:v1])
+        if dweight is not None:
+            write_product(f.T, scaled, dweight[v0:v1])
+        if dbias is not None:
+            dbias[v0:v1] = _times(f, factor)
+    return dhidden.mul_(factor[:, None])
 
 
 def _times(f: Tensor, factor: Tensor) -> Tensor:  # [V] fp32

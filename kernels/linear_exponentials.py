@@ -15,8 +15,6 @@ Traffic: reads NH and VH, writes NV numbers of two bytes. exponentials_gradients
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -30,8 +28,6 @@ from .linear_logprobs import blocks, descriptors, parts, raw_tile
 # times a small gradient.
 FAR = tl.constexpr(32.0)
 REFERENCE_TILE = (32, 64, 64)  # tokens, entries of the vocabulary, of H
-# A row of E begins where the vendor's products read whole lines.
-ALIGNED = 64
 
 
 @triton.jit
@@ -265,18 +261,6 @@ def _sums_kernel(
     tl.store(s_ptr + rows, tl.where(empty, nan, s_i).to(tl.float32), mask=mask)
 
 
-class Exponentials(NamedTuple):
-    """What the backward pass takes of the forward pass."""
-
-    e: Tensor  # [N, V] bf16; its rows begin at multiples of ALIGNED
-    s: Tensor  # [N] fp32
-
-
-def row_stride(V: int) -> int:
-    """Between rows of E."""
-    return triton.cdiv(V, ALIGNED) * ALIGNED
-
-
 def fwd(
     hidden: Tensor,  # [N, H] bf16, contiguous
     weight: Tensor,  # [V, H] bf16, columns contiguous
@@ -287,11 +271,10 @@ def fwd(
     softcap: float,
     device: Device,
     config: Config,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Exponentials]:
-    """logprobs, entropy [N] fp32, lse [N] fp64, top [N] fp32; and E."""
+    e: Tensor,  # [N, V] bf16, written; its rows `row_stride` apart
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """logprobs, entropy [N] fp32, lse [N] fp64, top [N] fp32; and s [N] fp32."""
     (N, H), V = hidden.shape, weight.shape[0]
-    stride = row_stride(V)
-    e = torch.empty(N, stride, dtype=torch.bfloat16, device=hidden.device)[:, :V]
     tiles, splits, per_split = parts(max(N, 1), V, config, device)
     partial = temperature.new_empty(splits, 4, N)
     reference, again = temperature.new_empty(N), labels.new_empty(tiles, dtype=torch.int32)
@@ -309,15 +292,14 @@ def fwd(
     for second in (False, True) if N else ():
         _linear_exponentials_kernel[(tiles * splits,)](
             *operands, *tokens, reference, again, partial, N, V, H, per_split, scale, softcap,
-            *strides, stride, AGAIN=second, **flags, **blocks(config, device),
+            *strides, e.stride(0), AGAIN=second, **flags, **blocks(config, device),
         )  # fmt: skip
         if not second:
             _again_kernel[(tiles,)](
                 partial, reference, again, N, splits,
                 IN_LOG2=bias is None, BLOCK_M=config.block_m, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
-    stats, s = _statistics(partial, labels, reference, V, logprobs.LN2 if bias is None else 1.0)
-    return stats, Exponentials(e, s)
+    return _statistics(partial, labels, reference, V, logprobs.LN2 if bias is None else 1.0)
 
 
 def _written(e: Tensor, config: Config) -> Tensor | object:

@@ -24,13 +24,29 @@ def bytes_per_logit(element_size: int) -> int:
     return 4 if element_size == 4 else 4 + element_size
 
 
-def chunk_tokens(V: int, H: int, element_size: int, chunk_bytes: int, multiprocessors: int) -> int:
+# Of a product that is rounded to another dtype than the product has.
+BLOCK_ROWS = 16384
+# A row of logits begins where the vendor's products and vectors of 16 bytes can.
+ALIGNED = 64
+
+
+def row_stride(V: int) -> int:
+    """Between rows of logits."""
+    return -(-V // ALIGNED) * ALIGNED
+
+
+def logits_room(N: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:  # [N, V]
+    """Room for logits, or their gradient, with rows `row_stride` apart."""
+    return torch.empty(N, row_stride(V), dtype=dtype, device=device)[:, :V]
+
+
+def chunk_tokens(V: int, H: int, per_logit: int, chunk_bytes: int, multiprocessors: int) -> int:
     """Tokens of a chunk: of the numbers that chunk_bytes allows, the one whose dhidden, the product
     with the fewest tiles, leaves the fewest multiprocessors idle in its last wave; the largest of
     those that do almost as well.
     """
     rows, columns = PRODUCT_TILE
-    most = chunk_bytes // (V * bytes_per_logit(element_size))
+    most = chunk_bytes // (row_stride(V) * per_logit)
     if most < rows:
         return max(1, most)
     across = -(-H // columns)
@@ -60,7 +76,9 @@ def write_product(a: Tensor, b: Tensor, to: Tensor) -> None:
     elif to.dtype == torch.float32:
         product(a, b, to)
     else:
-        to.copy_(product(a, b))
+        # A block at a time: dweight is as large as the head.
+        for block, part in zip(to.split(BLOCK_ROWS), a.split(BLOCK_ROWS), strict=True):
+            block.copy_(product(part, b))
 
 
 def summed_dtype(weight: Tensor) -> torch.dtype:
@@ -102,11 +120,12 @@ def bwd(
     dbias = hidden.new_empty(V, dtype=torch.float32) if needs[2] else None
     per_column = max(N, 1) * bytes_per_logit(hidden.element_size())
     columns = max(128, chunk_bytes // per_column // 128 * 128)
+    raw = logits_room(N, min(columns, V), torch.float32, hidden.device)
     for v0 in range(0, V, columns):
         v1 = min(v0 + columns, V)
         draw = logits_gradient(
             (dlogprobs, dentropy),
-            product(hidden, weight[v0:v1].T),
+            product(hidden, weight[v0:v1].T, raw[:, : v1 - v0]),
             (None if bias is None else bias[v0:v1], labels, temperature, scale, softcap),
             (ignore_index, lse, entropy),
             hidden.dtype,
@@ -130,7 +149,7 @@ def logits_gradient(
     first_column: int = 0,
 ) -> Tensor:
     """The gradient of raw logits, in the dtype that the products take."""
-    draw = raw if dtype == torch.float32 else torch.empty_like(raw, dtype=dtype)
+    draw = raw if dtype == torch.float32 else logits_room(*raw.shape, dtype, raw.device)
     logprobs.bwd(*upstream, raw, *transform, *known, draw, first_column)
     return draw
 

@@ -1,5 +1,6 @@
 """The first use of a kernel, in the interpreter; test_trust.py runs this file."""
 
+import copy
 import os
 import warnings
 
@@ -13,11 +14,18 @@ from fused_rl import ops
 from fused_rl.kernels import configs, linear_gradients, linear_logprobs, logprobs
 from fused_rl.ops import Head, Known, Limits, Rows, Sums, Upstream, trust
 from fused_rl.ops import triton as on_cuda
-from fused_rl.ops.chunk import linear_logprobs_chunk, linear_logprobs_chunk_backward
+from fused_rl.ops import triton_chunk as on_cuda_chunk
+from fused_rl.ops.chunk import (
+    linear_logprobs_chunk,
+    linear_logprobs_chunk_backward,
+    linear_logprobs_chunk_unit,
+)
+from fused_rl.ops.frozen import Given
 from fused_rl.ops.kl import Deviation
 from fused_rl.ops.linear import linear_logprobs_backward
 from fused_rl.ops.logits import logits_logprobs_backward
 from fused_rl.ops.record import Needs
+from fused_rl.ops.stored import Stored, linear_logprobs_stored_backward
 
 CPU = torch.device("cpu")
 LIMITS = Limits(-100, 2**20)
@@ -79,7 +87,7 @@ def every_operator():
     of = head()
     stats = ops.linear_logprobs.plain(of, LIMITS)
     known, up = Known(stats.lse, stats.entropy), Upstream(torch.ones(20), torch.ones(20))
-    *_, z = on_cuda.linear_logprobs_chunk(of, INTERPRETED)
+    *_, z = on_cuda_chunk.linear_logprobs_chunk(of, INTERPRETED)
     sums = Sums(torch.empty(70, 24), torch.empty(0), False)
     rows = Rows(torch.randn(20, 70), of.labels, torch.ones(20), -100)
     of_rows = ops.logits_logprobs.plain(rows)
@@ -88,6 +96,12 @@ def every_operator():
         linear_logprobs_backward: (up, of, LIMITS, known, Needs(True, True, False)),
         linear_logprobs_chunk: (of,),
         linear_logprobs_chunk_backward: (ops.ChunkLogits(z), up, of, known, sums),
+        linear_logprobs_chunk_unit: (ops.ChunkLogits(z.clone()), of, known),
+        ops.linear_logprobs_stored: (of, LIMITS),
+        linear_logprobs_stored_backward: (
+            *(up, of, LIMITS, known, Stored(torch.arange(20), z.clone()), Given(True)),
+            Needs(True, True, False),
+        ),
         ops.logits_logprobs: (rows,),
         logits_logprobs_backward: (up, rows, Known(of_rows.lse, of_rows.entropy)),
         ops.kl: (Deviation(torch.randn(20), 3, 2),),
@@ -119,7 +133,8 @@ def test_a_kernel_that_is_right_is_checked_once_and_runs(name, place, monkeypatc
         warnings.simplefilter("error")
         for _ in range(3):
             on_cuda.served(operator, call_of(name)[1], CPU, place)
-    assert len(runs) == 4
+    # A kernel that may leave what it was given as it is is asked twice.
+    assert len(runs) == (5 if operator is linear_logprobs_stored_backward else 4)
     assert {v.error for v in trust.verdicts()} == {None}
 
 
@@ -131,7 +146,7 @@ def tensors(result):
 @pytest.mark.parametrize("fault", ["wrong", "nan", "fails"])
 def test_a_kernel_made_wrong_on_purpose_gives_way_to_plain_torch(name, fault, place, monkeypatch):
     operator, records = call_of(name)
-    kernel = on_cuda.OPERATORS[operator]
+    kernel, copies = on_cuda.OPERATORS[operator], copy.deepcopy(records)
 
     def faulty(*args):
         if fault == "fails":
@@ -143,7 +158,7 @@ def test_a_kernel_made_wrong_on_purpose_gives_way_to_plain_torch(name, fault, pl
 
     monkeypatch.setitem(on_cuda.OPERATORS, operator, faulty)
     # The halves of a chunk are judged together, and give way together.
-    judged = name.removesuffix("_backward") if "chunk" in name else name
+    judged = on_cuda.CONTINUES.get(operator, operator).__name__
     with pytest.warns(RuntimeWarning, match=f"kernel {judged} is not used on cpu") as found:
         ours = on_cuda.served(operator, records, CPU, place)
     said = str(found[0].message)
@@ -152,7 +167,8 @@ def test_a_kernel_made_wrong_on_purpose_gives_way_to_plain_torch(name, fault, pl
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         on_cuda.served(operator, call_of(name)[1], CPU, place)
-    exact = operator.plain(*records)
+    # What goes on from a chunk's logits spends them.
+    exact = operator.plain(*copies)
     for a, b in zip(tensors(ours), tensors(exact), strict=True):
         assert torch.equal(a, b)
     assert [v.kernel for v in trust.verdicts() if v.error] == [judged]

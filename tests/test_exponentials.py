@@ -9,6 +9,10 @@ def test_exponentials_in_the_interpreter(tmp_path):
     assert_passes("interpreted_exponentials.py", tmp_path)
 
 
+def test_steps_in_the_interpreter(tmp_path):
+    assert_passes("interpreted_steps.py", tmp_path)
+
+
 def relative(ours, exact):
     return ((ours.double() - exact).norm() / exact.norm()).item()
 

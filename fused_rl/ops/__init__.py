@@ -5,7 +5,7 @@ at hand runs in plain torch. The kernels for CPUs (csrc/) are registered by the 
 native.py loads, those for CUDA (kernels/) in triton.py.
 """
 
-from fused_rl.ops import triton, trust
+from fused_rl.ops import triton, triton_chunk, trust
 from fused_rl.ops.autocast import autocasts, in_full
 from fused_rl.ops.checkout import find_kernels
 from fused_rl.ops.chunk import (
@@ -21,6 +21,7 @@ from fused_rl.ops.chunks import (
     check_tokens,
     chunk_sizes,
     chunk_tokens,
+    fits_in_half,
     one_pass_pays,
     round_up,
     scratch_bytes,
@@ -35,6 +36,7 @@ from fused_rl.ops.linear import linear_logprobs
 from fused_rl.ops.logits import Rows, logits_logprobs
 from fused_rl.ops.native import native_missing
 from fused_rl.ops.record import Head, Known, Limits, Upstream
+from fused_rl.ops.stored import linear_logprobs_stored
 
 __all__ = [
     "CHUNK_BYTES",
@@ -56,6 +58,7 @@ __all__ = [
     "check_tokens",
     "chunk_sizes",
     "chunk_tokens",
+    "fits_in_half",
     "in_full",
     "kl",
     "linear_filtered_logprobs",
@@ -64,12 +67,14 @@ __all__ = [
     "linear_logprobs_chunk",
     "linear_logprobs_chunk_backward",
     "linear_logprobs_frozen",
+    "linear_logprobs_stored",
     "logits_logprobs",
     "native_missing",
     "one_pass_pays",
     "round_up",
     "scratch_bytes",
     "triton",
+    "triton_chunk",
     "trust",
     "waiting_dtype",
 ]

@@ -5,6 +5,7 @@ For a loss that is known between the two. All labels are inside the vocabulary.
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,7 +21,8 @@ class ChunkStatistics(NamedTuple):
     entropy: Tensor
     lse: Tensor
     top: Tensor
-    z: Tensor  # [V * padded(N)], in a layout of the kernel's own
+    # In plain torch [V * padded(N)]; a kernel has a layout, a size and a dtype of its own.
+    z: Tensor
 
 
 class ChunkLogits(NamedTuple):
@@ -68,4 +70,17 @@ def linear_logprobs_chunk_backward(
 
 @linear_logprobs_chunk_backward.fake
 def _(logits: ChunkLogits, upstream: Upstream, head: Head, known: Known, sums: Sums) -> Tensor:
+    return head.hidden.new_empty(head.hidden.shape, dtype=waiting_dtype(head.hidden))
+
+
+@Operator
+def linear_logprobs_chunk_unit(logits: ChunkLogits, head: Head, known: Known) -> Tensor:
+    """d logprobs[n] / d hidden[n], [N, H]: dhidden where every upstream gradient is 1 and 0."""
+    ones, none = torch.ones_like(known.entropy), head.weight.new_empty(0)
+    upstream, sums = Upstream(ones, torch.zeros_like(ones)), Sums(none, none.clone(), False)
+    return linear_logprobs_chunk_backward(logits, upstream, head, known, sums)
+
+
+@linear_logprobs_chunk_unit.fake
+def _(logits: ChunkLogits, head: Head, known: Known) -> Tensor:
     return head.hidden.new_empty(head.hidden.shape, dtype=waiting_dtype(head.hidden))

@@ -1,11 +1,14 @@
 """How many tokens' logits are held at once, and room for what comes of them."""
 
 import math
+from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_rl.ops import trust
 from fused_rl.ops.record import Gradients, Head, Needs, Statistics
 from fused_rl.reference import acc_dtype
 
@@ -14,6 +17,8 @@ HAS_TRITON = find_spec("triton") is not None
 # Scratch for logits when the caller names none. Constants, not a fraction of what happens to be
 # free: the chunking, and with it the last bit of the result, must not change from run to run.
 CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+# Or so much of a card's memory, where that is more: 1.4 GiB of 80 GB, 2.5 GiB of 141 GB.
+SHARE = 1 / 56
 # With several chunks one pass adds up dweight in fp32: it pays from so many tokens in a chunk that
 # the arithmetic hides the traffic, 4 x arithmetic rate / memory bandwidth. On CPUs it never does:
 # at 2048 x 896 x 151936 it takes the time of two passes, and 480 MiB more.
@@ -22,7 +27,16 @@ ONE_PASS_TOKENS = {"cuda": 735}
 
 def scratch_bytes(device: torch.device, chunk_bytes: int | None) -> int:
     """chunk_bytes, or the device's own bound."""
-    return chunk_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+    return chunk_bytes or own_bytes(device)
+
+
+@lru_cache
+def own_bytes(device: torch.device) -> int:
+    """The bound of a device; of a CUDA device that is not here, that of a small one."""
+    least = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return least
+    return max(least, int(torch.cuda.get_device_properties(device).total_memory * SHARE))
 
 
 def one_pass_tokens(device: torch.device) -> float:
@@ -37,12 +51,32 @@ def chunk_tokens(hidden: Tensor, weight: Tensor, chunk_bytes: int | None) -> int
     if not (hidden.is_cuda and HAS_TRITON and dtype == torch.float32):
         return chunk_rows(weight.shape[0], dtype, scratch)
     from fused_rl.kernels import linear_gradients
-    from fused_rl.kernels.configs import Device
 
-    width = hidden.element_size() if hidden.dtype == weight.dtype else 4
-    multiprocessors = Device.of(hidden.device).multiprocessors
+    place = trust.place_of(hidden.device)
     V, H = weight.shape
-    return linear_gradients.chunk_tokens(V, H, width, scratch, multiprocessors)
+    per_logit = bytes_per_logit(hidden, weight, place)
+    return linear_gradients.chunk_tokens(V, H, per_logit, scratch, place.multiprocessors)
+
+
+def bytes_per_logit(hidden: Tensor, weight: Tensor, place: Any) -> int:
+    """What a chunk on a GPU has in memory of a logit."""
+    from fused_rl.kernels import configs, linear_gradients
+
+    if configs.chosen((hidden, weight, None, None, None, 1.0, 0.0), place, stores=True):
+        return 2
+    width = hidden.element_size() if hidden.dtype == weight.dtype else 4
+    return linear_gradients.bytes_per_logit(width)
+
+
+def fits_in_half(hidden: Tensor, weight: Tensor, chunk_bytes: int) -> bool:
+    """Whether exponentials stand for logits on this device, and those of all tokens fit."""
+    if not (hidden.is_cuda and HAS_TRITON):
+        return False
+    from fused_rl.kernels.linear_gradients import row_stride
+
+    per_logit = bytes_per_logit(hidden, weight, trust.place_of(hidden.device))
+    fits = len(hidden) * row_stride(len(weight)) * per_logit <= chunk_bytes
+    return per_logit == 2 and fits
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, chunk_bytes: int) -> int:
@@ -55,6 +89,20 @@ def chunks_of(chosen: Tensor, head: Head, chunk_bytes: int) -> tuple[Tensor, ...
     """The indices of the tokens that are chosen [N], cut so that their logits fit."""
     rows = chosen.nonzero()[:, 0]
     return rows.split(chunk_rows(head.weight.shape[0], head.dtype, chunk_bytes))
+
+
+def counted_rows(counted: Tensor, most: int) -> list[Tensor] | list[slice]:
+    """The tokens that count [N], `most` at a time. Slices of all of them while a CUDA graph is
+    captured: to know which count would be to wait for the device.
+    """
+    if capturing(counted):
+        return [slice(start, start + most) for start in range(0, len(counted), most)]
+    return list(counted.nonzero()[:, 0].split(most))
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether what is done with it goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def chunk_sizes(tokens: int, most: int) -> list[int]:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rl.ops import chunk, linear, logits
+from fused_rl.ops import chunk, linear, logits, stored
 from fused_rl.ops.chunk import ChunkLogits, Sums
+from fused_rl.ops.frozen import Given
 from fused_rl.ops.kl import Deviation
 from fused_rl.ops.logits import Rows
 from fused_rl.ops.record import Head, Known, Limits, Needs, Operator, Upstream
+from fused_rl.ops.stored import Stored
 
 # Of a norm, between a kernel and float64. Loose: a wrong kernel is wrong by more, and products in
 # float32 may be TF32 by the caller's own setting.
@@ -63,16 +65,31 @@ def exactly(record: tuple) -> tuple:
     )
 
 
-def forward_difference(config: Any, call: tuple, place: Any) -> str | None:
-    """Of one configuration of the fused forward, on a small case of the call."""
-    from fused_rl.kernels import linear_logprobs as kernel
-    from fused_rl.kernels import logprobs
-
+def config_difference(config: Any, call: tuple, place: Any) -> str | None:
+    """Of one configuration of a fused forward, on a small case of the call."""
     head = small_head(Head(*call))
-    partial = kernel.fused_statistics(*head, place, config)
-    unit = kernel.unit(config, head.bias)
-    ours = logprobs.merge(partial, head.labels, len(head.weight), -100, unit)
-    return wrong(ours, linear.linear_logprobs.plain(exactly(head), LIMITS), call[0].dtype)
+    exact = linear.linear_logprobs.plain(exactly(head), LIMITS)
+    ours = (_stored if config.stores else _fused)(head, config, place)
+    return wrong(ours, exact, call[0].dtype)
+
+
+def _fused(head: Head, config: Any, place: Any) -> tuple[Tensor, ...]:
+    from fused_rl.kernels import linear_logprobs, logprobs
+
+    partial = linear_logprobs.fused_statistics(*head, place, config)
+    unit = linear_logprobs.unit(config, head.bias)
+    return logprobs.merge(partial, head.labels, len(head.weight), -100, unit)
+
+
+def _stored(head: Head, config: Any, place: Any) -> tuple[Tensor, ...]:
+    from fused_rl.kernels import linear_exponentials, linear_gradients
+
+    e = linear_gradients.logits_room(len(head.labels), len(head.weight), *_like(head.hidden))
+    return linear_exponentials.fwd(*head, place, config, e)[0]
+
+
+def _like(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
 
 
 def difference(operator: Operator, records: tuple, run: Callable[..., Any]) -> str | None:
@@ -102,13 +119,36 @@ def _of_head(operator: Operator, head: Head, run: Callable[..., Any]) -> str | N
     exact = linear.linear_logprobs_backward.plain(*given)
     if operator is linear.linear_logprobs_backward:
         return wrong(run(operator, upstream, head, LIMITS, known, needs), exact, dtype)
-    # The two halves of a chunk.
+    if operator is stored.linear_logprobs_stored:
+        return wrong(*_of_stored(head, upstream, needs, run, (stats, exact)), dtype)
+    # All that goes on from the logits of a chunk.
     *found, z = run(operator, head)
     dweight = torch.empty(head.weight.shape, device=head.weight.device)
     sums = Sums(dweight, dweight.new_empty(exact.dbias.shape), False)
     given = (ChunkLogits(z), upstream, head, known, sums)
+    unit = run(chunk.linear_logprobs_chunk_unit, ChunkLogits(z.clone()), head, known)
     dhidden = run(chunk.linear_logprobs_chunk_backward, *given)
-    return wrong((*found, dhidden, *sums[:2]), (*stats, *exact), dtype)
+    ones = Upstream(torch.ones_like(known.entropy), torch.zeros_like(known.entropy))
+    given = (exactly(ones), exactly(head), LIMITS, exactly(known), Needs(True, False, False))
+    of_ones = linear.linear_logprobs_backward.plain(*given).dhidden
+    return wrong((*found, dhidden, *sums[:2], unit), (*stats, *exact, of_ones), dtype)
+
+
+def _of_stored(
+    head: Head, upstream: Upstream, needs: Needs, run: Callable[..., Any], exact: tuple
+) -> tuple[tuple, tuple]:
+    """Both halves, without a gradient of the entropy and with: what was found, what is right."""
+    stats, gradients = exact
+    *found, rows, z = run(stored.linear_logprobs_stored, head, LIMITS)
+    known = Known(found[2], found[1])
+    of_logprobs = Upstream(upstream.dlogprobs, torch.zeros_like(upstream.dentropy))
+    backward, halves = stored.linear_logprobs_stored_backward, []
+    for up, entropy in ((of_logprobs, False), (upstream, True)):
+        given = (up, head, LIMITS, known, Stored(rows, z), Given(entropy), needs)
+        halves.append(run(backward, *given))
+    given = (exactly(of_logprobs), exactly(head), LIMITS, exactly(known), needs)
+    first = linear.linear_logprobs_backward.plain(*given)
+    return (*found, *halves[0], *halves[1]), (*stats, *first, *gradients)
 
 
 def _of_rows(operator: Operator, like: Rows, run: Callable[..., Any]) -> str | None:

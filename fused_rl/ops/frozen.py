@@ -5,15 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rl.ops.chunk import (
-    ChunkLogits,
-    ChunkStatistics,
-    Sums,
-    linear_logprobs_chunk,
-    linear_logprobs_chunk_backward,
-)
-from fused_rl.ops.chunks import check_tokens, chunk_tokens, statistics_like
-from fused_rl.ops.formulas import at
+from fused_rl.ops.chunk import ChunkLogits, linear_logprobs_chunk, linear_logprobs_chunk_unit
+from fused_rl.ops.chunks import check_tokens, chunk_tokens, counted_rows, statistics_like
 from fused_rl.ops.linear import linear_logprobs_backward
 from fused_rl.ops.record import Head, Known, Limits, Needs, Operator, Upstream
 
@@ -40,26 +33,28 @@ def linear_logprobs_frozen(head: Head, limits: Limits) -> FrozenStatistics:
     """linear_logprobs, with the gradient of each log-prob formed while its logits are there."""
     hidden, weight, _, labels, temperature, *_ = head
     check_tokens(labels, temperature, weight.shape[0], limits.ignore_index)
-    out = [t.zero_() for t in statistics_like(hidden, weight)]
-    unit = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    counted = (labels != limits.ignore_index).nonzero()[:, 0]
-    for rows in counted.split(chunk_tokens(hidden, weight, limits.chunk_bytes)):
-        part = head.at(rows)
-        stats = linear_logprobs_chunk(part)
-        for total, of_part in zip(out, stats, strict=False):
+    totals = [t.zero_() for t in statistics_like(hidden, weight)]
+    totals.append(torch.zeros_like(hidden, memory_format=torch.contiguous_format))
+    counted = labels != limits.ignore_index
+    chunks = counted_rows(counted, chunk_tokens(hidden, weight, limits.chunk_bytes))
+    all_there = any(isinstance(rows, slice) for rows in chunks)
+    # A chunk has labels of the vocabulary alone.
+    head = head._replace(labels=labels.where(counted, 0)) if all_there else head
+    for rows in chunks:
+        for total, of_part in zip(totals, _statistics(head.at(rows)), strict=True):
             total[rows] = of_part
-        unit[rows] = _unit(part, stats).to(unit.dtype)
-    return FrozenStatistics(*out, unit)
+    if all_there:
+        *vectors, unit = totals
+        totals = [*(t.where(counted, 0.0) for t in vectors), unit.where(counted[:, None], 0.0)]
+    return FrozenStatistics(*totals)
 
 
-def _unit(head: Head, stats: ChunkStatistics) -> Tensor:
-    ones, none = torch.ones_like(stats.logprobs), head.weight.new_empty(0)
-    return linear_logprobs_chunk_backward(
-        ChunkLogits(stats.z),
-        Upstream(ones, torch.zeros_like(ones)),
-        head,
-        Known(stats.lse, stats.entropy),
-        Sums(none, none.clone(), False),
+def _statistics(head: Head) -> FrozenStatistics:
+    """Of a chunk."""
+    *stats, z = linear_logprobs_chunk(head)
+    _, entropy, lse, _ = stats
+    return FrozenStatistics(
+        *stats, linear_logprobs_chunk_unit(ChunkLogits(z), head, Known(lse, entropy))
     )
 
 
@@ -69,9 +64,15 @@ def _(head: Head, limits: Limits) -> FrozenStatistics:
     return FrozenStatistics(*statistics_like(head.hidden, head.weight), unit)
 
 
+class Given(NamedTuple):
+    """Whether a loss depends on the entropy at all."""
+
+    has_dentropy: bool
+
+
 @Operator
 def linear_logprobs_frozen_backward(
-    upstream: Upstream, head: Head, limits: Limits, known: Known, unit: Unit
+    upstream: Upstream, head: Head, limits: Limits, known: Known, unit: Unit, given: Given
 ) -> Tensor:
     """dhidden. A gradient of the entropy is not in `unit`: its tokens form their logits again."""
     dlogprobs, dentropy = upstream
@@ -79,16 +80,19 @@ def linear_logprobs_frozen_backward(
     live = (head.labels != limits.ignore_index) & (dlogprobs != 0)
     scaled = dlogprobs[:, None] * unit.unit.to(dlogprobs.dtype)
     dhidden = scaled.where(live[:, None], 0.0).to(head.hidden.dtype)
+    if not given.has_dentropy:
+        return dhidden
+    # Those without one have no upstream gradient at all here, and cost nothing.
     with_entropy = dentropy != 0
-    if with_entropy.any():
-        rows = with_entropy.nonzero()[:, 0]
-        of_rows = (at(rows, upstream), head.at(rows), limits, at(rows, known))
-        dhidden[rows] = linear_logprobs_backward(*of_rows, Needs(True, False, False)).dhidden
-    return dhidden
+    of_these = Upstream(dlogprobs.where(with_entropy, 0.0), dentropy)
+    formed = linear_logprobs_backward(of_these, head, limits, known, Needs(True, False, False))
+    return torch.where(with_entropy[:, None], formed.dhidden, dhidden)
 
 
 @linear_logprobs_frozen_backward.fake
-def _(upstream: Upstream, head: Head, limits: Limits, known: Known, unit: Unit) -> Tensor:
+def _(
+    upstream: Upstream, head: Head, limits: Limits, known: Known, unit: Unit, given: Given
+) -> Tensor:
     return head.hidden.new_empty(head.hidden.shape)
 
 

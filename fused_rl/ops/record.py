@@ -187,9 +187,9 @@ class Operator:
         """backward gives the gradients of the first arguments, and takes what it names.
 
         x is an argument or a result x of this operator, dx the gradient of a result x, which is
-        zeros where a loss does not depend on it, and need_dx says whether an argument x requires
-        one. Results whose gradient it does not take have none. `of` is the public function, for
-        the errors.
+        zeros where a loss does not depend on it; has_dx says whether it does, and need_dx whether
+        an argument x requires a gradient. Results whose gradient it does not take have none. `of`
+        is the public function, for the errors.
         """
         rule = _Rule(self, backward)
         register_gradient(of, self.op, backward.op, rule.gradient, rule.save)
@@ -208,6 +208,7 @@ class _Rule:
         self.moving = [i for i, n in enumerate(results) if f"d{n}" in taken]
         known = [names[i] for i in (*self.tensors, *self.numbers)]
         known += [f"d{results[i]}" for i in self.moving]
+        known += [f"has_d{results[i]}" for i in self.moving]
         known += [f"need_d{n}" for n in arguments[: self.count]]
         self.order = [known.index(n) for n in taken]
         self.rest = (None,) * (len(arguments) - self.count)
@@ -227,7 +228,8 @@ class _Rule:
             saved[0].new_zeros(shape, dtype=dtype) if g is None else g.to(dtype)
             for g, (shape, dtype) in moving
         ]
-        known = (*saved, *ctx.numbers, *grads, *needs)
+        given = (upstream[i] is not None for i in self.moving)
+        known = (*saved, *ctx.numbers, *grads, *given, *needs)
         found = call(self.backward.op, *[known[i] for i in self.order])
         found = found if self.backward.gives else (found,)
         return (*[g if n else None for g, n in zip(found, needs, strict=True)], *self.rest)

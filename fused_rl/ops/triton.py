@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rl.ops import chunk, linear, logits, trust
-from fused_rl.ops.chunk import ChunkLogits, ChunkStatistics, Sums
-from fused_rl.ops.chunks import HAS_TRITON, padded, waiting_dtype
+from fused_rl.ops import chunk, linear, logits, stored, trust
+from fused_rl.ops.chunks import HAS_TRITON, capturing
 from fused_rl.ops.formulas import at, live
 from fused_rl.ops.kl import Deviation, Estimate
 from fused_rl.ops.kl import kl as kl_operator
@@ -33,6 +32,14 @@ from fused_rl.ops.record import (
 
 # The operators that have a kernel, and the kernel: a function of the same records and the device.
 OPERATORS: dict[Operator, Callable] = {}
+
+
+# What goes on from logits, and what left them there in a layout of its own.
+CONTINUES = {
+    chunk.linear_logprobs_chunk_backward: chunk.linear_logprobs_chunk,
+    chunk.linear_logprobs_chunk_unit: chunk.linear_logprobs_chunk,
+    stored.linear_logprobs_stored_backward: stored.linear_logprobs_stored,
+}
 
 
 def on_cuda(operator: Operator) -> Callable[[Callable], Callable]:
@@ -63,10 +70,10 @@ def served(operator: Operator, records: tuple, device: torch.device, place: Any)
     def run(operator: Operator, *records: tuple) -> Any:
         return launch(OPERATORS[operator], records, place)
 
-    # The two halves of a chunk share a layout of logits: both run, or neither.
-    of_chunk = operator is chunk.linear_logprobs_chunk_backward
-    judged = chunk.linear_logprobs_chunk if of_chunk else operator
-    kind = trust.kind_of([r for r in records if isinstance(r, Head)] if of_chunk else records)
+    # Those that share a layout all run, or none does.
+    judged = CONTINUES.get(operator, operator)
+    shared = judged in CONTINUES.values()
+    kind = trust.kind_of([r for r in records if isinstance(r, Head)] if shared else records)
     right = trust.passes(
         device, judged.__name__, kind, lambda: first_use.difference(judged, records, run)
     )
@@ -91,7 +98,7 @@ def _dense(value: Any) -> Any:
     return value.contiguous() if isinstance(value, Tensor) and value.dim() == 1 else value
 
 
-def _operands(head: Head) -> Head:
+def operands(head: Head) -> Head:
     """hidden and weight in one dtype, with contiguous columns."""
     hidden, weight = head.hidden, head.weight
     if hidden.dtype != weight.dtype:
@@ -100,18 +107,18 @@ def _operands(head: Head) -> Head:
     return head._replace(hidden=hidden.contiguous(), weight=weight)
 
 
-def _chosen(tokens: Tensor) -> Tensor | None:
+def taking_part(tokens: Tensor) -> Tensor | None:
     """Indices of the tokens that take part, at the price of one synchronisation; None: all.
 
     While a graph is captured all take part: kernels leave zeros where they should not.
     """
-    if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(tokens):
         return None
     rows = tokens.nonzero()[:, 0]
     return None if len(rows) == len(tokens) else rows
 
 
-def _placed(
+def put_back(
     rows: Tensor | None, part: Tensor, like: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     part = part.to(dtype or like.dtype)
@@ -120,23 +127,23 @@ def _placed(
     return part.new_zeros(like.shape).index_copy_(0, rows, part)
 
 
-def _taken(
+def picked(
     rows: Tensor | None, upstream: Upstream, head: Head, known: Known
 ) -> tuple[Upstream, Head, Known]:
     """Those of the tokens that take part."""
     if rows is not None:
         upstream, head, known = at(rows, upstream), head.at(rows), at(rows, known)
-    return upstream, _operands(head), known
+    return upstream, operands(head), known
 
 
 @on_cuda(linear.linear_logprobs)
 def linear_logprobs(head: Head, limits: Limits, device: Any) -> Statistics:
     from fused_rl.kernels import linear_logprobs as kernel
 
-    rows = _chosen(head.labels != limits.ignore_index)
-    taken = _operands(head if rows is None else head.at(rows))
+    rows = taking_part(head.labels != limits.ignore_index)
+    taken = operands(head if rows is None else head.at(rows))
     stats = kernel.fwd(*taken, limits.ignore_index, device)
-    return Statistics(*(_placed(rows, part, part.new_empty(len(head.labels))) for part in stats))
+    return Statistics(*(put_back(rows, part, part.new_empty(len(head.labels))) for part in stats))
 
 
 # The power of two that the largest gradient of a log-prob is scaled to in float16, whose numbers
@@ -145,7 +152,7 @@ def linear_logprobs(head: Head, limits: Limits, device: Any) -> Statistics:
 FLOAT16_POWER = 11
 
 
-def _power_of_two(head: Head, upstream: Upstream) -> Tensor | None:
+def power_of_two(head: Head, upstream: Upstream) -> Tensor | None:
     """For float16, what brings the largest gradient of a log-prob to 2^FLOAT16_POWER."""
     dlogprobs, dentropy = upstream
     if head.hidden.dtype != torch.float16 or not dlogprobs.numel():
@@ -164,9 +171,9 @@ def linear_logprobs_backward(
     from fused_rl.kernels import linear_gradients as kernel
 
     hidden, weight, bias, *_ = head
-    rows = _chosen(live(upstream, head.labels, limits.ignore_index))
-    upstream, taken, known = _taken(rows, upstream, head, known)
-    power = _power_of_two(taken, upstream)
+    rows = taking_part(live(upstream, head.labels, limits.ignore_index))
+    upstream, taken, known = picked(rows, upstream, head, known)
+    power = power_of_two(taken, upstream)
     if power is not None:
         upstream = Upstream(*(g * power for g in upstream))
     dhidden, dweight, dbias = kernel.bwd(*upstream, *taken, *limits, *known, tuple(needs))
@@ -175,51 +182,10 @@ def linear_logprobs_backward(
             if sum_ is not None:
                 sum_.div_(power)
     return Gradients(
-        _placed(rows, dhidden, hidden) if needs.need_dhidden else hidden.new_empty(0),
+        put_back(rows, dhidden, hidden) if needs.need_dhidden else hidden.new_empty(0),
         dweight.to(weight.dtype) if needs.need_dweight else weight.new_empty(0),
         dbias.to(bias.dtype) if needs.need_dbias else weight.new_empty(0),
     )
-
-
-@on_cuda(chunk.linear_logprobs_chunk)
-def linear_logprobs_chunk(head: Head, device: Any) -> ChunkStatistics:
-    from fused_rl.kernels import linear_gradients, logprobs
-
-    hidden, weight, bias, *tokens = _operands(head)
-    N, V = hidden.shape[0], weight.shape[0]
-    z = head.temperature.new_empty(padded(N) * V)
-    raw = linear_gradients.product(hidden, weight.T, z[: N * V].view(N, V))
-    return ChunkStatistics(*logprobs.fwd(raw, bias, *tokens, -1, device.multiprocessors), z)
-
-
-@on_cuda(chunk.linear_logprobs_chunk_backward)
-def linear_logprobs_chunk_backward(
-    logits: ChunkLogits, upstream: Upstream, head: Head, known: Known, sums: Sums, device: Any
-) -> Tensor:
-    from fused_rl.kernels import linear_gradients as kernel
-
-    N, V = head.hidden.shape[0], head.weight.shape[0]
-    rows = _chosen((upstream.dlogprobs != 0) | (upstream.dentropy != 0))
-    raw = logits.z[: N * V].view(N, V)
-    raw = raw if rows is None else raw[rows]
-    upstream, taken, known = _taken(rows, upstream, head, known)
-    power = _power_of_two(taken, upstream)
-    if power is not None:
-        upstream = Upstream(*(g * power for g in upstream))
-    # Shares that are still scaled cannot be added where the sum is.
-    into = [None if not t.numel() else t for t in (sums.dweight, sums.dbias)]
-    shares = into if power is None else [None if t is None else t.float() * 0 for t in into]
-    accumulate = sums.accumulate and power is None
-    left, right, *tokens = taken
-    dhidden = kernel.chunk_bwd(
-        upstream, raw, left, right, tokens, (-1, *known), *shares, accumulate
-    )
-    if power is not None:
-        dhidden.div_(power)
-        for to, share in zip(into, shares, strict=True):
-            if to is not None:
-                to.copy_(to + share / power if sums.accumulate else share / power)
-    return _placed(rows, dhidden, head.hidden, waiting_dtype(head.hidden))
 
 
 def _of_rows(given: Rows) -> tuple:

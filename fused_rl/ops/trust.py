@@ -126,12 +126,16 @@ def trusts(device: torch.device, place: Any, config: Any, call: tuple) -> bool:
     """Whether a configuration of the fused forward may run there on such a call."""
     if config.proof is None and not _options.unproven:
         return False
-    from fused_rl.ops.first_use import forward_difference
+    from fused_rl.ops.first_use import config_difference
 
-    hidden, _, bias, *_, softcap = call
+    hidden, _, bias, labels, *_, softcap = call
     kind = (hidden.dtype, bias is None, softcap == 0.0)
+    # Asked in advance, about room: no case yet.
+    if labels is None:
+        verdict = _verdicts.get((device, f"linear_logprobs, {config.title}", kind))
+        return verdict is None or verdict.error is None
     of_title = f"linear_logprobs, {config.title}"
-    return passes(device, of_title, kind, lambda: forward_difference(config, call, place))
+    return passes(device, of_title, kind, lambda: config_difference(config, call, place))
 
 
 def kind_of(records: Iterable[tuple]) -> Hashable:

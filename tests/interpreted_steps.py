@@ -1,0 +1,138 @@
+"""Whole steps through the public functions with exponentials for logits, interpreted on a CPU.
+
+test_exponentials.py runs this file. The operators of a GPU take the place of those of the CPU, as
+bench/interpreted.py puts them there, and the way that no GPU has run is turned on.
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import interpreted
+
+import fused_rl
+from fused_rl import LMHead, TokenBatch, linear_logprobs, linear_policy_loss, ops
+from fused_rl.kernels import configs
+
+TILE = configs.Config(16, 32, 16, 4, 2, False, exp2=True)
+# The interpreter cuts off what does not fit into bfloat16, where a GPU rounds.
+BUDGET = 1.5e-2
+N, H, V = 48, 24, 130
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_on_a_gpu():
+    interpreted.start()
+    configs.CONFIGS[0] = [TILE, TILE._replace(stores=True)]
+    fused_rl.trust_kernels(unproven=True)
+    place = interpreted.device()._replace(trusts=lambda config, call: True)
+    interpreted.device = lambda: place
+
+
+@pytest.fixture
+def stored(monkeypatch):
+    """linear_logprobs keeps exponentials, as on a GPU where those of all tokens fit."""
+    monkeypatch.setattr(ops, "fits_in_half", lambda *_: True)
+
+
+def case(trained=True, bias=False, softcap=None, masked=True):
+    torch.manual_seed(0)
+    hidden = torch.randn(N, H).bfloat16().requires_grad_()
+    weight = torch.randn(V, H).bfloat16().requires_grad_(trained)
+    bias = torch.randn(V).requires_grad_(trained) if bias else None
+    labels = torch.randint(0, V, (N,))
+    if masked:
+        labels[torch.rand(N) < 0.3] = -100
+    leaves = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+    return hidden, LMHead(weight, bias, scale=0.8, softcap=softcap), labels, leaves
+
+
+def in_float64(hidden, head, labels):
+    weight, bias = (None if t is None else t.detach().double() for t in (head.weight, head.bias))
+    for t in (weight, bias):
+        if t is not None:
+            t.requires_grad_(head.weight.requires_grad)
+    hidden = hidden.detach().double().requires_grad_()
+    leaves = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+    return hidden, LMHead(weight, bias, scale=0.8, softcap=head.softcap), labels, leaves
+
+
+def gradients(case, objective):
+    hidden, head, labels, leaves = case
+    stats = linear_logprobs(hidden, head, labels, temperature=1.3)
+    return stats, torch.autograd.grad(objective(stats), leaves)
+
+
+OBJECTIVES = {
+    "log-probs": lambda s: (s.logprobs * torch.linspace(-1, 1, N)).sum(),
+    "entropy too": lambda s: (s.logprobs * torch.linspace(-1, 1, N)).sum() + s.entropy[::3].sum(),
+    "a few": lambda s: s.logprobs[:5].sum(),
+    "none": lambda s: (s.logprobs * 0.0).sum(),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("head", [{}, {"bias": True}, {"bias": True, "softcap": 6.0}], ids=str)
+@pytest.mark.parametrize("trained", [True, False])
+def test_any_loss(objective, head, trained, stored):
+    ours = case(trained, **head)
+    stats, found = gradients(ours, OBJECTIVES[objective])
+    exact_stats, exact = gradients(in_float64(*ours[:3]), OBJECTIVES[objective])
+    for a, b in zip(stats, exact_stats, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=2e-6)
+    for a, b in zip(found, exact, strict=True):
+        assert (a.double() - b).norm() <= BUDGET * b.norm()
+
+
+def test_the_backward_pass_forms_no_logits_again(stored):
+    names = ("linear_exponentials", "exponentials_gradients", "linear_logprobs", "logprobs")
+    modules = (importlib.import_module(f"fused_rl.kernels.{name}") for name in names)
+    launches = interpreted.Launches(*modules)
+    gradients(case(), OBJECTIVES["entropy too"])
+    ran = {name.split(".")[1] for name, times in launches.count.items() if times}
+    assert ran == {
+        "_reference_kernel",
+        "_linear_exponentials_kernel",
+        "_again_kernel",
+        "_sums_kernel",
+        "_factor_kernel",
+    }
+
+
+def test_a_retained_graph_gives_the_same_again(stored):
+    for objective in ("log-probs", "entropy too"):
+        hidden, head, labels, leaves = case()
+        value = OBJECTIVES[objective](linear_logprobs(hidden, head, labels))
+        first = torch.autograd.grad(value, leaves, retain_graph=True)
+        second = torch.autograd.grad(value, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 16 * 192 * 2])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_policy_loss_in_one_pass(chunk_bytes, entropy_coef, trained, monkeypatch):
+    monkeypatch.setattr(ops, "one_pass_pays", lambda *_: True)
+
+    def run(hidden, head, labels, leaves):
+        shape = (8, 6)
+        mask = (labels != -100).reshape(shape)
+        batch = TokenBatch.padded(labels.reshape(shape), mask, torch.linspace(-1, 1, 8))
+        loss = fused_rl.grpo(entropy_coef=entropy_coef)
+        shaped = hidden.reshape(*shape, H)
+        output = linear_policy_loss(shaped, head, batch, loss, chunk_bytes=chunk_bytes)
+        return output.loss, *torch.autograd.grad(output.loss, leaves)
+
+    ours = case(trained, bias=True)
+    found, exact = run(*ours), run(*in_float64(*ours[:3]))
+    torch.testing.assert_close(found[0].double(), exact[0].double(), atol=2e-5, rtol=2e-6)
+    for a, b in zip(found[1:], exact[1:], strict=True):
+        assert (a.double() - b).norm() <= BUDGET * b.norm()
