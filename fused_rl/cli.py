@@ -171,14 +171,17 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
 
 
 def add_plan(commands: argparse._SubParsersAction) -> None:
-    """The options of the memory planner; their names are those of plan.plan."""
+    """The options of the planner; their names are those of plan.memory.plan."""
+    from fused_rl.plan.devices import CARDS
+
     plan_parser = commands.add_parser(
         "plan",
-        help="say what a head will need in memory and FLOP, in every way",
+        help="say what a head will need in memory, FLOP and time, in every way",
         description="Say what one step over N tokens will need in memory and in FLOP at a model's "
-        "head, with eager torch and with each of our ways, and how many chunks it takes. Of the "
+        "head, with eager torch and with each of our ways, and how many chunks it takes. For a GPU "
+        "that is named, predict milliseconds too, by a model, and show what was measured. Of the "
         "model only its config.json is read.",
-        epilog="example: fused-rl plan --model-config config.json --tokens 65536",
+        epilog="example: fused-rl plan --model-config config.json --tokens 8192 --device h200",
     )
     add = plan_parser.add_argument
     add("--model-config", type=Path, required=True, metavar="FILE", help="a model's config.json")
@@ -186,7 +189,12 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     add("--dtype", choices=DTYPES, default="bfloat16", help="of hidden states and head")
     add("--frozen", action="store_true", help="the head is not trained")
     add("--chunk-bytes", type=positive, help="bound on the buffer for logits")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add(
+        "--device",
+        choices=("cpu", "cuda", *CARDS),
+        default="cpu",
+        help="cuda: the kernels for GPUs; the name of one: as they run there, and times",
+    )
     plan_parser.set_defaults(command=plan)
 
 
@@ -281,12 +289,13 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """Plans a head's memory."""
+    """Plans a head's memory and time."""
     if missing := missing_of(("rich",)):
         return usage_error("plan", f'needs {missing}: pip install "fused-rl[bench]"')
     from rich.console import Console
 
     from fused_rl.plan import memory as planner
+    from fused_rl.plan.report import show
 
     options = {
         "dtype": getattr(torch, arguments.dtype),
@@ -299,7 +308,7 @@ def plan(arguments: argparse.Namespace) -> int:
         planned = planner.plan(config, arguments.tokens, **options)
     except (OSError, ValueError) as error:
         return usage_error("plan", str(error))
-    planner.show(Console(width=118), planned)
+    show(Console(width=118), planned)
     return 0
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from fused_rl import cli
 from fused_rl.bench.records import SHAPE
 from fused_rl.plan.config import NESTED, WIDTHS
+from fused_rl.plan.memory import DEVICES
 
 pytest.importorskip("rich")
 
@@ -81,11 +82,15 @@ def said(statuses: tuple[int, ...], *arguments: object) -> None:
 
 
 @examples(120)
-@given(config=CONFIGS, tokens=st.sampled_from([1, 8, 4097, 2**31 - 1, 2**40]))
-def test_plan_of_any_json(folder, config, tokens):
+@given(
+    config=CONFIGS,
+    tokens=st.sampled_from([1, 8, 4097, 2**31 - 1, 2**40]),
+    device=st.sampled_from(DEVICES),
+)
+def test_plan_of_any_json(folder, config, tokens, device):
     path = folder / "config.json"
     path.write_text(json.dumps(config))
-    said((0,), "plan", "--model-config", path, "--tokens", tokens)
+    said((0,), "plan", "--model-config", path, "--tokens", tokens, "--device", device)
 
 
 @examples(120)

@@ -9,7 +9,8 @@ import torch
 
 from fused_rl import TokenBatch, grpo, linear_policy_loss, ops
 from fused_rl.ops.record import Statistics
-from fused_rl.plan.memory import head_shape, plan, readable
+from fused_rl.plan.memory import head_shape, plan
+from fused_rl.plan.report import readable
 
 HEAD = {"hidden_size": 256, "vocab_size": 65536}
 TOKENS = 512

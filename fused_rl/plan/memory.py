@@ -12,7 +12,7 @@ kernels are assumed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,8 @@ from torch import Tensor
 from fused_rl import ops
 from fused_rl.ops import chunk_sizes, one_pass_pays, round_up
 from fused_rl.plan.config import head_shape, size
+from fused_rl.plan.devices import CARDS
 from fused_rl.reference import acc_dtype
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 # Of the one pass; a plan with more is a slip of the pen, and its list would fill the memory.
 MOST_CHUNKS = 2**20
@@ -33,7 +31,7 @@ MOST_CHUNKS = 2**20
 SUPER_BLOCK, PASS_TOKENS, PANEL, SLABS = 2048, 4096, 64, 64
 
 Parts = dict[str, int]
-COLUMNS = ("logits", "dweight", "dhidden", "operands")
+DEVICES = ("cpu", "cuda", *CARDS)
 
 
 class Way(NamedTuple):
@@ -56,7 +54,10 @@ class Way(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A head's ways; chunk_bytes, and the tokens of the chunks that it allows in the one pass."""
+    """A head's ways; chunk_bytes, and the tokens of the chunks that it allows in the one pass.
+
+    device: one of DEVICES.
+    """
 
     tokens: int
     hidden: int
@@ -64,6 +65,9 @@ class Plan(NamedTuple):
     chunk_bytes: int
     chunks: list[int]
     ways: list[Way]
+    device: str
+    dtype: torch.dtype
+    frozen: bool
 
 
 class _Sizes(NamedTuple):
@@ -101,20 +105,24 @@ def plan(
         dtype: of hidden states and weight.
         frozen: whether the head is not trained.
         chunk_bytes: as in linear_policy_loss; None for the default.
-        device: "cpu" or "cuda"; without one here, chunks are not fitted to its multiprocessors.
+        device: "cpu"; "cuda", whose chunks are fitted to its multiprocessors if there is one here;
+            or a card that CARDS knows, to whose multiprocessors they are fitted wherever this runs.
 
     Raises:
-        ValueError: a config without sizes; a size that is no number of a head; tokens, or
-            chunk_bytes, that are not positive or beyond counting; chunk_bytes that are too few for
-            so many tokens.
+        ValueError: another device; a config without sizes; a size that is no number of a head;
+            tokens, or chunk_bytes, that are not positive or beyond counting; chunk_bytes that are
+            too few for so many tokens.
     """
     H, V = head_shape(config)
     size("tokens", tokens)
     if chunk_bytes is not None and not 0 < chunk_bytes < 2**48:
         raise ValueError(f"chunk_bytes must be positive and less than 2**48, got {chunk_bytes}")
-    hidden, weight = _stand_ins(tokens, H, V, dtype, device)
-    scratch = ops.scratch_bytes(torch.device(device), chunk_bytes)
-    most = min(tokens, ops.chunk_tokens(hidden, weight, scratch))
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+    kind = "cuda" if device in CARDS else device
+    hidden, weight = _stand_ins(tokens, H, V, dtype, kind)
+    scratch = ops.scratch_bytes(torch.device(kind), chunk_bytes)
+    most = min(tokens, _chunk_tokens(hidden, weight, scratch, device))
     if tokens > MOST_CHUNKS * most:
         raise ValueError(
             f"chunk_bytes must allow chunks of more than {most} of {tokens} tokens, got {scratch}"
@@ -122,15 +130,26 @@ def plan(
     sizes = chunk_sizes(tokens, most)
     s = _Sizes(
         *(tokens, H, V, dtype.itemsize, acc_dtype(hidden, weight).itemsize),
-        op=_operand_bytes(dtype, device),
+        op=_operand_bytes(dtype, kind),
         waiting=4 if dtype == torch.float16 else dtype.itemsize,
-        device=device,
+        device=kind,
     )
     any_loss = _frozen(s, most) if frozen else _two_passes(s, "linear_logprobs", scratch)
-    pays = one_pass_pays(tokens, most, torch.device(device), not frozen)
+    pays = one_pass_pays(tokens, most, torch.device(kind), not frozen)
     loss = _one_pass(s, sizes, frozen) if pays else _two_passes(s, "linear_policy_loss", scratch)
     ways = [_eager_no_grad(s), _no_grad(s), _eager(s, frozen), any_loss, loss]
-    return Plan(tokens, H, V, scratch, sizes, ways)
+    return Plan(tokens, H, V, scratch, sizes, ways, device, dtype, frozen)
+
+
+def _chunk_tokens(hidden: Tensor, weight: Tensor, scratch: int, device: str) -> int:
+    """ops.chunk_tokens, as it would be on a card that CARDS knows."""
+    if device not in CARDS or not ops.HAS_TRITON:
+        return ops.chunk_tokens(hidden, weight, scratch)
+    from fused_rl.kernels import linear_gradients
+
+    V, H = weight.shape
+    multiprocessors = CARDS[device].multiprocessors
+    return linear_gradients.chunk_tokens(V, H, hidden.element_size(), scratch, multiprocessors)
 
 
 def _stand_ins(N: int, H: int, V: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
@@ -244,40 +263,3 @@ def _frozen(s: _Sizes, n: int) -> Way:
         },
         backward={"dhidden": s.N * s.H * (s.w + 2 * s.acc)},
     )
-
-
-def readable(count: int) -> str:
-    """Bytes for people."""
-    if count >= 2**30:
-        return f"{count / 2**30:.1f} GiB"
-    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
-
-
-def show(console: Console, planned: Plan) -> None:
-    """The plan as a table: each way at its peak."""
-    from rich.table import Table
-
-    p = planned
-    table = Table(
-        title=f"N = {p.tokens} tokens, H = {p.hidden}, V = {p.vocabulary}", title_justify="left"
-    )
-    table.add_column("way")
-    for name in ("NHV", "TFLOP", *COLUMNS, "peak"):
-        table.add_column(name, justify="right")
-    table.add_column("in")
-    for way in p.ways:
-        parts = way.phases[way.phase]
-        cells = (readable(parts[c]) if parts.get(c) else "" for c in COLUMNS)
-        work = (str(way.nhv), f"{way.flop / 1e12:.3g}")
-        table.add_row(way.name, *work, *cells, readable(way.peak), way.phase)
-    console.print(table)
-    count = len(p.chunks)
-    console.print(
-        f"chunk_bytes {readable(p.chunk_bytes)}: {count} chunk{'s' * (count > 1)} "
-        f"of {max(p.chunks)} tokens"
-    )
-    if p.ways[-1].nhv == 8:
-        console.print(
-            "linear_policy_loss takes two passes: chunks so small would read and write dweight too "
-            "often. A larger --chunk-bytes gives the one pass of 6 NHV."
-        )

@@ -1,0 +1,288 @@
+"""What predictions.py writes: the cases beside their targets, the model's errors, the medians."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from predictions import MEASURED_CARDS, SCRATCH, Case, deviation, result, sizes_of
+
+from fused_rl.ops import chunk_sizes
+from fused_rl.plan import steps
+from fused_rl.plan.devices import CARDS, Card
+from fused_rl.plan.time import (
+    ISSUE,
+    LATENCY,
+    LIBRARY,
+    MAIN_LOOP,
+    Part,
+    Times,
+    issued,
+    overlapped,
+    rate,
+    shared_memory,
+    times,
+)
+
+N, H, V = SHAPE = (8192, 4096, 151936)
+# Tokens whose E fits into SCRATCH, in whole tiles.
+STORED = SCRATCH // (2 * V) // 128 * 128
+FORWARD, STEP, ANY, FROZEN, HALF = (
+    "log-probs and entropy, no gradient",
+    "GRPO step, head trained",
+    "any torch loss, head trained",
+    "GRPO step, head frozen",
+    "GRPO step, half the tokens masked",
+)
+OURS, ONE_PASS, TWO_PASSES = "fused_rl", "fused_rl linear_policy_loss", "fused_rl linear_logprobs"
+# Of the ways to come: whether by Gluon, whether a chunk's synchronisation is waited for.
+COMING = ((False, True), (False, False), (True, False))
+
+
+class Row(NamedTuple):
+    """target: ms on an H200. older: the provider that has been measured in this case."""
+
+    case: str
+    way: str
+    parts: list[Part]
+    target: str = ""
+    older: str = ""
+
+
+def rows(name: str) -> Iterator[Row]:
+    """Today's way of each case, and the ways to come."""
+    card = CARDS[name]
+    sizes, half = (sizes_of(card, tokens, H, V) for tokens in (N, N // 2))
+    yield Row(FORWARD, "today", steps.no_gradient(card, *SHAPE), older=OURS)
+    yield Row(
+        FORWARD, "Triton, exp2 epilogue", steps.no_gradient(card, *SHAPE, unproven=True), "14.5"
+    )
+    if has_gluon(card):
+        yield Row(FORWARD, "Gluon", steps.no_gradient(card, *SHAPE, gluon=True), "13.9")
+    yield Row(STEP, "today", steps.one_pass(card, sizes, H, V, trained=True), older=ONE_PASS)
+    yield from _stored(card, STEP, N, True, "42")
+    yield Row(ANY, "today", steps.two_passes(card, *SHAPE, SCRATCH), older=TWO_PASSES)
+    for gluon in (False, True)[: 1 + has_gluon(card)]:
+        parts = steps.stored(card, [N], H, V, trained=True, gluon=gluon)
+        yield Row(ANY, f"E of all tokens, {_kernel(gluon)}", parts, "50")
+    yield Row(FROZEN, "today", steps.one_pass(card, sizes, H, V, trained=False), older=ONE_PASS)
+    yield from _stored(card, FROZEN, N, False, "28")
+    yield Row(HALF, "today", steps.one_pass(card, half, H, V, trained=True), older=ONE_PASS)
+    yield from _stored(card, HALF, N // 2, True, "24")
+
+
+def _stored(card: Card, case: str, tokens: int, trained: bool, target: str) -> Iterator[Row]:
+    """E in chunks of 1 GiB."""
+    for gluon, waits in COMING:
+        if has_gluon(card) or not gluon:
+            how = {"trained": trained, "gluon": gluon, "waits": waits}
+            parts = steps.stored(card, chunk_sizes(tokens, STORED), H, V, **how)
+            way = f"E, {_kernel(gluon)}" + ("" if waits else ", nothing waited for")
+            yield Row(case, way, parts, target)
+
+
+def _kernel(gluon: bool) -> str:
+    return "Gluon" if gluon else "Triton"
+
+
+def has_gluon(card: Card) -> bool:
+    """Whether it has asynchronous products and tensor descriptors."""
+    return card.major >= 9
+
+
+def predicted() -> list[str]:
+    """The block of docs/benchmarks.md."""
+    card = CARDS["h200"]
+    bare = [str(times(card, steps.products(card, *SHAPE, nhv))) for nhv in (2, 4, 6)]
+    older = {(r["case"], r["provider"]): r for r in result("h200")["records"] if is_first(r)}
+    return [
+        f"Predictions, not measurements: an H200 at N = {N}, H = {H}, V = {V}, bfloat16. The first "
+        "time is that of a chip that keeps its clock, the second that of one at its power limit. "
+        f"By the same model bare products of 2, 4 and 6 NHV take {', '.join(bare)} ms: a target "
+        "below the second time cannot be met by a chip that products keep at its limit. Under "
+        "arithmetic are the parts of the first time. The measured times are of older code (commit "
+        f"{commit('h200')}), whose forward took tiles in L2.",
+        "",
+        "| case | way | predicted, ms | target, ms | met | measured, ms | arithmetic, ms |",
+        "|---|---|---|---|---|---|---|",
+        *(row_line(card, row, older) for row in rows("h200")),
+        "",
+        "The same on other cards, predicted, ms; today's code, and the best of the ways to come:",
+        "",
+        "| card | " + " | ".join((FORWARD, STEP, ANY, FROZEN, HALF)) + " | ceilings |",
+        "|---|" + "---|" * 6,
+        *map(card_line, CARDS),
+        "",
+        *worked(card),
+    ]
+
+
+def is_first(record: dict) -> bool:
+    return record["shape"] == "Qwen3-8B" and "seconds_median" in record
+
+
+def commit(name: str) -> str:
+    return result(name)["commit"][:7]
+
+
+def row_line(card: Card, row: Row, older: dict) -> str:
+    case = STEP if row.case == ANY else row.case
+    record = older.get((case, row.older))
+    ms = f"{record['seconds_median'] * 1e3:.1f}" if record else ""
+    found = times(card, row.parts)
+    cells = (row.case, row.way, found, row.target, met(row, found), ms, arithmetic(row.parts))
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def met(row: Row, found: Times) -> str:
+    """Whether the target is, by the prediction."""
+    if not row.target:
+        return ""
+    target = float(row.target)
+    return "yes" if found.high <= target else "at its clock" if found.low <= target else "no"
+
+
+def arithmetic(parts: list[Part]) -> str:
+    """Their milliseconds by name, in the order of the first."""
+    by_name: dict[str, float] = {}
+    for part in parts:
+        by_name[part.name] = by_name.get(part.name, 0.0) + part.seconds * 1e3
+    return " + ".join(f"{name} {ms:.1f}" for name, ms in by_name.items() if ms >= 0.05)
+
+
+def card_line(name: str) -> str:
+    """Today, and the best to come, of each case."""
+    card, cells = CARDS[name], []
+    found = [(row.case, row.way, times(card, row.parts)) for row in rows(name)]
+    for case in (FORWARD, STEP, ANY, FROZEN, HALF):
+        here = [(way, t) for c, way, t in found if c == case]
+        best = min((t for way, t in here if way != "today"), key=lambda t: t.middle)
+        cells.append(f"{here[0][1]}, then {best}")
+    c = card.ceilings
+    figures = f"{c.alone:.0f} / {c.sustained:.0f} TFLOP/s, {c.copy:.0f} GB/s"
+    return f"| {card.title} | {' | '.join(cells)} | {figures}, {c.source} |"
+
+
+def worked(card: Card) -> list[str]:
+    """The arithmetic of one prediction: the forward by the exp2 epilogue."""
+    config = steps.chosen(card, N, unproven=True)
+    tile = steps.tile(config)
+    m, n, k = tile.block_m, tile.block_n, tile.block_k
+    across, along = -(-N // m), -(-V // n)
+    splits = max(1, 2 * card.multiprocessors // across)
+    mine = -(-across * splits // card.multiprocessors) * -(-along // splits)
+    contended = overlapped(1, shared_memory(tile)) / overlapped(1, shared_memory(LIBRARY))
+    share = MAIN_LOOP[tile.tma] / contended
+    of_sm = rate(card) / card.multiprocessors
+    main_loop = 2 * m * n * H / of_sm / share
+    loads = -(-H // k) * LATENCY / (tile.num_stages - 1)
+    epilogue = issued(card, tile.instructions * m * n * card.multiprocessors)
+    total = overlapped(main_loop, loads) + epilogue
+    clock = f"{card.clock / 1e9:.2f} GHz"
+    return [
+        f"One of them step by step, {config.title} on an {card.title}: of {across} x {along} tiles "
+        f"the busiest of {card.multiprocessors} multiprocessors has {mine}. A tile's main loop is "
+        f"2 x {m} x {n} x {H} FLOP at {of_sm / 1e12:.2f} TFLOP/s x {share:.2f} (fitted) = "
+        f"{micro(main_loop)}; its loads take {-(-H // k)} x {LATENCY * 1e6:.2f} us (fitted) / "
+        f"{tile.num_stages - 1} in flight = {micro(loads)} beside it; its epilogue "
+        f"{tile.instructions} instructions x {m} x {n} / ({card.lanes} x {clock} x {ISSUE} "
+        f"(fitted)) = {micro(epilogue)} after it. {mine} x {micro(total)} = "
+        f"{mine * total * 1e3:.1f} ms."
+    ]
+
+
+def micro(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us"
+
+
+def errors(found: list[Case]) -> list[str]:
+    """The block of docs/predictions.md."""
+    lines = [
+        "| measured | cases | median deviation | largest | within the range, or 3 % of it |",
+        "|---|---|---|---|---|",
+    ]
+    kinds = list(dict.fromkeys(case.kind for case in found))
+    lines += [summary(kind, [c for c in found if c.kind == kind]) for kind in kinds]
+    for kind in kinds:
+        lines += ["", f"### {kind.replace('_', ' ').capitalize()}", ""]
+        lines += table([c for c in found if c.kind == kind])
+    return lines
+
+
+def summary(kind: str, found: list[Case]) -> str:
+    median, largest = (math.expm1(d) for d in deviation(found))
+    within = sum(inside(c.predicted, c.ms) for c in found)
+    name = kind.replace("_", " ")
+    return f"| {name} | {len(found)} | {median:.0%} | {largest:.0%} | {within} |"
+
+
+def inside(predicted: Times, ms: float) -> bool:
+    return predicted.low / 1.03 <= ms <= predicted.high * 1.03
+
+
+def table(found: list[Case]) -> list[str]:
+    """A line for each case, the cards side by side."""
+    header = " | ".join(
+        f"{CARDS[name].title}: predicted, ms | measured, ms | ratio" for name in MEASURED_CARDS
+    )
+    cells = {(c.card, c.shape, c.name, c.tokens): c for c in found}
+    lines = [
+        f"| head | tokens | case | {header} |",
+        "|---|" + "---|" * (2 + 3 * len(MEASURED_CARDS)),
+    ]
+    for shape, name, tokens in dict.fromkeys(key[1:] for key in cells):
+        here = [cells.get((card, shape, name, tokens)) for card in MEASURED_CARDS]
+        values = " | ".join(f"{figures(c)} | {c.ratio:.2f}" if c else " | | " for c in here)
+        lines.append(f"| {shape} | {tokens} | {name} | {values} |")
+    return lines
+
+
+def figures(case: Case) -> str:
+    digits = 1 if case.ms >= 10 else 2
+    low, high = (f"{t:.{digits}f}" for t in case.predicted)
+    return f"{low if low == high else f'{low}..{high}'} | {case.ms:.{digits}f}"
+
+
+def measured_module() -> str:
+    """The package's table of medians."""
+    lines = [
+        '"""What was measured on GPUs, in ms: from bench/results by bench/predictions.py."""',
+        "",
+        "# The commit that ran.",
+        "COMMITS = {" + ", ".join(f'"{name}": "{commit(name)}"' for name in MEASURED_CARDS) + "}",
+        "",
+        "# (card, tokens, H, V, frozen) -> way -> median, bfloat16, all tokens under a GRPO loss.",
+        "MEASURED: dict[tuple[str, int, int, int, bool], dict[str, float]] = {",
+    ]
+    for key, ways in measured_ways().items():
+        inside_ = ", ".join(map(repr, key)).replace("'", '"')
+        lines.append(f"    ({inside_}): {{")
+        lines += [f'        "{way}": {round(ms, 1)},' for way, ms in sorted(ways.items())]
+        lines.append("    },")
+    return "\n".join([*lines, "}", ""])
+
+
+def measured_ways() -> dict[tuple, dict[str, float]]:
+    """By the names that a plan gives them."""
+    found: dict[tuple, dict[str, float]] = {}
+    for card in MEASURED_CARDS:
+        for r in result(card)["records"]:
+            way = way_name(r)
+            if way is None or "seconds_median" not in r:
+                continue
+            for frozen in (False, True):
+                if r["case"] in (FORWARD, FROZEN if frozen else STEP):
+                    key = (card, r["tokens"], r["hidden"], r["vocabulary"], frozen)
+                    found.setdefault(key, {})[way] = r["seconds_median"] * 1e3
+    return dict(sorted(found.items()))
+
+
+def way_name(record: dict) -> str | None:
+    """Of a record, or None where a plan has no such way."""
+    provider = record["provider"]
+    if record["case"] == FORWARD:
+        names = {OURS: "linear_logprobs, no gradient", "eager torch": "eager torch, no gradient"}
+        return names.get(provider)
+    names = {ONE_PASS: "linear_policy_loss", TWO_PASSES: "linear_logprobs"}
+    return names.get(provider, provider if provider == "eager torch" else None)
