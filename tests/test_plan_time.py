@@ -5,6 +5,7 @@ measurement that there is.
 import math
 
 import predictions
+import predictions_fit
 import pytest
 import torch
 from predictions import cases, deviation
@@ -182,3 +183,39 @@ def test_main_loops_are_as_fast_as_measured(tma, share, monkeypatch):
     before = deviation(by_kind()["forwards"])[0]
     monkeypatch.setitem(model.MAIN_LOOP, tma, model.MAIN_LOOP[tma] * share)
     assert deviation(by_kind()["forwards"])[0] > before
+
+
+@pytest.fixture
+def constants():
+    """As they were, afterwards."""
+    before = [(owner, name, owner[name]) for owner, name, _ in predictions_fit.CONSTANTS]
+    yield
+    for owner, name, value in before:
+        owner[name] = value
+
+
+def test_the_fit_finds_its_way(constants):
+    """From values that are far off, a few steps lower the deviation."""
+    cards = ("h100",)
+    predictions_fit.fit(cards, 0)
+    begin = predictions_fit.total(cards)
+    predictions_fit.fit(cards, 40)
+    assert predictions_fit.total(cards) < 0.8 * begin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fitted", "other"), [("h100", "h200"), ("h200", "h100")])
+def test_what_is_fitted_on_one_card_predicts_the_other(constants, fitted, other):
+    """As docs/predictions.md says: medians of 4 to 7 %."""
+    predictions_fit.fit((fitted,), 700)
+    found = predictions_fit.by_kind((other,))
+    for kind in ("records", "forwards", "chunks"):
+        assert math.expm1(deviation(found[kind])[0]) < 0.075, kind
+
+
+def test_every_constant_that_is_called_fitted_is_found_anew():
+    names = {name for owner, name, _ in predictions_fit.CONSTANTS if isinstance(name, str)}
+    assert names == {
+        *("POWER", "ISSUE", "TILE", "ADDED", "OTHERS", "LATENCY"),
+        *("START", "TILE_HOST", "TILE_GAP", "MERGE", "CHUNK_HOST", "CHUNK_GAP"),
+    }

@@ -19,7 +19,6 @@ from fused_rl.plan.devices import Card
 from fused_rl.plan.time import (
     GRADIENT,
     ROW_BLOCK,
-    START,
     STATISTICS,
     Part,
     Tile,
@@ -29,6 +28,7 @@ from fused_rl.plan.time import (
     fused_forward,
     product,
     row_pass,
+    start,
     tiled_forward,
 )
 
@@ -45,11 +45,17 @@ EAGER_FORWARD, EAGER_BACKWARD = 46, 30
 NATURAL, EXP2, GLUON, GLUON_STORED = 23, 8.7, 7.5, 5.1
 # Tokens and logits of a tile in L2, at most: kernels/linear_logprobs.py.
 TILE_ROWS, TILE_LOGITS = 2048, 2**24
-# What keeps E where the library has no fused forward for so many tokens.
-FALLBACK = Tile(128, 128, 64, 8, 3, False, EXP2)
+# What kernels/linear_exponentials.py compiles at, by the major number of the compute capability;
+# assumed elsewhere.
+STORED = {
+    9: Tile(128, 256, 64, 8, 3, True, EXP2, stored=2),
+    10: Tile(128, 128, 64, 8, 3, True, EXP2, stored=2),
+}
+STORED_ELSEWHERE = Tile(128, 128, 64, 8, 3, False, EXP2, stored=2)
 # Gluon's main loop is built as the library's is, and assumed to be as fast; its epilogue is assumed
 # not to overlap with it.
 GLUON_TILE = Tile(128, 256, 64, 8, 4, True, GLUON, main_loop=1.0)
+GLUON_STORING = GLUON_TILE._replace(instructions=GLUON_STORED, stored=2)
 
 
 def tile(config: Config) -> Tile:
@@ -90,7 +96,7 @@ def products(card: Card, N: int, H: int, V: int, nhv: int) -> list[Part]:
         parts.append(product(card, "dhidden", N, H, V, width=2))
     if nhv >= 6:
         parts.append(product(card, "dweight", V, H, N, width=2))
-    return [*parts, Part("start", 0, START)]
+    return [*parts, start()]
 
 
 def eager(card: Card, N: int, H: int, V: int, nhv: int) -> list[Part]:
@@ -126,12 +132,9 @@ def stored(
 
     waits: whether the device waits at a chunk's synchronisation, as it does today.
     """
+    way = GLUON_STORING if gluon else STORED.get(card.major, STORED_ELSEWHERE)
 
     def chunk(n: int, i: int) -> list[Part]:
-        best = chosen(card, n, unproven=True)
-        of_triton = tile(best) if best else FALLBACK
-        of_gluon = GLUON_TILE._replace(instructions=GLUON_STORED)
-        way = (of_gluon if gluon else of_triton)._replace(stored=2)
         return [
             *fused_forward(card, n, H, V, way),
             product(card, "dhidden", n, H, V, width=4),

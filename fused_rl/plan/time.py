@@ -168,6 +168,11 @@ def row_pass(card: Card, name: str, logits: float, instructions: int, bytes_: in
     return Part(name, 0, overlapped(issued(card, logits * instructions), of_memory))
 
 
+def start() -> Part:
+    """What the host does before a call's first kernel."""
+    return Part("start", 0, START)
+
+
 def elementwise(card: Card, name: str, bytes_: float) -> Part:
     return Part(name, 0, moved(card, bytes_))
 
