@@ -65,6 +65,11 @@ def test_rounds_run_every_case_in_turn():
 
 def test_the_clock_and_the_peak():
     assert 0.02 <= clock.Clock("cpu")(lambda: time.sleep(0.02)) < 5
+    # On a CPU a call returns when it is done.
+    timing = clock.Clock("cpu").timing(lambda: time.sleep(0.02))
+    assert 0.02 <= timing.host == timing.seconds < 5
+    rounds = clock.interleaved({"a": lambda: None}, 2, clock.Clock("cpu").timing)
+    assert [type(t) for t in rounds["a"]] == [clock.Timing] * 2
     peak = clock.peak_extra_bytes(lambda: torch.ones(2**25), "cpu")
     # Pages that were resident before can be given up meanwhile: a little less is possible.
     assert peak is None or 2**27 - 2**20 <= peak < 2**27 + 2**24

@@ -10,8 +10,20 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
+
+T = TypeVar("T")
+
+
+class Timing(NamedTuple):
+    """Seconds of a call, and those until it returned. On a GPU the first are the device's, and what
+    takes the host as long as the device is bound by its launches, or waits for the device within.
+    """
+
+    seconds: float
+    host: float
 
 
 class Clock:
@@ -21,44 +33,54 @@ class Clock:
         self.cuda = torch.device(device).type == "cuda"
 
     def __call__(self, run: Callable[[], object]) -> float:
+        return self.timing(run).seconds
+
+    def timing(self, run: Callable[[], object]) -> Timing:
+        """The device's seconds and the host's."""
         if not self.cuda:
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
+            host = wall(run)
+            return Timing(host, host)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
-        run()
+        host = wall(run)
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return Timing(begin.elapsed_time(end) / 1e3, host)
+
+
+def wall(run: Callable[[], object]) -> float:
+    """Seconds until it returns."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def interleaved(
     cases: dict[str, Callable[[], object]],
     rounds: int,
-    clock: Clock,
+    clock: Callable[[Callable[[], object]], T],
     tick: Callable[[], None] = lambda: None,
     enough: Callable[[], bool] = lambda: False,
-) -> dict[str, list[float]]:
-    """Seconds of each case in each round; a round runs every case once, after one warm-up. From the
-    second on there is none once `enough` says so.
+) -> dict[str, list[T]]:
+    """What the clock (a Clock, or its `timing`) says of each case in each round. A round runs every
+    case once, after one warm-up. From the second on there is none once `enough` says so.
 
     The order changes from round to round, and is the same in every run: what a case leaves behind,
     pages given back or a warm cache, is not always the next one's to bear.
     """
     for run in cases.values():
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    found: dict[str, list[T]] = {name: [] for name in cases}
     order, shuffle = list(cases), random.Random(0).shuffle
     for done in range(rounds):
         if done and enough():
             break
         for name in order:
-            seconds[name].append(clock(cases[name]))
+            found[name].append(clock(cases[name]))
         tick()
         shuffle(order)
-    return seconds
+    return found
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
