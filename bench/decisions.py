@@ -1,12 +1,12 @@
 """What the library must choose by measurement: each way's time and error at the sizes in question.
 
-    forwards      logits in registers (pointers, tensor descriptors), or tiles of them in L2
     products      each product of a step, with its own result: TFLOP/s
     row kernels   columns of a block, warps of a program: GB/s beside a copy's
     chunks        tokens of a chunk in the one pass; bytes of the logits in the two
     graph         a step replayed from a CUDA graph is the step, within a rounding of its results
 
-Settings of the library are replaced for the time of a measurement, and put back.
+The forwards have a file of their own, forwards.py. Settings of the library are replaced for the
+time of a measurement, and put back.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from fused_rl import grpo, linear_logprobs, ops
-from fused_rl.bench.clock import Clock, interleaved
-from fused_rl.bench.peers import BETA, Case, batch_of, gradients, products, steps
-from fused_rl.bench.records import PRODUCTS, Record
-from fused_rl.bench.tasks import gradient_error, judged_rows, stats_errors
+from fused_rl.bench.clock import Clock, Timing, interleaved
+from fused_rl.bench.peers import BETA, Case, batch_of, gradients, steps
+from fused_rl.bench.records import Record
+from fused_rl.bench.tasks import gradient_error
 
 Call = Callable[[], Any]
 
@@ -35,7 +35,8 @@ class Sizes(NamedTuple):
 
     tokens: tuple[int, ...]  # of the forwards
     tiles: tuple[tuple[int, int], ...]  # tokens x vocabulary, in L2
-    fused: tuple[tuple[int, ...], ...]  # block_m, block_n, block_k, num_warps, num_stages
+    # block_m, block_n, block_k, num_warps, num_stages: beside those of the kernels' own table
+    fused: tuple[tuple[int, ...], ...]
     rows: int  # of logits
     blocks: tuple[tuple[int, int], ...]  # columns, warps of the row kernels
     chunks: tuple[int, ...]  # tokens
@@ -89,68 +90,29 @@ def timed(runs: dict[str, Call], rounds: int, clock: Clock, **common: Any) -> It
         # A tile may not compile, or not fit: that is a result.
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-    seconds = interleaved(working, rounds, clock)
+    taken = interleaved(working, rounds, clock.timing)
     base = next(iter(runs))
     for name in runs:
         if name in failed:
             yield {**common, "way": name, "failed": failed[name]}
             continue
-        ratios = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
+        seconds = [t.seconds for t in taken[name]]
+        ratios = [a / b.seconds for a, b in zip(seconds, taken[base], strict=True)]
         yield {
             **common,
             "way": name,
-            "ms_best": min(seconds[name]) * 1e3,
-            "ms_median": statistics.median(seconds[name]) * 1e3,
+            "ms_best": min(seconds) * 1e3,
+            "ms_median": statistics.median(seconds) * 1e3,
+            "host_ms": host_ms(taken[name]),
             "ratio": statistics.median(ratios),
         }
 
 
-def forwards(case: Case, sizes: Sizes, device: Any, rounds: int, clock: Clock) -> list[Record]:
-    """The log-probs without gradient of the first N tokens, every way."""
-    records = []
-    for N in sizes.tokens:
-        part = Case(case.hidden[:N], case.weight, case.labels[:N])
-        ways = forward_ways(part, sizes, device)
-        runs = {PRODUCTS: products(part, 2), **ways}
-        for record in timed(runs, rounds, clock, tokens=N):
-            if record["way"] in ways and "failed" not in record:
-                rows = judged_rows(N, 16).to(part.labels.device)
-                found = ways[record["way"]]()
-                errors = stats_errors(part, (found[0][rows], found[1][rows]), rows)
-                record["logprob_error"], record["entropy_error"] = errors
-            records.append(record)
-    return records
-
-
-def forward_ways(case: Case, sizes: Sizes, device: Any) -> dict[str, Call]:
-    """title -> logprobs, entropy and more of the case."""
-    from fused_rl.kernels import configs
-    from fused_rl.kernels import linear_logprobs as kernel
-
-    # Descriptors are for Hopper and later, and for the interpreter.
-    with_tma = (False, True) if device.major >= 9 or device.interpreted else (False,)
-    tried = [
-        configs.Config(*b, tma, exp2) for tma in with_tma for exp2 in (0, 1) for b in sizes.fused
-    ]
-    found = {config.title: _forward(case, config, (), device) for config in tried}
-    for rows, columns in sizes.tiles:
-        settings = ((kernel, "TILE_ROWS", rows), (kernel, "TILE_LOGITS", rows * columns))
-        found[f"L2 tiles {rows}x{columns}"] = _forward(case, None, settings, device)
-    return found
-
-
-def _forward(case: Case, config: Any, settings: tuple, device: Any) -> Call:
-    """Of one configuration of the fused forward, or (None) of tiles under these settings."""
-    from fused_rl.kernels import linear_logprobs as kernel
-
-    ones = torch.ones(len(case.labels), device=case.labels.device)
-    args = (case.hidden, case.weight, None, case.labels, ones, 1.0, 0.0, -100, device)
-
-    def run() -> tuple[Tensor, ...]:
-        with replaced((kernel, "chosen", lambda *_: config), *settings):
-            return kernel.fwd(*args)
-
-    return run
+def host_ms(taken: list[Timing]) -> float:
+    """Milliseconds until the call returned, the median. As long as the device's: it is bound by its
+    launches, or waits for the device within.
+    """
+    return statistics.median(t.host for t in taken) * 1e3
 
 
 def products_of(case: Case, sizes: Sizes, rounds: int, clock: Clock) -> list[Record]:

@@ -1,9 +1,11 @@
-"""The table of a GPU in docs/benchmarks.md, from a result of bench/gpu.py.
+"""The figures of a GPU in docs/benchmarks.md and in the README, from a result of bench/gpu.py.
 
     python bench/gpu_readme.py bench/results/h200-bfloat16.json
 
-It is written between gpu:begin and gpu:end: every case of the first shape beside the peers, of the
-other shapes ours alone, and by name what was wrong, failed, or did not fit.
+The page is written between gpu:begin and gpu:end: every case of the first shape beside the peers,
+as a table and as a picture beside the result; the ways through the forward pass; of the other
+shapes ours alone; and by name what was wrong, failed, or did not fit. The README gets a row between
+marks of the same name.
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from errors import LOGPROB_ERROR
-from run import PAGE, replace_block, row
+import forwards
+from run import FRONT_PAGE, PAGE, SUMMARY, replace_block, row
 
-from fused_rl.bench.records import OURS, PRODUCTS, Content, Record
+from fused_rl.bench.figures import write_ratios
+from fused_rl.bench.records import MIB, OURS, PRODUCTS, Content, Record, error_of, of_case
 from fused_rl.bench.tasks import KINDS
+
+# Whose cells the README's row has beside ours and the fastest peer's.
+FRONT_PEERS = ("eager torch", "torch.compile")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,11 +34,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("result", type=Path)
     parser.add_argument("--page", type=Path, default=PAGE, help="what to write into")
+    parser.add_argument("--front", type=Path, default=FRONT_PAGE, help="where the row goes")
     arguments = parser.parse_args(argv)
     content = json.loads(arguments.result.read_text())
-    link = os.path.relpath(arguments.result.resolve(), arguments.page.resolve().parent)
-    replace_block(arguments.page, "gpu", lines(content, link))
+    picture = arguments.result.with_suffix(".svg")
+    write_ratios(picture, of_first_shape(content["records"]))
+    print(f"written to {picture}")
+    replace_block(arguments.page, "gpu", lines(content, link_to(arguments.result, arguments.page)))
+    front = front_page(content, link_to(arguments.result, arguments.front))
+    replace_block(arguments.front, "gpu", front)
     return 0
+
+
+def link_to(path: Path, page: Path) -> str:
+    return os.path.relpath(path.resolve(), page.resolve().parent)
 
 
 def lines(content: Content, link: str) -> list[str]:
@@ -46,10 +61,11 @@ def lines(content: Content, link: str) -> list[str]:
         f"{shape['shape']}'s head, N = {shape['tokens']}, H = {shape['hidden']}, "
         f"V = {shape['vocabulary']}, {shape['dtype']}; medians of interleaved runs.",
         "",
-        "| | time, ms | x bare products | extra memory, MiB | error |",
-        "|---|---|---|---|---|",
-        *map(row, first),
+        f"![Time of ours and of the peers over that of the bare products]({picture_of(link)})",
         "",
+        *cases(first),
+        "",
+        *ways(content["forwards"], shape["shape"]),
         "| ours at other heads, x bare products | " + " | ".join(k.title for k in KINDS) + " |",
         "|---|" + "---|" * len(KINDS),
         *short_rows(records),
@@ -58,15 +74,75 @@ def lines(content: Content, link: str) -> list[str]:
     ]
 
 
+def picture_of(link: str) -> str:
+    return Path(link).with_suffix(".svg").as_posix()
+
+
+def cases(records: list[Record]) -> list[str]:
+    """A row for each provider; with the time until the call returns, where it was taken."""
+    if not any("host_ms" in r for r in records):
+        return [
+            "| | time, ms | x bare products | extra memory, MiB | error |",
+            "|---|---|---|---|---|",
+            *map(row, records),
+        ]
+    return [
+        "| | time, ms | x bare products | extra memory, MiB | error | of the host, ms |",
+        "|---|---|---|---|---|---|",
+        *(f"{row(r)} {host(r)} |" for r in records),
+    ]
+
+
+def host(record: Record) -> str:
+    """Milliseconds until the call returned."""
+    return f"{record['host_ms']:.1f}" if "host_ms" in record else ""
+
+
 def first_shape(records: list[Record]) -> str:
     """The one with the most records: that is measured beside all of the peers."""
     return Counter(r["shape"] for r in records).most_common(1)[0][0]
 
 
 def of_first_shape(records: list[Record]) -> list[Record]:
-    """Case by case, in the order of KINDS."""
+    """Case by case, in the order of KINDS, and what is no kind last."""
     here = [r for r in records if r["shape"] == first_shape(records)]
-    return [r for kind in KINDS for r in here if r["case"] == kind.title]
+    titles = dict.fromkeys([*(kind.title for kind in KINDS), *(r["case"] for r in here)])
+    return [r for title in titles for r in here if r["case"] == title]
+
+
+def ways(records: list[Record], shape: str) -> list[str]:
+    """The forwards of that shape: a row for each way, a column for each number of tokens."""
+    here = [r for r in records if r["shape"] == shape]
+    if not here:
+        return []
+    tokens = list(dict.fromkeys(r["tokens"] for r in here))
+    best = {n: min(ratios_of(here, n).values(), default=None) for n in tokens}
+    rows = []
+    for way in dict.fromkeys(r["way"] for r in here):
+        found = {r["tokens"]: r for r in here if r["way"] == way}
+        rows.append(f"| {way} | " + " | ".join(cell(found[n], best[n]) for n in tokens) + " |")
+    return [
+        "| forward, x bare products at N = | " + " | ".join(map(str, tokens)) + " |",
+        "|---|" + "---|" * len(tokens),
+        *rows,
+        "",
+    ]
+
+
+def ratios_of(records: list[Record], tokens: int) -> dict[str, float]:
+    """way -> x bare products, at that number of tokens."""
+    here = [r for r in records if r["tokens"] == tokens and "ratio" in r]
+    return {r["way"]: r["ratio"] for r in here if r["way"] != PRODUCTS}
+
+
+def cell(record: Record, best: float | None) -> str:
+    """The products have their time, the ways their ratio to it; the best is in bold."""
+    if "failed" in record:
+        return "failed"
+    if record["way"] == PRODUCTS:
+        return f"{record['ms_median']:.2f} ms"
+    text = f"{record['ratio']:.2f}"
+    return f"**{text}**" if record["ratio"] == best else text
 
 
 def short_rows(records: list[Record]) -> list[str]:
@@ -93,15 +169,56 @@ def faults(content: Content) -> list[str]:
     found += [f"- a CUDA graph: {r['failed']}" for r in content["graph"] if "failed" in r]
     reasons = Counter(r["failed"] for r in content["forwards"] if "failed" in r)
     found += [f"- {n} of the forwards that were tried: {why}" for why, n in reasons.items()]
-    errors = [r["logprob_error"] for r in content["forwards"] if "logprob_error" in r]
-    if over := [error for error in errors if not error <= LOGPROB_ERROR]:
-        found.append(
-            f"- {len(over)} of {len(errors)} forwards are further from float64 than "
-            f"{LOGPROB_ERROR:.0e} nats, up to {max(over):.0e}"
-        )
+    found += errors_of_forwards([r for r in content["forwards"] if "logprob_error" in r])
     found += [f"- did not fit into the time: {title}" for title in content["left out"]]
     found += [f"- never launched: {name}" for name in content["never launched"]]
     return found or ["Nothing of ours was wrong or failed in that run."]
+
+
+def errors_of_forwards(records: list[Record]) -> list[str]:
+    """Those beyond the error of the products; or that this was not measured."""
+    judged = [r for r in records if "logprob_error_of_products" in r]
+    if records and not judged:
+        largest = max(r["logprob_error"] for r in records)
+        return [
+            f"- Log-probs of the forwards are up to {largest:.0e} nats from float64. How far those "
+            "of the products in float32 are was not measured in that run."
+        ]
+    over = [r for r in judged if not forwards.is_right(r)]
+    return [
+        f"- wrong: {r['way']} at {r['tokens']} tokens: {r['logprob_error']:.1e} nats from float64, "
+        f"the products {r['logprob_error_of_products']:.1e}"
+        for r in over
+    ]
+
+
+def front_page(content: Content, link: str) -> list[str]:
+    """A training step by ours, by the usual ways and by the fastest peer, in one row."""
+    here = of_case(of_first_shape(content["records"]), SUMMARY)
+    ours = next(r for r in here if r["provider"].startswith(OURS))
+    peers = [r for r in here if not r["provider"].startswith(OURS) and r["provider"] != PRODUCTS]
+    usual = [r for r in peers if r["provider"] in FRONT_PEERS]
+    others = [r for r in peers if r not in usual]
+    fastest = sorted(others, key=lambda r: r["seconds_median"])[:1]
+    shown = [ours, *usual, *fastest]
+    gpu = content["environment"]["gpu"]
+    return [
+        f"| On an {gpu}: ms, extra MiB, error | "
+        + " | ".join(r["provider"].replace(ours["provider"], f"**{OURS}**") for r in shown)
+        + " |",
+        "|---|" + "---|" * len(shown),
+        f"| {SUMMARY} | " + " | ".join(map(in_short, shown)) + " |",
+        "",
+        f"{ours['shape']}'s head: {ours['tokens']} tokens, hidden size {ours['hidden']}, "
+        f"vocabulary {ours['vocabulary']}, {ours['dtype']} ([{Path(link).name}]({link})).",
+    ]
+
+
+def in_short(record: Record) -> str:
+    """Time, memory and error of a provider."""
+    memory = record.get("peak_extra_bytes")
+    mib = "" if memory is None else f"{memory / MIB:.0f}, "
+    return f"{record['seconds_median'] * 1e3:.0f}, {mib}{error_of(record):.0e}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import forwards
+
 from fused_rl.bench.records import MIB, Record, error_of
 
 
@@ -23,7 +25,7 @@ def show(content: Record) -> None:
     for record in best_forwards(content["forwards"]):
         print(record)
     print(f"\nkernels: {content['kernels']}; launches: {content['launches']}")
-    for name in ("missing", "left out", "wrong", "failed", "never launched"):
+    for name in ("missing", "left out", "peers failed", "wrong", "failed", "never launched"):
         if content[name]:
             print(f"{name}: {content[name]}")
     table("cases", map(case, content["records"]))
@@ -45,17 +47,21 @@ def choice(record: Record) -> tuple[str, ...]:
     detail = f"N={record['tokens']}" if "tokens" in record else ""
     detail += " frozen" if record.get("frozen") else ""
     if "failed" in record:
-        return (record["shape"], detail, record["way"], f"failed: {record['failed'][:60]}", "", "")
+        why = f"failed: {record['failed'][:60]}"
+        return (record["shape"], detail, record["way"], why, "", "", "")
     if "equal" in record:
         graph = "captured" if record["captured"] else "no GPU: not captured"
         close = "a rounding" if record["within_an_ulp"] else "too much"
         same = "same bits" if record["equal"] else f"{record['difference']:.1e}: {close}"
-        return (record["shape"], detail, record["way"], graph, same, "")
+        return (record["shape"], detail, record["way"], graph, same, "", "")
     error = record.get("logprob_error", record.get("difference"))
     last = f"{record['GB_per_s']:.0f} GB/s" if "GB_per_s" in record else ""
     last = f"{record['TFLOP_per_s']:.0f} TFLOP/s" if "TFLOP_per_s" in record else last
     last = f"{error:.1e}" if error is not None else last
-    cells = (f"{record['ms_median']:.3f} ms", f"x {record['ratio']:.2f}", last)
+    if "logprob_error" in record and not forwards.is_right(record):
+        last += f", the products {record['logprob_error_of_products']:.1e}: too far"
+    host = f"host {record['host_ms']:.3f} ms"
+    cells = (f"{record['ms_median']:.3f} ms", host, f"x {record['ratio']:.2f}", last)
     return (record["shape"], detail, record["way"], *cells)
 
 
@@ -74,12 +80,13 @@ def case(record: Record) -> tuple[str, ...]:
     """A provider in a case."""
     names = (record["shape"], record["case"], record["provider"])
     if record["verdict"] != "right":
-        return (*names, record["verdict"], "", "", record.get("note", "")[:60])
+        return (*names, record["verdict"], "", "", "", record.get("note", "")[:60])
     memory = record.get("peak_extra_bytes")
     error = error_of(record)
     return (
         *names,
         f"{record['seconds_median'] * 1e3:.2f} ms",
+        f"host {record['host_ms']:.2f} ms",
         f"x {record['ratio_to_products']:.2f}",
         "" if memory is None else f"{memory / MIB:.0f} MiB",
         "" if error is None else f"{error:.1e}",

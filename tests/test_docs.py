@@ -135,9 +135,11 @@ def test_measured_tables_are_those_of_the_results_they_name(monkeypatch):
     assert block(page, "bench") == run.table(content, f"{where}{cpu}.json")
     assert block(page, "curves") == run.curves(pictures)
     assert block("README.md", "summary") == run.summary(content, f"bench/results/{cpu}.json")
-    assert block(page, "gpu") == gpu.lines(
-        result("h100-bfloat16.json"), f"{where}h100-bfloat16.json"
-    )
+    card = "h100-bfloat16"
+    assert block(page, "gpu") == gpu.lines(result(f"{card}.json"), f"{where}{card}.json")
+    front = gpu.front_page(result(f"{card}.json"), f"bench/results/{card}.json")
+    assert block("README.md", "gpu") == front
+    assert (ROOT / "bench" / "results" / f"{card}.svg").exists()
     step, of = script("bench/trl_step.py"), "trl-epyc-turin-2c.json"
     assert block(page, "trl") == step.table(result(of), where + of)
     filters, of = script("bench/grad_filter.py"), "grad-filter-epyc-turin-2c.json"
@@ -155,6 +157,8 @@ def test_scripts_write_where_their_marks_are(monkeypatch):
         page = script(f"bench/{name}.py").PAGE.as_posix()
         for mark in marks:
             assert block(page, mark)
+    for mark in ("summary", "gpu"):
+        assert block(script("bench/gpu_readme.py").FRONT_PAGE.as_posix(), mark)
 
 
 def test_a_setting_has_the_gradient_that_the_enumeration_finds():

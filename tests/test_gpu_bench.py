@@ -1,6 +1,5 @@
 """bench/gpu.py without a GPU: on the Triton kernels, interpreted. The whole script is slow."""
 
-import copy
 import json
 import math
 import os
@@ -9,9 +8,11 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import decisions
 import pytest
 import torch
-from errors import LOGPROB_ERROR
+from gpu_peers import SUM
+from gpu_session import PARTS
 from interpreter import child
 
 from fused_rl.bench.tasks import KINDS
@@ -51,16 +52,6 @@ def run(request, core) -> dict:
     return core if request.param == "core" else request.getfixturevalue("small")[0]
 
 
-@pytest.fixture(params=["recorded", pytest.param("small", marks=pytest.mark.slow)])
-def measured(request) -> dict:
-    """A run with times of one shape: on a GPU, as it lies in the repository; here and now."""
-    if request.param == "small":
-        return copy.deepcopy(request.getfixturevalue("small")[0])
-    content = json.loads((BENCH / "results" / "h100-bfloat16.json").read_text())
-    records = content["records"]
-    return {**content, "records": [r for r in records if r["shape"] == records[0]["shape"]]}
-
-
 def assert_small_cases_are_right(content: dict) -> None:
     assert {r["verdict"] for r in content["small cases"]} == {"right"}
     assert {r["dtype"] for r in content["small cases"]} == {"float32", "float16", "bfloat16"}
@@ -86,7 +77,8 @@ def test_the_small_cases_are_right_and_nothing_else_ran(core):
 def test_every_case_is_there_and_ours_are_right(small):
     content, out = small
     assert content["failed"] == {} and content["left out"] == []
-    assert {r["case"] for r in content["records"]} == {kind.title for kind in KINDS}
+    assert {r["case"] for r in content["records"]} == {kind.title for kind in (*KINDS, SUM)}
+    assert content["parts"] == list(PARTS)
     for kind in KINDS:
         here = {r["provider"]: r for r in content["records"] if r["case"] == kind.title}
         ours = {name: r for name, r in here.items() if name.startswith("fused_rl")}
@@ -127,45 +119,75 @@ def test_chunks_rows_products_and_the_graph(small):
 @pytest.mark.slow
 def test_peers_that_are_missing_are_named(small):
     content, out = small
-    for name in ("cut-cross-entropy", "QuACK"):
+    for name in ("cut-cross-entropy", "QuACK", "Liger native", "verl", "TRL selective"):
         assert any(reason.startswith(name) for reason in content["missing"])
         assert name in out
 
 
-def test_the_readme_says_what_was_measured_and_what_failed(measured, tmp_path, monkeypatch):
-    content = measured
-    import gpu_readme as readme
+@pytest.mark.slow
+def test_every_time_has_the_hosts_beside_it(small):
+    content, out = small
+    timed = [r for r in content["records"] if "seconds_median" in r]
+    assert all(r["host_ms"] > 0 for r in timed)
+    kinds = ("forwards", "products", "row kernels", "chunks")
+    assert all(r["host_ms"] > 0 for name in kinds for r in content[name])
+    assert "host" in out
 
-    content["environment"]["gpu"] = "NVIDIA X1"
-    result, page = tmp_path / "x1.json", tmp_path / "README.md"
-    page.write_text("before\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nafter\n")
-    result.write_text(json.dumps(content))
-    assert readme.main([str(result), "--page", str(page)]) == 0
-    text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "NVIDIA X1" in text and "[x1.json](x1.json)" in text
-    ours = next(r for r in content["records"] if r["provider"] == "fused_rl")
-    cells = f"| fused_rl | {ours['seconds_median'] * 1e3:.0f} | {ours['ratio_to_products']:.2f} |"
-    assert cells in text
-    of_forwards = [r["logprob_error"] for r in content["forwards"] if "logprob_error" in r]
-    over = sum(error > LOGPROB_ERROR for error in of_forwards)
-    said = f"{over} of {len(of_forwards)} forwards are further from float64" if over else "Nothing"
-    assert said in text
-    for record in content["forwards"]:
-        record.pop("logprob_error", None)
-    assert readme.faults(content) == ["Nothing of ours was wrong or failed in that run."]
-    content["wrong"] = {"float16, logits": "errors [nan]"}
-    content["forwards"] += [{"way": "a", "failed": "no space"}, {"way": "b", "failed": "no space"}]
-    content["left out"] = ["the last part"]
-    told = "\n".join(readme.faults(content))
-    assert "float16, logits: errors [nan]" in told and "2 of the forwards" in told
-    assert "the last part" in told and "Nothing of ours" not in told
+
+@pytest.mark.slow
+def test_the_writer_takes_what_the_script_wrote(small, tmp_path):
+    pytest.importorskip("matplotlib")
+    import gpu_readme
+
+    (tmp_path / "small.json").write_text(json.dumps(small[0]))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- gpu:begin -->\n<!-- gpu:end -->\n")
+    options = ["--page", str(page), "--front", str(page)]
+    assert gpu_readme.main([str(tmp_path / "small.json"), *options]) == 0
+    assert (tmp_path / "small.svg").exists() and "small's head" in page.read_text()
+
+
+def test_some_parts_alone(tmp_path):
+    """And what they need nobody else for: no kernel is missed then."""
+    content, _ = result(tmp_path, "--small", "--parts", "graph,ceilings")
+    assert list(content["seconds"]) == ["ceilings", "small: graph"]
+    assert content["graph"] and content["ceilings"] and not content["records"]
+    assert content["never launched"] == [] and content["wrong"] == {}
+    done = script("--small", "--parts", "ceiling")
+    assert done.returncode == 2 and "there are correctness, ceilings" in done.stderr
+    assert all(f"  {name} " in script("--help").stdout for name in PARTS)
+
+
+def session(tmp_path, parts, chosen=("cases",)) -> dict:
+    """What a session keeps of these parts, by name, title and call."""
+    from gpu_session import Session
+
+    pytest.importorskip("triton", reason="triton is not installed")
+    options = SimpleNamespace(small=True, parts=chosen, rounds=1, budget=1000, commit="c")
+    found = Session(torch.device("cpu"), options)
+    found.parts = lambda: iter(parts)
+    found.run_all(tmp_path / "gpu.json")
+    assert json.loads((tmp_path / "gpu.json").read_text()) == found.content
+    return found.content
+
+
+def test_a_part_that_dies_costs_no_other(tmp_path):
+    def dies():
+        raise RuntimeError("out of memory")
+
+    ran = []
+    parts = [("cases", "a", dies), ("peers", "b", dies), ("cases", "c", lambda: ran.append("c"))]
+    content = session(tmp_path, parts)
+    assert ran == ["c"] and list(content["seconds"]) == ["a", "b", "c"]
+    assert content["failed"] == {"a": "RuntimeError: out of memory"}
+    assert content["peers failed"] == {"b": "RuntimeError: out of memory"}
 
 
 @pytest.mark.slow
 def test_what_does_not_fit_the_budget_is_left_out_and_named(tmp_path):
     content, out = result(tmp_path, "--small", "--budget", "0")
-    assert content["records"] == [] and len(content["left out"]) == 2 * len(KINDS) + 5
+    assert content["records"] == [] and len(content["left out"]) == 2 * len(KINDS) + 8
+    assert_small_cases_are_right(content)
     assert "small: forwards" in out
 
 
@@ -210,7 +232,19 @@ def test_the_script_fails_at_its_end(run, part, monkeypatch):
     graphs = run["graph"] or [{"way": "a graph", "within_an_ulp": True}]
     assert not gpu.failed({**run, "graph": graphs})
     assert gpu.failed({**run, "graph": [{**r, "within_an_ulp": False} for r in graphs]})
-    assert gpu.failed({**run, "forwards": [{"way": "a", "logprob_error": math.nan}]})
+    of_products = {"way": "a", "logprob_error_of_products": 1e-4}
+    assert not gpu.failed({**run, "forwards": [{**of_products, "logprob_error": 1.1e-4}]})
+    for error in (1.2e-4, math.nan):
+        assert gpu.failed({**run, "forwards": [{**of_products, "logprob_error": error}]})
+
+
+def test_a_peers_failure_is_none_of_ours(run):
+    import gpu
+
+    peer = {"provider": "a peer", "verdict": "wrong", "shape": "a", "case": "b"}
+    with_faults = {**run, "records": [*run["records"], peer], "peers failed": {"a": "b"}}
+    assert not gpu.failed(with_faults)
+    assert gpu.failed({**run, "records": [{**peer, "provider": "fused_rl"}]})
 
 
 def test_within_an_ulp_by_hand(monkeypatch):
@@ -228,11 +262,18 @@ def test_within_an_ulp_by_hand(monkeypatch):
 
 @pytest.mark.parametrize("major", [0, 8, 9, 10])
 def test_every_forward_runs_with_its_own_tile(monkeypatch, major):
-    """On a device of any compute capability; the settings of the library are as before then."""
+    """On a device of any compute capability, those of the kernels' table first, whatever is in it;
+    the settings of the library are as before then.
+    """
     pytest.importorskip("triton", reason="triton is not installed")
+    import forwards
+
     from fused_rl.kernels import configs
     from fused_rl.kernels import linear_logprobs as kernel
 
+    added = configs.Config(32, 512, 16, 4, 1, False, rows=2)
+    table = [*configs.configs(major), added]
+    monkeypatch.setitem(configs.CONFIGS, major, table)
     tried, before = [], kernel.chosen
 
     def statistics(*args):
@@ -240,17 +281,52 @@ def test_every_forward_runs_with_its_own_tile(monkeypatch, major):
         raise StopIteration
 
     monkeypatch.setattr(kernel, "fused_statistics", statistics)
-    import decisions
-
-    case = decisions.Case(torch.zeros(8, 4), torch.zeros(9, 4), torch.zeros(8, dtype=torch.long))
-    sizes = decisions.LARGE._replace(tiles=())
-    ways = decisions.forward_ways(case, sizes, configs.Device(2, major))
+    monkeypatch.setattr(forwards, "WAYS", (forwards.in_registers,))
+    case = forwards.Case(torch.zeros(8, 4), torch.zeros(9, 4), torch.zeros(8, dtype=torch.long))
+    ways = forwards.forward_ways(case, decisions.LARGE, configs.Device(2, major))
     for run in ways.values():
         with pytest.raises(StopIteration):
             run()
     assert [config.title for config in tried] == list(ways)
-    assert [config[:5] for config in tried[: len(sizes.fused)]] == list(sizes.fused)
+    assert list(ways)[: len(table)] == [config.title for config in table]
+    assert {config[:5] for config in tried} == {c[:5] for c in table} | set(decisions.LARGE.fused)
     assert before == kernel.chosen
+
+
+def test_a_way_is_an_entry(monkeypatch):
+    """WAYS gives titles and calls."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    import forwards
+
+    from fused_rl.kernels.configs import Device
+
+    def of_mine(case, sizes, device):
+        yield "mine", lambda: case.hidden + device.major
+
+    case = forwards.Case(torch.zeros(8, 4), torch.zeros(9, 4), torch.zeros(8, dtype=torch.long))
+    monkeypatch.setattr(forwards, "WAYS", (*forwards.WAYS, of_mine))
+    ways = forwards.forward_ways(case, decisions.SMALL, Device(2, 8))
+    assert list(ways)[-2:] == ["L2 tiles 8x128", "mine"]
+    assert ways["mine"]().eq(8).all()
+
+
+def test_the_products_error_is_that_of_their_logits(monkeypatch):
+    """In pieces of tokens; far from float64 where the product is made wrong."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    import forwards
+
+    from fused_rl.bench.tasks import exact_stats, largest_errors
+    from fused_rl.kernels import linear_gradients
+
+    case = forwards.Case.make(16, 8, 60, torch.float32)
+    rows = torch.tensor([0, 2, 3, 15])
+    monkeypatch.setattr(forwards, "ROWS", 3)
+    exact = exact_stats(case, rows)
+    found = largest_errors(forwards.stats_of_products(case, rows), exact)
+    assert 0 < max(found) < 1e-5
+    own = linear_gradients.product
+    monkeypatch.setattr(linear_gradients, "product", lambda a, b: own(a, b).bfloat16().float())
+    assert min(largest_errors(forwards.stats_of_products(case, rows), exact)) > 1e-4
 
 
 def test_a_plain_checkout_has_the_kernels(tmp_path):

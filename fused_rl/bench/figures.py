@@ -34,6 +34,8 @@ LETTERS = {"tokens": "N tokens", "hidden": "H", "vocabulary": "V"}
 PADDED = "padded"
 # Below it, what the operating system says of memory is noise.
 LEAST_MIB = 1.0
+# Of write_ratios.
+LONGEST_BAR = 5.0
 
 
 class Through(Enum):
@@ -232,6 +234,31 @@ def write_bars(path: Path, records: list[Record]) -> None:
             panel.margins(x=0.12)
         row[0].axvline(1, color=INK, lw=1)
         row[1].set_yticks([])
+    save(figure, path)
+
+
+def write_ratios(path: Path, records: list[Record]) -> None:
+    """The ratio to the bare products of every provider, a panel for each case. A bar beyond the
+    scale ends there, and its label says how long it is.
+    """
+    cases, looks = cases_of(records), looks_of(records)
+    chosen = [of_case(records, case)[::-1] for case in cases]
+    rows = (len(cases) + 1) // 2
+    figure = new_figure((10, rows * (0.7 + 0.2 * max(map(len, chosen)))))
+    panels = figure.subplots(rows, 2, squeeze=False).flatten()
+    for panel, case, here in zip(panels, cases, chosen, strict=False):
+        frame(panel)
+        ratios = {r["provider"]: r["ratio_to_products"] for r in here if r["provider"] != PRODUCTS}
+        cut = [min(ratio, LONGEST_BAR) for ratio in ratios.values()]
+        bars = panel.barh([*ratios], cut, color=[looks[n]["color"] for n in ratios], height=0.65)
+        labels = [f"{ratio:.2f}" for ratio in ratios.values()]
+        panel.bar_label(bars, labels, padding=3, fontsize=8, color=INK)
+        panel.set_title(case, loc="left", fontsize=9, fontweight="bold", color=INK)
+        panel.set_xlim(0, LONGEST_BAR * 1.1)
+        panel.axvline(1, color=INK, lw=1)
+    for panel in panels[len(cases) :]:
+        panel.set_visible(False)
+    figure.supxlabel("time / bare products", color=INK, fontsize=9)
     save(figure, path)
 
 

@@ -104,18 +104,27 @@ def judged_rows(N: int, rows: int = JUDGED_ROWS) -> Tensor:
     return torch.arange(min(N, rows)) * N // min(N, rows)
 
 
+def exact_stats(case: Case, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """logprobs and entropy of the tokens `rows` of the case, in float64."""
+    labels = case.labels[rows]
+    ones = torch.ones(len(rows), dtype=torch.float64, device=labels.device)
+    return reference.linear_logprobs(
+        *(case.hidden[rows].double(), case.weight.double(), None, labels, ones, 1.0, 0.0)
+    )[:2]
+
+
+def largest_errors(stats: tuple[Tensor | None, ...], exact: tuple[Tensor, Tensor]) -> list[float]:
+    """Of log-probs and, where there are any, entropies."""
+    given = [t for t in stats[:2] if t is not None]
+    return [(a.double() - b).abs().max().item() for a, b in zip(given, exact, strict=False)]
+
+
 def stats_errors(case: Case, stats: tuple[Tensor, Tensor | None], rows: Tensor) -> list[float]:
     """The largest errors of log-probs and, where there are any, entropies, against float64.
 
     stats: of the tokens `rows` of the case.
     """
-    labels = case.labels[rows]
-    ones = torch.ones(len(rows), dtype=torch.float64, device=labels.device)
-    exact = reference.linear_logprobs(
-        *(case.hidden[rows].double(), case.weight.double(), None, labels, ones, 1.0, 0.0)
-    )
-    given = [t for t in stats[:2] if t is not None]
-    return [(a.double() - b).abs().max().item() for a, b in zip(given, exact[:2], strict=False)]
+    return largest_errors(stats, exact_stats(case, rows))
 
 
 def step_gradients(case: Case, batch: TokenBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
