@@ -14,7 +14,10 @@ VERL := verl tensordict pyvers orjson cloudpickle codetiming hydra-core omegacon
   rpds-py attrs
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/CMakeLists.txt)
 
-.PHONY: demo test test-all test-peers bench bench-pytest docs lint clean
+# Results and logs of `make gpu`.
+OUT ?= out/gpu
+
+.PHONY: demo test test-all test-peers gpu bench bench-pytest docs lint clean
 
 demo: $(READY)
 	$(BIN)/fused-rl demo $(ARGS)
@@ -31,6 +34,12 @@ test-all: $(READY_PEERS)
 # Liger's and verl's own tests, with our functions in the place of theirs: minutes.
 test-peers: $(READY_PEERS)
 	$(BIN)/python tests/peers/run.py $(ARGS)
+
+# On a machine with a GPU whose python3 has torch and triton: nothing is built or fetched. WHEELS: a
+# folder with the peers' wheels. SANITIZE=1: compute-sanitizer, too.
+gpu:
+	$(PYTHON) bench/gpu_all.py --out $(OUT) $(WHEELS:%=--wheels %) \
+	  $(if $(filter 1,$(SANITIZE)),--sanitize) $(ARGS)
 
 bench: $(READY_BENCH)
 	$(BIN)/python bench/run.py $(ARGS)

@@ -14,7 +14,8 @@ left out, and named.
 Times are the device's (events); host_ms beside them is the time until the call returns. Where it is
 as long, the call is bound by its launches, or waits for the device within.
 
-It runs in a plain checkout: no build is needed, and no git (--commit says what it would).
+It runs in a plain checkout: no build is needed, and no git (--commit says what it would). `make
+gpu` runs it together with the tests.
 """
 
 from __future__ import annotations

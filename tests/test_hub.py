@@ -12,12 +12,13 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from kernels.variants import resolve_variants
 
 import fused_rl
 from fused_rl import cli
 from fused_rl.integrations import hub, layers
 from fused_rl.reference import acc_dtype
+
+resolve_variants = pytest.importorskip("kernels.variants").resolve_variants
 
 # fused_rl is not to be found; as on a machine where it is not installed.
 WITHOUT_FUSED_RL = """

@@ -1,0 +1,116 @@
+"""`make gpu` where there is no GPU: that it says so, and how its steps go on after each other."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu_all
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
+def python(name: str, code: str, seconds: float = 60) -> gpu_all.Step:
+    return gpu_all.Step(name, [sys.executable, "-c", code], seconds)
+
+
+@without_gpu
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_without_a_gpu_it_says_so(tmp_path):
+    out = tmp_path / "out"
+    command = ["make", "gpu", f"PYTHON={sys.executable}", f"OUT={out}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode != 0 and "no GPU: " in done.stderr
+    assert not out.exists()
+
+
+def test_options_reach_the_script():
+    """WHEELS and SANITIZE of make; 0 is no."""
+    command = ["make", "-n", "gpu", "WHEELS=some", "OUT=there", "ARGS=--parts cases"]
+    for given, expected in (("1", True), ("0", False)):
+        run = [*command, f"SANITIZE={given}"]
+        said = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        assert "--out there --wheels some" in said and "--parts cases" in said
+        assert ("--sanitize" in said) == expected
+
+
+@pytest.fixture
+def steps(monkeypatch, tmp_path):
+    """main() with steps of one's own between the sanitizers, which are not here."""
+
+    def run(tests, bench, *options):
+        monkeypatch.setattr(gpu_all, "no_gpu", lambda: None)
+        monkeypatch.setattr(gpu_all, "warm", lambda: python("warm", "print(3)"))
+        monkeypatch.setattr(gpu_all, "tests", lambda: tests)
+        monkeypatch.setattr(gpu_all, "bench", lambda args, left: bench)
+        monkeypatch.setattr(sys, "argv", ["gpu_all.py", "--out", str(tmp_path / "out"), *options])
+        return gpu_all.main(), (tmp_path / "out" / "steps.txt").read_text()
+
+    return run
+
+
+def test_all_is_well(steps, tmp_path, capsys):
+    code = "import os, sys; print(os.getcwd()); import fused_rl; print(fused_rl.__file__)"
+    status, said = steps(python("tests", "print('passed')"), python("bench", code))
+    assert status == 0 and "FAILED" not in said and said.count("ok") == 3
+    log = (tmp_path / "out" / "bench.txt").read_text().splitlines()
+    assert log == [str(ROOT), str(ROOT / "fused_rl" / "__init__.py")]
+    assert "passed" in capsys.readouterr().out
+
+
+def test_a_step_that_fails_stops_no_other(steps, capsys):
+    fails = python("tests", "print('this is why'); raise SystemExit(3)")
+    status, said = steps(fails, python("bench", "print(1)"), "--sanitize")
+    assert status == 1
+    lines = {line.split()[0]: line for line in said.splitlines()}
+    assert lines["tests"].endswith("FAILED: exit status 3") and lines["bench"].endswith("ok")
+    if shutil.which("compute-sanitizer") is None:
+        assert "FAILED: " in lines["memcheck"] and "FAILED: " in lines["racecheck"]
+    assert "this is why" in capsys.readouterr().out
+
+
+def test_a_step_that_takes_too_long_is_ended_with_its_children(tmp_path):
+    begins = "import subprocess, sys; "
+    child = "[sys.executable, '-c', 'import time; time.sleep(3); open(\\'late\\', \\'w\\')']"
+    code = f"{begins}import os; os.chdir({str(tmp_path)!r}); subprocess.run({child})"
+    runner = gpu_all.Runner(tmp_path, str(tmp_path))
+    outcome = runner.run(python("slow", code, seconds=1))
+    assert outcome.fault == "not done after 1 s" and outcome.seconds < 3
+    time.sleep(3)
+    assert not (tmp_path / "late").exists()
+
+
+def test_each_wheel_is_a_step(tmp_path):
+    for name in ("b-1-py3-none-any.whl", "a_c-2-py3-none-any.whl", "notes.txt"):
+        (tmp_path / name).write_text("no wheel")
+    found = gpu_all.wheels(tmp_path, "there")
+    assert [step.name for step in found] == ["peers-a_c", "peers-b"]
+    assert {"--no-index", "--no-deps", "there"} <= set(found[0].command)
+    assert gpu_all.wheels(None, "there") == []
+
+
+def test_the_tests_are_those_for_gpus():
+    command = gpu_all.tests().command
+    files = {Path(part).name for part in command if part.endswith(".py")}
+    assert (
+        {"test_gpu.py", "test_gpu_inputs.py", "test_hub.py"}
+        <= files
+        < {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    )
+    assert command[command.index("-m", 3) + 1] == "gpu"
+
+
+def test_the_benchmark_has_what_is_left_of_the_time(monkeypatch):
+    options = ["gpu_all.py", "--parts", "cases", "--commit", "abc"]
+    monkeypatch.setattr(sys, "argv", options)
+    args = gpu_all.options()
+    for left, budget in ((200, 200 - gpu_all.MARGIN), (0, gpu_all.LEAST)):
+        step = gpu_all.bench(args, left)
+        command = " ".join(step.command)
+        assert f"--budget {budget} " in command and command.endswith("--parts cases --commit abc")
+        assert step.seconds > budget
+    assert args.seconds == 300
