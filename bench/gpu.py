@@ -42,6 +42,9 @@ from shapes import SHAPES, make_case
 from fused_rl.bench.records import OURS, Record
 from fused_rl.bench.tasks import KINDS, head_task
 
+# Tokens and vocabulary while warming: multiples of all that kernels are specialised for, and so few
+# that many processes have room beside the tests.
+FEW, NARROW = 64, 2**14
 NO_GPU = "no CUDA device is here; --small runs without one, interpreted"
 
 
@@ -136,11 +139,9 @@ def warm() -> int:
 
 
 def forward_calls(kernel_device) -> dict:
-    """Every way of the forward pass on the first shape with few tokens: strides and sizes of the
-    kind that is timed.
-    """
-    _, H, V = next(iter(SHAPES.values()))
-    case = make_case(64, H, V, torch.device("cuda"))
+    """Every way of the forward pass, with strides and sizes of the kind that is timed."""
+    _, H, _ = next(iter(SHAPES.values()))
+    case = make_case(FEW, H, NARROW, torch.device("cuda"))
     return forwards.forward_ways(case, decisions.LARGE, kernel_device)
 
 
@@ -154,7 +155,7 @@ def warm_one(title: str) -> None:
         if title not in kinds:
             forward_calls(Device.of(device))[title]()
             return
-        case = make_case(1024, *SHAPES["Qwen3-0.6B"][1:], device)
+        case = make_case(16 * FEW, 1024, NARROW, device)
         for run in head_task(case, kinds[title]).ways(()).values():
             run()
 

@@ -1,6 +1,7 @@
 """`make gpu` where there is no GPU: that it says so, and how its steps go on after each other."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -82,6 +83,32 @@ def test_a_step_that_takes_too_long_is_ended_with_its_children(tmp_path):
     assert outcome.fault == "not done after 1 s" and outcome.seconds < 3
     time.sleep(3)
     assert not (tmp_path / "late").exists()
+
+
+def test_a_signal_ends_the_steps_with_it(tmp_path):
+    """SIGTERM to a run whose step would take a minute."""
+    code = (
+        "import sys; sys.path.insert(0, 'bench'); import gpu_all; "
+        "sleeps = gpu_all.Step('s', [sys.executable, '-c', "
+        "'import os, time; print(os.getpid(), flush=True); time.sleep(60)'], 60); "
+        "gpu_all.no_gpu = lambda: None; gpu_all.warm = gpu_all.tests = lambda: sleeps; "
+        f"sys.argv = ['gpu_all.py', '--out', {str(tmp_path)!r}]; sys.exit(gpu_all.main())"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    log = tmp_path / "s.txt"
+    until(lambda: log.exists() and log.read_text().endswith("\n"))
+    child = int(log.read_text().split()[0])
+    run.terminate()
+    assert run.wait(20) == 128 + signal.SIGTERM
+    until(lambda: not Path(f"/proc/{child}").exists())
+
+
+def until(said) -> None:
+    """Waits for it, some seconds at most."""
+    end = time.monotonic() + 20
+    while not said():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_each_wheel_is_a_step(tmp_path):

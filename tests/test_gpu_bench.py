@@ -350,8 +350,9 @@ def test_a_plain_checkout_has_the_kernels(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_large_shapes_want_a_gpu():
-    done = script("--out", "/nowhere")
-    assert done.returncode != 0 and "no CUDA device" in done.stderr
+    for options in (("--out", "/nowhere"), ("--warm",)):
+        done = script(*options)
+        assert done.returncode != 0 and "no CUDA device" in done.stderr
 
 
 def test_the_interpreter_comes_before_triton(monkeypatch):
