@@ -41,10 +41,11 @@ def test_options_reach_the_script():
 
 @pytest.fixture
 def steps(monkeypatch, tmp_path):
-    """main() with steps of one's own between the sanitizers, which are not here."""
+    """main() with steps of one's own, and no sanitizer but what a test puts in its place."""
 
-    def run(tests, bench, *options):
+    def run(tests, bench, *options, sanitizer="not-here"):
         monkeypatch.setattr(gpu_all, "no_gpu", lambda: None)
+        monkeypatch.setattr(gpu_all, "SANITIZER", sanitizer)
         monkeypatch.setattr(gpu_all, "warm", lambda: python("warm", "print(3)"))
         monkeypatch.setattr(gpu_all, "tests", lambda: tests)
         monkeypatch.setattr(gpu_all, "bench", lambda args, left: bench)
@@ -65,13 +66,22 @@ def test_all_is_well(steps, tmp_path, capsys):
 
 def test_a_step_that_fails_stops_no_other(steps, capsys):
     fails = python("tests", "print('this is why'); raise SystemExit(3)")
-    status, said = steps(fails, python("bench", "print(1)"), "--sanitize")
+    bench = python("bench", "print(1)")
+    status, said = steps(fails, bench, "--sanitize", sanitizer="false")
     assert status == 1
     lines = {line.split()[0]: line for line in said.splitlines()}
     assert lines["tests"].endswith("FAILED: exit status 3") and lines["bench"].endswith("ok")
-    if shutil.which("compute-sanitizer") is None:
-        assert "FAILED: " in lines["memcheck"] and "FAILED: " in lines["racecheck"]
+    assert all(lines[name].endswith("status 1") for name in ("memcheck", "racecheck"))
     assert "this is why" in capsys.readouterr().out
+
+
+def test_what_is_not_here_or_a_peers_is_no_fault_of_ours(steps, tmp_path):
+    """A wheel that is none, and a sanitizer that is not installed: both are named."""
+    (tmp_path / "bad-1-py3-none-any.whl").write_text("no wheel")
+    well = python("tests", "print(1)"), python("bench", "print(1)")
+    status, said = steps(*well, "--sanitize", "--wheels", str(tmp_path))
+    assert status == 0 and "not-here is not installed" in said and "memcheck" not in said
+    assert [line.split()[0] for line in said.splitlines() if "FAILED" in line] == ["peers-bad"]
 
 
 def test_a_step_that_takes_too_long_is_ended_with_its_children(tmp_path):
