@@ -22,11 +22,13 @@ from torch import Tensor
 from fused_rl import grpo, linear_logprobs, ops
 from fused_rl.bench.clock import Clock, Timing, interleaved
 from fused_rl.bench.peers import BETA, Case, batch_of, gradients, steps
-from fused_rl.bench.records import Record
+from fused_rl.bench.records import OURS, Record
 from fused_rl.bench.tasks import gradient_error
 
 Call = Callable[[], Any]
 
+# Ends the names of ours with kernels that are off by default.
+UNPROVEN = ", unproven"
 LOSS_ERROR = 1e-5  # of a loss in float32, whose terms are near 1
 
 
@@ -78,6 +80,23 @@ def replaced(*settings: tuple[Any, str, Any]) -> Iterator[None]:
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
         yield
+
+
+def with_unproven(ways: dict[str, Call]) -> dict[str, Call]:
+    """The ways, and each of ours once more with the kernels that are off by default."""
+    ours = {name: run for name, run in ways.items() if name.startswith(OURS)}
+    return ways | {name + UNPROVEN: unproven(run) for name, run in ours.items()}
+
+
+def unproven(run: Call) -> Call:
+    """run() with kernels, too, that no GPU has run yet. What first uses have shown stays known."""
+    from fused_rl.ops import trust
+
+    def with_them() -> Any:
+        with replaced((trust, "_options", trust.Options(unproven=True))):
+            return run()
+
+    return with_them
 
 
 def timed(runs: dict[str, Call], rounds: int, clock: Clock, **common: Any) -> Iterator[Record]:

@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import forwards
+from decisions import UNPROVEN
 from run import FRONT_PAGE, PAGE, SUMMARY, replace_block, row
 
 from fused_rl.bench.figures import write_ratios
@@ -153,13 +154,18 @@ def short_rows(records: list[Record]) -> list[str]:
         here = [r for r in records if r["shape"] == shape]
         cells = []
         for kind in KINDS:
-            ours = [r for r in here if r["case"] == kind.title and r["provider"].startswith(OURS)]
+            ours = [r for r in here if r["case"] == kind.title and is_default(r)]
             ratios = [f"{r['ratio_to_products']:.2f}" for r in ours if r["verdict"] == "right"]
             cells.append(" / ".join(ratios) or "-")
         size = next(r for r in here if r["provider"] == PRODUCTS)
         title = f"{shape}, {size['tokens']} x {size['hidden']} x {size['vocabulary']}"
         rows.append(f"| {title} | " + " | ".join(cells) + " |")
     return rows
+
+
+def is_default(record: Record) -> bool:
+    """Whether it is ours, as users have it."""
+    return record["provider"].startswith(OURS) and not record["provider"].endswith(UNPROVEN)
 
 
 def faults(content: Content) -> list[str]:
@@ -195,7 +201,7 @@ def errors_of_forwards(records: list[Record]) -> list[str]:
 def front_page(content: Content, link: str) -> list[str]:
     """A training step by ours, by the usual ways and by the fastest peer, in one row."""
     here = of_case(of_first_shape(content["records"]), SUMMARY)
-    ours = next(r for r in here if r["provider"].startswith(OURS))
+    ours = next(r for r in here if is_default(r))
     peers = [r for r in here if not r["provider"].startswith(OURS) and r["provider"] != PRODUCTS]
     usual = [r for r in peers if r["provider"] in FRONT_PEERS]
     others = [r for r in peers if r not in usual]
