@@ -7,7 +7,8 @@
 
 The cost in multiples of N * H * V multiply-adds, a product counting 2: 2 without gradients; 8 with
 them (the backward pass recomputes the logits); 4 where the head is not trained; 6 where the loss is
-known in the forward pass (`linear_policy_loss`).
+known in the forward pass (`linear_policy_loss`), and for any loss where chunk_bytes has room for
+all exponentials (GPUs, bfloat16, `trust_kernels(unproven=True)`).
 """
 
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def linear_logprobs(
         temperature: a number, or a tensor that broadcasts to labels; positive. No gradient.
         ignore_index: tokens with this label give 0 and 0, and no gradient.
         chunk_bytes: bound on the buffer for logits, where a way needs one; default 256 MiB, on CUDA
-            1 GiB.
+            a 56th of the card's memory and 1 GiB at least.
         grad_filter: an approximation: for each token, the backward pass leaves out those groups of
             512 vocabulary entries that hold neither its label nor an entry of at least this
             probability. It pays for peaked distributions; docs/filtered-gradients.md has the error

@@ -65,7 +65,8 @@ def linear_policy_loss(
             over tokens whose normalisers come from the batch's counts.
         temperature: a number, or a tensor that broadcasts to batch.shape: what the tokens were
             sampled at.
-        chunk_bytes: bound on the buffer for logits; default 256 MiB, on CUDA 1 GiB.
+        chunk_bytes: bound on the buffer for logits; default 256 MiB, on CUDA a 56th of the
+            card's memory and 1 GiB at least.
         grad_filter: as for linear_logprobs; it takes the two passes.
 
     Returns:

@@ -24,6 +24,8 @@ def bytes_per_logit(element_size: int) -> int:
     return 4 if element_size == 4 else 4 + element_size
 
 
+# Of so many numbers a product has tiles for all of a device, 128 x 256 each.
+LARGE_RESULT = 2**23
 # Of a product that is rounded to another dtype than the product has.
 BLOCK_ROWS = 16384
 # A row of logits begins where the vendor's products and vectors of 16 bytes can.
@@ -70,8 +72,9 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def write_product(a: Tensor, b: Tensor, to: Tensor) -> None:
-    """to = a @ b, rounded to its dtype."""
-    if to.dtype == a.dtype:
+    """to = a @ b, rounded once to its dtype."""
+    # The vendor's library may cut the sums of a small result into parts, and round those.
+    if to.dtype == a.dtype and to.numel() >= LARGE_RESULT:
         torch.mm(a, b, out=to)
     elif to.dtype == torch.float32:
         product(a, b, to)

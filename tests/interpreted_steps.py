@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import interpreted
 
 import fused_rl
-from fused_rl import LMHead, TokenBatch, linear_logprobs, linear_policy_loss, ops
+from fused_rl import LMHead, TokenBatch, linear_logprobs, linear_policy_loss, one_pass, ops
 from fused_rl.kernels import configs
 
 TILE = configs.Config(16, 32, 16, 4, 2, False, exp2=True)
@@ -136,3 +136,74 @@ def test_a_policy_loss_in_one_pass(chunk_bytes, entropy_coef, trained, monkeypat
     torch.testing.assert_close(found[0].double(), exact[0].double(), atol=2e-5, rtol=2e-6)
     for a, b in zip(found[1:], exact[1:], strict=True):
         assert (a.double() - b).norm() <= BUDGET * b.norm()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Counts what would wait for a GPU: sizes and numbers that the host asks for."""
+    asked = []
+
+    def noted(name, when=lambda *_: True):
+        asks = getattr(torch.Tensor, name)
+
+        def run(*args, **options):
+            if when(*args):
+                asked.append(name)
+            return asks(*args, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, run)
+
+    for name in ("nonzero", "item", "tolist", "__bool__", "__float__", "__int__", "masked_select"):
+        noted(name)
+    for name in ("__getitem__", "__setitem__"):
+        noted(name, lambda _, at, *rest: isinstance(at, torch.Tensor) and at.dtype == torch.bool)
+    return asked
+
+
+def loss_of(hidden, head, labels, chunk_bytes=None):
+    shape = (8, 6)
+    mask = (labels != -100).reshape(shape)
+    batch = TokenBatch.padded(labels.reshape(shape), mask, torch.linspace(-1, 1, 8))
+    shaped = hidden.reshape(*shape, H)
+    return lambda: (
+        linear_policy_loss(shaped, head, batch, fused_rl.grpo(), chunk_bytes=chunk_bytes).loss
+    )
+
+
+CHUNK_BYTES = 12 * 192 * 2
+# name -> (trained, value, waits of the forward pass, waits of the backward pass).
+WAITS = {
+    "log-probs": (True, lambda *c: lambda: linear_logprobs(*c).logprobs.sum(), 1, 1),
+    "log-probs, frozen": (False, lambda *c: lambda: linear_logprobs(*c).logprobs.sum(), 1, 0),
+    "entropy, frozen": (False, lambda *c: lambda: linear_logprobs(*c).entropy.sum(), 1, 1),
+    "loss": (True, loss_of, 2, 0),
+    "loss, frozen": (False, loss_of, 2, 0),
+    # Each of its chunks leaves out the tokens without a gradient.
+    "loss, in chunks": (True, lambda *c: loss_of(*c, CHUNK_BYTES), None, 0),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+@pytest.mark.parametrize("exponentials", [True, False])
+def test_how_often_a_step_waits_for_the_device(name, exponentials, waits, monkeypatch):
+    """On a CPU the labels are looked at, and a loss is compared with 1: not counted."""
+    monkeypatch.setattr(ops, "fits_in_half", lambda *_: exponentials)
+    for module in (ops, ops.frozen):
+        monkeypatch.setattr(module, "check_tokens", lambda *_: None)
+    monkeypatch.setattr(one_pass, "scale_", lambda *_: None)
+    monkeypatch.setattr(ops, "one_pass_pays", lambda *_: True)
+    trained, made, forward, backward = WAITS[name]
+    hidden, head, labels, leaves = case(trained)
+    value = made(hidden, head, labels)
+    waits.clear()
+    result = value()
+    in_forward = len(waits)
+    torch.autograd.grad(result, leaves)
+    in_backward = len(waits) - in_forward
+    if forward is None:
+        counted = (labels != -100).sum().item()
+        most = ops.chunk_tokens(hidden, head.weight, CHUNK_BYTES)
+        chunks = len(ops.chunk_sizes(counted, most))
+        assert chunks > 2
+        forward = 1 + chunks
+    assert (in_forward, in_backward) == (forward, backward), waits

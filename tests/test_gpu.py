@@ -236,3 +236,10 @@ def test_every_way_of_the_forward_agrees(N, transform, monkeypatch):
         stats = kernel.fwd(*call, -100, device)[:2]
         for a, b in zip(stats, exact, strict=True):
             torch.testing.assert_close(a.double().cpu(), b, atol=2e-5, rtol=2e-6)
+        poisoned = hidden.clone()
+        poisoned[5] = torch.nan
+        dirty = kernel.fwd(poisoned, *call[1:], -100, device)
+        others = (torch.arange(N, device="cuda") != 5) & (labels != -100)
+        for a, b in zip(stats, dirty, strict=False):
+            assert torch.equal(a[others], b[others])
+        assert dirty[1][5].isnan() or labels[5] == -100

@@ -15,9 +15,9 @@ from fused_rl.ops.chunk import (
     linear_logprobs_chunk_backward,
 )
 from fused_rl.ops.chunks import (
-    CHUNK_BYTES,
     HAS_TRITON,
     ONE_PASS_TOKENS,
+    card_bytes,
     check_tokens,
     chunk_sizes,
     chunk_tokens,
@@ -39,7 +39,6 @@ from fused_rl.ops.record import Head, Known, Limits, Upstream
 from fused_rl.ops.stored import linear_logprobs_stored
 
 __all__ = [
-    "CHUNK_BYTES",
     "FILTER_ROWS",
     "HAS_TRITON",
     "ONE_PASS_TOKENS",
@@ -55,6 +54,7 @@ __all__ = [
     "Sums",
     "Upstream",
     "autocasts",
+    "card_bytes",
     "check_tokens",
     "chunk_sizes",
     "chunk_tokens",

@@ -33,10 +33,15 @@ def scratch_bytes(device: torch.device, chunk_bytes: int | None) -> int:
 @lru_cache
 def own_bytes(device: torch.device) -> int:
     """The bound of a device; of a CUDA device that is not here, that of a small one."""
-    least = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return least
-    return max(least, int(torch.cuda.get_device_properties(device).total_memory * SHARE))
+    if device.type != "cuda":
+        return CHUNK_BYTES["cpu"]
+    here = torch.cuda.is_available()
+    return card_bytes(torch.cuda.get_device_properties(device).total_memory if here else 0)
+
+
+def card_bytes(memory: int) -> int:
+    """The bound of a card with so many bytes."""
+    return max(CHUNK_BYTES["cuda"], int(memory * SHARE))
 
 
 def one_pass_tokens(device: torch.device) -> float:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fused_rl.ops import CHUNK_BYTES
 from fused_rl.plan import steps
 from fused_rl.plan.devices import CARDS
 from fused_rl.plan.measured import COMMITS, MEASURED
-from fused_rl.plan.memory import Plan
+from fused_rl.plan.memory import Plan, own_bytes
 from fused_rl.plan.time import Times, times
 
 
@@ -33,7 +32,7 @@ def predicted(p: Plan) -> dict[str, Times]:
 
 def measured(p: Plan) -> dict[str, float]:
     """Of the ways that bench/results has, on that card, at these sizes, with the usual chunks."""
-    if p.dtype != torch.bfloat16 or p.chunk_bytes != CHUNK_BYTES["cuda"]:
+    if p.dtype != torch.bfloat16 or p.chunk_bytes != own_bytes(p.device):
         return {}
     return MEASURED.get((p.device, p.tokens, p.hidden, p.vocabulary, p.frozen), {})
 

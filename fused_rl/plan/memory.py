@@ -121,7 +121,7 @@ def plan(
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     kind = "cuda" if device in CARDS else device
     hidden, weight = _stand_ins(tokens, H, V, dtype, kind)
-    scratch = ops.scratch_bytes(torch.device(kind), chunk_bytes)
+    scratch = chunk_bytes or own_bytes(device)
     most = min(tokens, _chunk_tokens(hidden, weight, scratch, device))
     if tokens > MOST_CHUNKS * most:
         raise ValueError(
@@ -141,15 +141,22 @@ def plan(
     return Plan(tokens, H, V, scratch, sizes, ways, device, dtype, frozen)
 
 
+def own_bytes(device: str) -> int:
+    """The bound on scratch of a device, or of a card that CARDS knows."""
+    if device in CARDS:
+        return ops.card_bytes(CARDS[device].memory_gb * 2**30)
+    return ops.scratch_bytes(torch.device(device), None)
+
+
 def _chunk_tokens(hidden: Tensor, weight: Tensor, scratch: int, device: str) -> int:
     """ops.chunk_tokens, as it would be on a card that CARDS knows."""
     if device not in CARDS or not ops.HAS_TRITON:
         return ops.chunk_tokens(hidden, weight, scratch)
     from fused_rl.kernels import linear_gradients
 
-    V, H = weight.shape
-    multiprocessors = CARDS[device].multiprocessors
-    return linear_gradients.chunk_tokens(V, H, hidden.element_size(), scratch, multiprocessors)
+    per_logit = linear_gradients.bytes_per_logit(hidden.element_size())
+    count = CARDS[device].multiprocessors
+    return linear_gradients.chunk_tokens(*weight.shape, per_logit, scratch, count)
 
 
 def _stand_ins(N: int, H: int, V: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
