@@ -90,7 +90,9 @@ class Launches:
         self.count: Counter[str] = Counter()
         for module in modules:
             for name, kernel in vars(module).items():
-                if name.endswith("_kernel") and hasattr(kernel, "add_pre_run_hook"):
+                # Gluon's are for one architecture each, and no interpreter runs them.
+                gluon = getattr(kernel, "is_gluon", bool)()
+                if name.endswith("_kernel") and hasattr(kernel, "add_pre_run_hook") and not gluon:
                     self._watch(f"{module.__name__.split('.')[-1]}.{name}", kernel)
 
     def _watch(self, name: str, kernel) -> None:
