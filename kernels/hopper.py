@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import Config, Device, can_describe
+from .configs import HOPPER, Config, Device, can_describe
 
 try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -28,10 +28,7 @@ try:
 except ImportError:
     kernels = None
 
-# 0 bytes of stack under triton 3.6 and 3.9, with and without bias, softcap and E; 196,824 to
-# 230,472 of the 232,448 bytes of shared memory that a block may have. The four warps are those of
-# the first consumer; the others come on top.
-CONFIGS = {9: Config(128, 256, 64, 4, 4, True, exp2=True)}
+CONFIGS = {9: HOPPER}
 
 # Hidden states of the programs that run at the same time, so that they stay in an L2 of 50 MB
 # beside as much of the weight.

@@ -15,12 +15,14 @@ Traffic: reads NH and VH, writes NV numbers of two bytes. exponentials_gradients
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import logprobs
+from . import hopper, logprobs
 from .configs import Config, Device
 from .linear_logprobs import blocks, descriptors, parts, raw_tile
 
@@ -274,32 +276,108 @@ def fwd(
     e: Tensor,  # [N, V] bf16, written; its rows `row_stride` apart
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """logprobs, entropy [N] fp32, lse [N] fp64, top [N] fp32; and s [N] fp32."""
-    (N, H), V = hidden.shape, weight.shape[0]
-    tiles, splits, per_split = parts(max(N, 1), V, config, device)
-    partial = temperature.new_empty(splits, 4, N)
-    reference, again = temperature.new_empty(N), labels.new_empty(tiles, dtype=torch.int32)
-    flags = {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": softcap != 0.0}
-    tokens = (hidden if bias is None else bias, labels, temperature)
-    strides = (hidden.stride(0), weight.stride(0))
-    rows, columns, step = REFERENCE_TILE
-    if N:
-        _reference_kernel[(triton.cdiv(N, rows),)](
-            hidden, weight, *tokens, reference, N, V, H, scale, softcap, *strides, **flags,
-            UPCAST=device.interpreted, BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=step, num_warps=4,
-            enable_fp_fusion=True,
-        )  # fmt: skip
-    operands = (*descriptors(hidden, weight, config), _written(e, config))
-    for second in (False, True) if N else ():
-        _linear_exponentials_kernel[(tiles * splits,)](
-            *operands, *tokens, reference, again, partial, N, V, H, per_split, scale, softcap,
-            *strides, e.stride(0), AGAIN=second, **flags, **blocks(config, device),
-        )  # fmt: skip
-        if not second:
-            _again_kernel[(tiles,)](
-                partial, reference, again, N, splits,
-                IN_LOG2=bias is None, BLOCK_M=config.block_m, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
+    head = (hidden, weight, bias, labels, temperature, scale, softcap)
+    N, V = len(hidden), len(weight)
+    reference = temperature.new_empty(N)
+    if N == 0:
+        partial = temperature.new_empty(1, 4, 0)
+    else:
+        _refer(head, reference, device)
+        partial, form = _formed_by(head, e, reference, device, config)
+        form(None)
+        form(_again(partial, reference, config, bias))
     return _statistics(partial, labels, reference, V, logprobs.LN2 if bias is None else 1.0)
+
+
+def _refer(head: tuple, reference: Tensor, device: Device) -> None:
+    hidden, weight, bias, labels, temperature, scale, softcap = head
+    rows, columns, step = REFERENCE_TILE
+    _reference_kernel[(triton.cdiv(len(hidden), rows),)](
+        hidden,
+        weight,
+        hidden if bias is None else bias,
+        labels,
+        temperature,
+        reference,
+        *hidden.shape[:1],
+        *weight.shape,
+        scale,
+        softcap,
+        hidden.stride(0),
+        weight.stride(0),
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap != 0.0,
+        UPCAST=device.interpreted,
+        BLOCK_M=rows,
+        BLOCK_N=columns,
+        BLOCK_K=step,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+
+def _again(partial: Tensor, reference: Tensor, config: Config, bias: Tensor | None) -> Tensor:
+    """[tiles] int32: the tiles of tokens that are to be formed again, from another reference."""
+    splits, _, N = partial.shape
+    tiles = triton.cdiv(N, config.block_m)
+    again = torch.empty(tiles, dtype=torch.int32, device=partial.device)
+    _again_kernel[(tiles,)](
+        partial,
+        reference,
+        again,
+        N,
+        splits,
+        IN_LOG2=bias is None,
+        BLOCK_M=config.block_m,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return again
+
+
+def _formed_by(
+    head: tuple, e: Tensor, reference: Tensor, device: Device, config: Config
+) -> tuple[Tensor, Callable[[Tensor | None], None]]:
+    """Room for the parts, and what writes them and E: all of it, or the tiles that it is given."""
+    if config.gluon:
+        partial = hopper.parts_of(head, device, config)
+
+        def form(again: Tensor | None) -> None:
+            stored = hopper.Stored(e, reference, again)
+            hopper.exponentials(head, stored, partial, device, config)
+
+        return partial, form
+    hidden, weight, bias, labels, temperature, scale, softcap = head
+    (N, H), V = hidden.shape, weight.shape[0]
+    tiles, splits, per_split = parts(N, V, config, device)
+    partial = temperature.new_empty(splits, 4, N)
+    operands = (*descriptors(hidden, weight, config), _written(e, config))
+
+    def form(again: Tensor | None) -> None:
+        _linear_exponentials_kernel[(tiles * splits,)](
+            *operands,
+            hidden if bias is None else bias,
+            labels,
+            temperature,
+            reference,
+            labels if again is None else again,
+            partial,
+            N,
+            V,
+            H,
+            per_split,
+            scale,
+            softcap,
+            hidden.stride(0),
+            weight.stride(0),
+            e.stride(0),
+            AGAIN=again is not None,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap != 0.0,
+            **blocks(config, device),
+        )
+
+    return partial, form
 
 
 def _written(e: Tensor, config: Config) -> Tensor | object:

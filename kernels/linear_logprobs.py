@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import logprobs
+from . import hopper, logprobs
 from .configs import Config, Device, chosen
 from .linear_gradients import product
 
@@ -207,6 +207,9 @@ def fused_statistics(
     config: Config,
 ) -> Tensor:  # [splits, 4, N] fp32, in multiples of unit(config, bias)
     """Parts of the running softmax, from logits that stay in registers."""
+    if config.gluon:
+        call = (hidden, weight, bias, labels, temperature, scale, softcap)
+        return hopper.statistics(*call, device, config)
     (N, H), V = hidden.shape, weight.shape[0]
     tiles, splits, per_split = parts(N, V, config, device)
     partial = torch.empty(splits, 4, N, dtype=torch.float32, device=hidden.device)

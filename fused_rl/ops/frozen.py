@@ -42,7 +42,7 @@ def linear_logprobs_frozen(head: Head, limits: Limits) -> FrozenStatistics:
     head = head._replace(labels=labels.where(counted, 0)) if all_there else head
     for rows in chunks:
         for total, of_part in zip(totals, _statistics(head.at(rows)), strict=True):
-            total[rows] = of_part
+            total[rows] = of_part.to(total.dtype)
     if all_there:
         *vectors, unit = totals
         totals = [*(t.where(counted, 0.0) for t in vectors), unit.where(counted[:, None], 0.0)]
