@@ -1,6 +1,7 @@
 """Every way through the forward pass: its time, and its error beside that of the products.
 
     TMA, pointers    logits in registers, operands by tensor descriptors or by pointers
+      ..., stores    and exponentials in bfloat16 that a backward pass takes, [N, V]
     L2 tiles         the vendor's products, tile by tile
 
 What is tried is the table of the kernels for this device, and the sizes beside it. WAYS names where
@@ -86,9 +87,25 @@ def in_registers(case: Case, sizes: Sizes, device: Any) -> Ways:
     with_tma = (False, True) if device.major >= 9 or device.interpreted else (False,)
     kinds = [(tma, exp2) for tma in with_tma for exp2 in (False, True)]
     others = [configs.Config(*blocks, *kind) for kind in kinds for blocks in sizes.fused]
-    for config in (*configs.configs(device.major), *others):
+    table = [config for config in configs.configs(device.major) if not config.stores]
+    for config in (*table, *others):
         settings = (kernel, "chosen", lambda *_, config=config: config)
         yield config.title, library(case, device, settings)
+
+
+def stored(case: Case, sizes: Sizes, device: Any) -> Ways:
+    """Those of the table that store exponentials."""
+    from fused_rl.kernels import configs, linear_exponentials
+    from fused_rl.kernels.linear_gradients import logits_room
+
+    like = case.hidden
+    for config in (c for c in configs.configs(device.major) if c.stores):
+
+        def run(config=config) -> tuple[Tensor, ...]:
+            e = logits_room(len(case.labels), len(case.weight), like.dtype, like.device)
+            return linear_exponentials.fwd(*arguments(case), device, config, e)[0]
+
+        yield config.title, run
 
 
 def in_l2(case: Case, sizes: Sizes, device: Any) -> Ways:
@@ -102,7 +119,7 @@ def in_l2(case: Case, sizes: Sizes, device: Any) -> Ways:
         yield f"L2 tiles {rows}x{columns}", library(case, device, chosen, *settings)
 
 
-WAYS: tuple[Callable[[Case, Sizes, Any], Ways], ...] = (in_registers, in_l2)
+WAYS: tuple[Callable[[Case, Sizes, Any], Ways], ...] = (in_registers, stored, in_l2)
 
 
 def library(case: Case, device: Any, *settings: tuple[Any, str, Any]) -> Call:
