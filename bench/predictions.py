@@ -127,7 +127,7 @@ def sizes_of(card: Card, tokens: int, H: int, V: int) -> list[int]:
     """Of the chunks of the one pass."""
     from fused_rl.kernels.linear_gradients import chunk_tokens
 
-    return chunk_sizes(tokens, chunk_tokens(V, H, 2, SCRATCH, card.multiprocessors))
+    return chunk_sizes(tokens, chunk_tokens(V, H, 6, SCRATCH, card.multiprocessors))
 
 
 def old_forward(card: Card, N: int, H: int, V: int) -> list[Part]:

@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from predictions import MEASURED_CARDS, SCRATCH, Case, deviation, result, sizes_of
+from predictions import MEASURED_CARDS, Case, deviation, result
 
+from fused_rl.kernels.linear_gradients import chunk_tokens
 from fused_rl.ops import chunk_sizes
 from fused_rl.plan import steps
 from fused_rl.plan.devices import CARDS, Card
+from fused_rl.plan.memory import own_bytes
 from fused_rl.plan.time import (
     ISSUE,
     LATENCY,
@@ -26,8 +28,6 @@ from fused_rl.plan.time import (
 )
 
 N, H, V = SHAPE = (8192, 4096, 151936)
-# Tokens whose E fits into SCRATCH, in whole tiles.
-STORED = SCRATCH // (2 * V) // 128 * 128
 FORWARD, STEP, ANY, FROZEN, HALF = (
     "log-probs and entropy, no gradient",
     "GRPO step, head trained",
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 def rows(name: str) -> Iterator[Row]:
     """Today's way of each case, and the ways to come."""
     card = CARDS[name]
-    sizes, half = (sizes_of(card, tokens, H, V) for tokens in (N, N // 2))
+    sizes, half = (sizes_of(name, tokens, 6) for tokens in (N, N // 2))
     yield Row(FORWARD, "today", steps.no_gradient(card, *SHAPE), older=OURS)
     yield Row(
         FORWARD, "Triton, exp2 epilogue", steps.no_gradient(card, *SHAPE, unproven=True), "14.5"
@@ -61,23 +61,29 @@ def rows(name: str) -> Iterator[Row]:
     if has_gluon(card):
         yield Row(FORWARD, "Gluon", steps.no_gradient(card, *SHAPE, gluon=True), "13.9")
     yield Row(STEP, "today", steps.one_pass(card, sizes, H, V, trained=True), older=ONE_PASS)
-    yield from _stored(card, STEP, N, True, "42")
-    yield Row(ANY, "today", steps.two_passes(card, *SHAPE, SCRATCH), older=TWO_PASSES)
+    yield from _stored(name, STEP, N, True, "42")
+    yield Row(ANY, "today", steps.two_passes(card, *SHAPE, own_bytes(name)), older=TWO_PASSES)
     for gluon in (False, True)[: 1 + has_gluon(card)]:
         parts = steps.stored(card, [N], H, V, trained=True, gluon=gluon)
         yield Row(ANY, f"E of all tokens, {_kernel(gluon)}", parts, "50")
     yield Row(FROZEN, "today", steps.one_pass(card, sizes, H, V, trained=False), older=ONE_PASS)
-    yield from _stored(card, FROZEN, N, False, "28")
+    yield from _stored(name, FROZEN, N, False, "28")
     yield Row(HALF, "today", steps.one_pass(card, half, H, V, trained=True), older=ONE_PASS)
-    yield from _stored(card, HALF, N // 2, True, "24")
+    yield from _stored(name, HALF, N // 2, True, "24")
 
 
-def _stored(card: Card, case: str, tokens: int, trained: bool, target: str) -> Iterator[Row]:
-    """E in chunks of 1 GiB."""
+def sizes_of(name: str, tokens: int, per_logit: int) -> list[int]:
+    """Chunks of the bytes that the library takes on the card by itself."""
+    most = chunk_tokens(V, H, per_logit, own_bytes(name), CARDS[name].multiprocessors)
+    return chunk_sizes(tokens, most)
+
+
+def _stored(name: str, case: str, tokens: int, trained: bool, target: str) -> Iterator[Row]:
+    card = CARDS[name]
     for gluon, waits in COMING:
         if has_gluon(card) or not gluon:
             how = {"trained": trained, "gluon": gluon, "waits": waits}
-            parts = steps.stored(card, chunk_sizes(tokens, STORED), H, V, **how)
+            parts = steps.stored(card, sizes_of(name, tokens, 2), H, V, **how)
             way = f"E, {_kernel(gluon)}" + ("" if waits else ", nothing waited for")
             yield Row(case, way, parts, target)
 

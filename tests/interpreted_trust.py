@@ -59,7 +59,7 @@ def two_ways_on_cpu(monkeypatch):
 def place():
     """Of a device that trusts as a GPU does."""
     return INTERPRETED._replace(
-        trusts=lambda config, call: trust.trusts(CPU, INTERPRETED, config, call)
+        trusts=lambda config, call: on_cuda.trusts(CPU, INTERPRETED, config, call)
     )
 
 

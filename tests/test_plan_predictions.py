@@ -84,7 +84,7 @@ def test_the_measurements_of_the_package_are_those_of_the_result():
 
 def test_a_plan_for_a_card_has_its_chunks_and_times():
     planned = plan(HEAD, 8192, device="h200")
-    assert planned.chunks == [1024] * 8
+    assert planned.chunks == [2048] * 4
     assert plan(HEAD, 8192, device="a100").chunks != planned.chunks
     names = [way.name for way in planned.ways]
     assert list(forecast.predicted(planned)) == names

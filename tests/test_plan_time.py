@@ -122,7 +122,15 @@ def test_the_model_counts_what_the_kernels_do():
         for card in CARDS.values():
             device = configs.Device(card.multiprocessors, card.major)
             number = torch.zeros((), dtype=torch.bfloat16)
-            call = (number.expand(N, 64).contiguous(), torch.zeros(8, 64), None, 0, 0, 1.0, 0.0)
+            call = (
+                number.expand(N, 64).contiguous(),
+                torch.zeros(8, 64).bfloat16(),
+                None,
+                0,
+                0,
+                1.0,
+                0.0,
+            )
             assert steps.chosen(card, N) == configs.chosen(call, device)
 
 

@@ -1,7 +1,7 @@
 """How many tokens' logits are held at once, and room for what comes of them."""
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -57,10 +57,17 @@ def chunk_tokens(hidden: Tensor, weight: Tensor, chunk_bytes: int | None) -> int
         return chunk_rows(weight.shape[0], dtype, scratch)
     from fused_rl.kernels import linear_gradients
 
-    place = trust.place_of(hidden.device)
+    place = _place(hidden.device)
     V, H = weight.shape
     per_logit = bytes_per_logit(hidden, weight, place)
     return linear_gradients.chunk_tokens(V, H, per_logit, scratch, place.multiprocessors)
+
+
+def _place(device: torch.device) -> Any:
+    """The device, and what may run there as far as is known before the call."""
+    from fused_rl.kernels.configs import Device
+
+    return Device.of(device, trusts=partial(trust.allowed, device))
 
 
 def bytes_per_logit(hidden: Tensor, weight: Tensor, place: Any) -> int:
@@ -79,7 +86,7 @@ def fits_in_half(hidden: Tensor, weight: Tensor, chunk_bytes: int) -> bool:
         return False
     from fused_rl.kernels.linear_gradients import row_stride
 
-    per_logit = bytes_per_logit(hidden, weight, trust.place_of(hidden.device))
+    per_logit = bytes_per_logit(hidden, weight, _place(hidden.device))
     fits = len(hidden) * row_stride(len(weight)) * per_logit <= chunk_bytes
     return per_logit == 2 and fits
 

@@ -7,13 +7,14 @@ function is what the operator of its name does, plus the `device` it runs on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_rl.ops import chunk, linear, logits, stored, trust
+from fused_rl.ops import chunk, first_use, linear, logits, stored, trust
 from fused_rl.ops.chunks import HAS_TRITON, capturing
 from fused_rl.ops.formulas import at, live
 from fused_rl.ops.kl import Deviation, Estimate
@@ -54,7 +55,7 @@ def on_cuda(operator: Operator) -> Callable[[Callable], Callable]:
                 return operator.plain(*records)
             device = next(a for a in records[0] if isinstance(a, Tensor)).device
             with torch.cuda.device(device):
-                return served(operator, records, device, trust.place_of(device))
+                return served(operator, records, device, place_of(device))
 
         OPERATORS[operator] = kernel
         operator.kernel("cuda", run)
@@ -63,9 +64,30 @@ def on_cuda(operator: Operator) -> Callable[[Callable], Callable]:
     return register
 
 
+@lru_cache
+def place_of(device: torch.device) -> Any:
+    """kernels.configs.Device of a torch device: a configuration may run there once it was right."""
+    from fused_rl.kernels.configs import Device
+
+    place = Device.of(device)
+    return place._replace(trusts=lambda config, call: trusts(device, place, config, call))
+
+
+def trusts(device: torch.device, place: Any, config: Any, call: tuple) -> bool:
+    """Whether a configuration of the fused forward may run on such a call, which may be its first.
+
+    place: the device as the kernels' drivers take it.
+    """
+    return trust.allowed(device, config, call) and trust.passes(
+        device,
+        trust.title_of(config),
+        trust.kind_of_call(call),
+        lambda: first_use.config_difference(config, call, place),
+    )
+
+
 def served(operator: Operator, records: tuple, device: torch.device, place: Any) -> Any:
     """The operator's kernel at work, or plain torch where it was wrong at its first use."""
-    from fused_rl.ops import first_use
 
     def run(operator: Operator, *records: tuple) -> Any:
         return launch(OPERATORS[operator], records, place)

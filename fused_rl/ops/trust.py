@@ -113,29 +113,29 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-@lru_cache
-def place_of(device: torch.device) -> Any:
-    """kernels.configs.Device of a torch device, which trusts what may run there."""
-    from fused_rl.kernels.configs import Device
+def allowed(device: torch.device, config: Any, call: tuple) -> bool:
+    """Whether a configuration of the fused forward may run there as far as is known by now.
 
-    place = Device.of(device)
-    return place._replace(trusts=lambda config, call: trusts(device, place, config, call))
-
-
-def trusts(device: torch.device, place: Any, config: Any, call: tuple) -> bool:
-    """Whether a configuration of the fused forward may run there on such a call."""
+    Args:
+        device: where.
+        config: kernels.configs.Config.
+        call: hidden, weight, bias, labels, temperature, scale, softcap.
+    """
     if config.proof is None and not _options.unproven:
         return False
-    from fused_rl.ops.first_use import config_difference
+    verdict = _verdicts.get((device, title_of(config), kind_of_call(call)))
+    return verdict is None or verdict.error is None
 
-    hidden, _, bias, labels, *_, softcap = call
-    kind = (hidden.dtype, bias is None, softcap == 0.0)
-    # Asked in advance, about room: no case yet.
-    if labels is None:
-        verdict = _verdicts.get((device, f"linear_logprobs, {config.title}", kind))
-        return verdict is None or verdict.error is None
-    of_title = f"linear_logprobs, {config.title}"
-    return passes(device, of_title, kind, lambda: config_difference(config, call, place))
+
+def title_of(config: Any) -> str:
+    """The name of a configuration among the kernels."""
+    return f"linear_logprobs, {config.title}"
+
+
+def kind_of_call(call: tuple) -> Hashable:
+    """What the code of a configuration depends on, of a call of the fused forward."""
+    hidden, _, bias, *_, softcap = call
+    return hidden.dtype, bias is None, softcap == 0.0
 
 
 def kind_of(records: Iterable[tuple]) -> Hashable:
