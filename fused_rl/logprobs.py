@@ -42,7 +42,8 @@ def linear_logprobs(
     pass is then a scaling of what the forward pass kept ([N, H], in the dtype of hidden).
     torch.autograd.grad(..., hidden) alone forms the gradient of a trained head too, and drops it:
     torch tells no operator which are asked for. Give a detached head to save it.
-    Under torch.autocast the matrix product takes the autocast dtype, as F.linear does.
+    Under torch.autocast the matrix product takes the autocast dtype, as F.linear does. A
+    float32 head over bfloat16 hidden, or the reverse, needs no cast: docs/limits.md has its cost.
     torch.func.grad, vjp, jacrev and vmap work; forward mode and second derivatives raise.
 
     Args:

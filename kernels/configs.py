@@ -116,7 +116,7 @@ def chosen(call: tuple, device: Device, *, stores: bool = False) -> Config | Non
 
     None: linear_logprobs.tiled_statistics takes its place, or logits that of exponentials. Always
     in fp32: there an lse shows that is from logits which round otherwise than those of the backward
-    pass. Exponentials need the range of bfloat16.
+    pass. For two dtypes, whose products split.py has. Exponentials need the range of bfloat16.
 
     Args:
         call: hidden, weight, bias, labels, temperature, scale, softcap.

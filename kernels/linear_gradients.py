@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import logprobs
+from . import logprobs, split
 
 # The tile that the vendor's products of bf16 are cut into, tokens x H.
 PRODUCT_TILE = (128, 256)
@@ -62,8 +62,18 @@ def chunk_tokens(V: int, H: int, per_logit: int, chunk_bytes: int, multiprocesso
     return rows * max(count for count in counts if used(count) >= best - 0.02)
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b with fp32 accumulators and an fp32 result, whatever the operands."""
+def product(
+    a: Tensor, b: Tensor, out: Tensor | None = None, final: torch.dtype = torch.float32
+) -> Tensor:
+    """a @ b with fp32 accumulators and an fp32 result, whatever the operands.
+
+    final: what the result is rounded to in the end; split.py has the products that need not be in
+    float32.
+    """
+    if split.takes(a, b, final):
+        out = a.new_empty(len(a), b.shape[1], dtype=torch.float32) if out is None else out
+        split.product(a, b, out, False)
+        return out
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
     if out is None:
@@ -71,17 +81,17 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def write_product(a: Tensor, b: Tensor, to: Tensor) -> None:
-    """to = a @ b, rounded once to its dtype."""
+def write_product(a: Tensor, b: Tensor, to: Tensor, final: torch.dtype | None = None) -> None:
+    """to = a @ b, rounded once to its dtype; final: that, or what `to` is rounded to in the end."""
     # The vendor's library may cut the sums of a small result into parts, and round those.
-    if to.dtype == a.dtype and to.numel() >= LARGE_RESULT:
+    if to.dtype == a.dtype == b.dtype and to.numel() >= LARGE_RESULT:
         torch.mm(a, b, out=to)
     elif to.dtype == torch.float32:
-        product(a, b, to)
+        product(a, b, to, final or to.dtype)
     else:
         # A block at a time: dweight is as large as the head.
         for block, part in zip(to.split(BLOCK_ROWS), a.split(BLOCK_ROWS), strict=True):
-            block.copy_(product(part, b))
+            block.copy_(product(part, b, None, final or to.dtype))
 
 
 def summed_dtype(weight: Tensor) -> torch.dtype:
@@ -89,9 +99,11 @@ def summed_dtype(weight: Tensor) -> torch.dtype:
     return torch.float32 if weight.dtype == torch.float16 else weight.dtype
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in fp32."""
-    if a.dtype == torch.float32:
+def add_product_(total: Tensor, a: Tensor, b: Tensor, final: torch.dtype = torch.float32) -> None:
+    """total += a @ b, in fp32; final: what the total is rounded to in the end."""
+    if split.takes(a, b, final):
+        split.product(a, b, total, True)
+    elif a.dtype == torch.float32:
         total.addmm_(a, b)
     else:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
@@ -100,7 +112,7 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 def bwd(
     dlogprobs: Tensor,  # [N] fp32
     dentropy: Tensor,  # [N] fp32
-    hidden: Tensor,  # [N, H], the dtype of weight
+    hidden: Tensor,  # [N, H], the dtype of weight, or one is float32 and the other bfloat16
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [N] int64
@@ -121,7 +133,8 @@ def bwd(
     dhidden = hidden.new_zeros(N, H, dtype=torch.float32) if needs[0] else None
     dweight = hidden.new_empty(V, H, dtype=summed_dtype(weight)) if needs[1] else None
     dbias = hidden.new_empty(V, dtype=torch.float32) if needs[2] else None
-    per_column = max(N, 1) * bytes_per_logit(hidden.element_size())
+    of_draw = torch.promote_types(hidden.dtype, weight.dtype)
+    per_column = max(N, 1) * bytes_per_logit(of_draw.itemsize)
     columns = max(128, chunk_bytes // per_column // 128 * 128)
     raw = logits_room(N, min(columns, V), torch.float32, hidden.device)
     for v0 in range(0, V, columns):
@@ -131,13 +144,13 @@ def bwd(
             product(hidden, weight[v0:v1].T, raw[:, : v1 - v0]),
             (None if bias is None else bias[v0:v1], labels, temperature, scale, softcap),
             (ignore_index, lse, entropy),
-            hidden.dtype,
+            of_draw,
             v0,
         )
         if needs[0]:
-            add_product_(dhidden, draw, weight[v0:v1])
+            add_product_(dhidden, draw, weight[v0:v1], hidden.dtype)
         if needs[1]:
-            write_product(draw.T, hidden, dweight[v0:v1])
+            write_product(draw.T, hidden, dweight[v0:v1], weight.dtype)
         if needs[2]:
             torch.sum(draw, 0, dtype=torch.float32, out=dbias[v0:v1])
     return dhidden, dweight, dbias
@@ -161,7 +174,7 @@ def chunk_bwd(
     upstream: tuple[Tensor, Tensor],
     raw: Tensor,  # [N, V] fp32, consumed
     hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H], the dtype of hidden
+    weight: Tensor,  # [V, H]
     transform: tuple[Tensor | None, Tensor, Tensor, float, float],
     known: tuple[int, Tensor, Tensor],
     dweight: Tensor | None,  # [V, H], written or added to
@@ -169,12 +182,13 @@ def chunk_bwd(
     accumulate: bool,
 ) -> Tensor:  # [N, H] fp32
     """dhidden of a chunk of tokens; its share of dweight and dbias."""
-    draw = logits_gradient(upstream, raw, transform, known, hidden.dtype)
+    of_draw = torch.promote_types(hidden.dtype, weight.dtype)
+    draw = logits_gradient(upstream, raw, transform, known, of_draw)
     if dweight is not None and accumulate:
-        add_product_(dweight, draw.T, hidden)
+        add_product_(dweight, draw.T, hidden, weight.dtype)
     elif dweight is not None:
-        write_product(draw.T, hidden, dweight)
+        write_product(draw.T, hidden, dweight, weight.dtype)
     if dbias is not None:
         share = torch.sum(draw, 0, dtype=torch.float32)
         dbias.copy_(dbias + share if accumulate else share)
-    return product(draw, weight)
+    return product(draw, weight, None, hidden.dtype)

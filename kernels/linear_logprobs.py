@@ -283,7 +283,7 @@ def tiled_statistics(
 
 
 def fwd(
-    hidden: Tensor,  # [N, H], the dtype of weight
+    hidden: Tensor,  # [N, H], the dtype of weight, or one is float32 and the other bfloat16
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [N] int64

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_rl.kernels import configs, kl, linear_logprobs, logprobs
+from fused_rl.kernels import configs, kl, linear_logprobs, logprobs, split
 
 # Shared memory per block that a device grants, bytes; LDS on AMD.
 SHARED_LIMIT = {"80": 166912, "90": 232448, "100": 232448, "gfx942": 65536}
@@ -60,6 +60,12 @@ def cases(arch: str):
     for kind in (1, 2, 3, 4):
         constants = {"VALUE": kind, "SLOPE": kind, "BLOCK": kl.BLOCK}
         yield f"kl {kind}", kl._kl_kernel, constants, {}, {"num_warps": 4}
+    types = {"parts_ptr": "*bf16", "rows": "i32", "columns": "i32"}
+    types |= {"part_stride": "i32", "part_row_stride": "i32"}
+    for count in (2, 3):
+        constants = {"COUNT": count, "ROWS": split.TILE[0], "COLUMNS": split.TILE[1]}
+        warps = {"num_warps": split.NUM_WARPS}
+        yield f"split {count} parts", split._split_kernel, constants, types, warps
 
 
 def linear_cases(arch: str, flags: dict, title: str):

@@ -40,11 +40,11 @@ FORWARDS = [*FUSED, "tiled"]
 def small_and_on_cpu(monkeypatch):
     """Tiles that give several blocks at small sizes; products that a CPU has."""
 
-    def product(a, b, out=None):
+    def product(a, b, out=None, final=None):
         result = a.float() @ b.float()
         return result if out is None else out.copy_(result)
 
-    def add_product_(total, a, b):
+    def add_product_(total, a, b, final=None):
         total += a.float() @ b.float()
 
     monkeypatch.setattr(linear_gradients, "product", product)

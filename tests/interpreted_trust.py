@@ -38,11 +38,11 @@ INTERPRETED = configs.Device(2, 0, interpreted=True)
 def two_ways_on_cpu(monkeypatch):
     """Products that a CPU has; a way that is proven, and before it one that is not."""
 
-    def product(a, b, out=None):
+    def product(a, b, out=None, final=None):
         result = a.float() @ b.float()
         return result if out is None else out.copy_(result)
 
-    def add_product_(total, a, b):
+    def add_product_(total, a, b, final=None):
         total += a.float() @ b.float()
 
     monkeypatch.setattr(linear_gradients, "product", product)

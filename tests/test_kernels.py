@@ -17,6 +17,10 @@ def test_kernels_in_the_interpreter(tmp_path):
     assert_passes("interpreted_kernels.py", tmp_path)
 
 
+def test_products_by_parts_in_the_interpreter(tmp_path):
+    assert_passes("interpreted_split.py", tmp_path)
+
+
 def check(row: dict) -> None:
     name = f"{row['kernel']} on {row['arch']}"
     # That is the fastest of those that were measured, all the same.
@@ -60,6 +64,7 @@ def test_every_configuration_compiles_ahead_of_time(backend, arch, tmp_path, cap
         "merge",
         "kl",
         "linear",
+        "split",
     }
     for row in rows:
         check(row)

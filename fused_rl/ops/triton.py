@@ -1,7 +1,8 @@
 """The operators on CUDA and ROCm: which tokens take part, and the Triton kernels they go to.
 
-float64 has no kernel and takes plain torch. Operands of different dtypes meet in float32. Each
-function is what the operator of its name does, plus the `device` it runs on.
+float64 has no kernel and takes plain torch. Operands of different dtypes meet in float32, or, where
+products by parts are trusted, float32 and bfloat16 as they are. Each function is what the operator
+of its name does, plus the `device` it runs on.
 """
 
 from __future__ import annotations
@@ -121,9 +122,9 @@ def _dense(value: Any) -> Any:
 
 
 def operands(head: Head) -> Head:
-    """hidden and weight in one dtype, with contiguous columns."""
+    """hidden and weight in dtypes that can be multiplied, with contiguous columns."""
     hidden, weight = head.hidden, head.weight
-    if hidden.dtype != weight.dtype:
+    if hidden.dtype != weight.dtype and not trust.by_parts(hidden, weight):
         hidden, weight = hidden.float(), weight.float()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     return head._replace(hidden=hidden.contiguous(), weight=weight)
