@@ -287,10 +287,10 @@ def test_float16_beside_another_dtype_meets_it_in_float32(monkeypatch):
 def test_they_stay_off_until_they_are_asked_for_or_proven(monkeypatch):
     head, _ = case(BF16, FP32)
     trust.trust_kernels()
-    assert not trust.by_parts(head.hidden, head.weight)
+    assert not on_cuda.by_parts(head.hidden, head.weight)
     assert on_cuda.operands(head).hidden.dtype == FP32
     monkeypatch.setattr(split, "PROOF", "a result")
-    assert trust.by_parts(head.hidden, head.weight)
+    assert on_cuda.by_parts(head.hidden, head.weight)
     assert on_cuda.operands(head).hidden.dtype == BF16
 
 

@@ -121,10 +121,22 @@ def _dense(value: Any) -> Any:
     return value.contiguous() if isinstance(value, Tensor) and value.dim() == 1 else value
 
 
+def by_parts(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether their products may be formed by parts: one in float32, the other in bfloat16."""
+    if {hidden.dtype, weight.dtype} != {torch.float32, torch.bfloat16}:
+        return False
+    from fused_rl.kernels import split
+
+    if split.PROOF is None and not trust.options().unproven:
+        return False
+    title, device = "products of float32 and bfloat16 by parts", hidden.device
+    return trust.passes(device, title, None, lambda: first_use.parts_difference(device))
+
+
 def operands(head: Head) -> Head:
     """hidden and weight in dtypes that can be multiplied, with contiguous columns."""
     hidden, weight = head.hidden, head.weight
-    if hidden.dtype != weight.dtype and not trust.by_parts(hidden, weight):
+    if hidden.dtype != weight.dtype and not by_parts(hidden, weight):
         hidden, weight = hidden.float(), weight.float()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     return head._replace(hidden=hidden.contiguous(), weight=weight)

@@ -138,20 +138,6 @@ def kind_of_call(call: tuple) -> Hashable:
     return hidden.dtype, bias is None, softcap == 0.0
 
 
-def by_parts(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether their products may be formed by parts: one in float32, the other in bfloat16."""
-    if {hidden.dtype, weight.dtype} != {torch.float32, torch.bfloat16}:
-        return False
-    from fused_rl.kernels import split
-
-    if split.PROOF is None and not _options.unproven:
-        return False
-    from fused_rl.ops.first_use import parts_difference
-
-    title = "products of float32 and bfloat16 by parts"
-    return passes(hidden.device, title, None, lambda: parts_difference(hidden.device))
-
-
 def kind_of(records: Iterable[tuple]) -> Hashable:
     """What the code of a kernel depends on, of the records that it is given."""
     return tuple(
