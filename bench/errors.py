@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from decisions import UNPROVEN, unproven
 
 import fused_rl
 from fused_rl.bench.records import Record
@@ -26,9 +28,9 @@ def correctness(device: torch.device) -> tuple[Record, dict[str, str]]:
     for dtype, budget in BUDGET.items():
         short = str(dtype).removeprefix("torch.")
         found[short] = {}
-        for name, size in {**CHECKED, "logits": None}.items():
+        for name, run in _checks(dtype, device).items():
             try:
-                of = head_errors(dtype, device, *size) if size else logits_errors(dtype, device)
+                of = run()
             except Exception as failure:
                 wrong[f"{short}, {name}"] = f"{type(failure).__name__}: {failure}"[:400]
                 continue
@@ -39,9 +41,25 @@ def correctness(device: torch.device) -> tuple[Record, dict[str, str]]:
     return found, wrong
 
 
-def head_errors(dtype: torch.dtype, device: torch.device, N: int, H: int, V: int) -> list[float]:
+def _checks(dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], list[float]]]:
+    """By name; each runs with the kernels that are off by default, too."""
+    found = {n: partial(head_errors, (dtype, dtype), device, *s) for n, s in CHECKED.items()}
+    if dtype == torch.bfloat16:
+        mixed = (dtype, torch.float32)
+        found["float32 head"] = partial(head_errors, mixed, device, *CHECKED["many tokens"])
+    # In float32, and for logits, they are the same kernels.
+    others = {} if dtype == torch.float32 else found
+    found |= {name + UNPROVEN: unproven(run) for name, run in others.items()}
+    return found | {"logits": partial(logits_errors, dtype, device)}
+
+
+def head_errors(
+    dtypes: tuple[torch.dtype, torch.dtype], device: torch.device, N: int, H: int, V: int
+) -> list[float]:
+    """dtypes: of hidden states and weight."""
     torch.manual_seed(0)
-    inputs = [torch.randn(N, H).to(dtype), torch.randn(V, H).to(dtype), torch.randn(V)]
+    of_hidden, of_weight = dtypes
+    inputs = [torch.randn(N, H).to(of_hidden), torch.randn(V, H).to(of_weight), torch.randn(V)]
     labels = torch.randint(0, V, (N,)).where(torch.rand(N) < 0.8, -100)
     temperature = torch.rand(N, dtype=torch.float64) + 0.5
 

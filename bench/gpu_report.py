@@ -13,7 +13,7 @@ def show(content: Record) -> None:
     """Everything that a person wants to see of a result."""
     for dtype, by_size in content["correctness"].items():
         for size, errors in by_size.items():
-            print(f"{dtype:10}{size:14}" + " ".join(f"{e:.1e}" for e in errors))
+            print(f"{dtype:10}{size:25}" + " ".join(f"{e:.1e}" for e in errors))
     wrong = [r for r in content["small cases"] if r["verdict"] != "right"]
     print(f"{len(content['small cases'])} small cases, {len(wrong)} of them not right")
     for record in wrong:
