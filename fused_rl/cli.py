@@ -6,10 +6,8 @@ Nothing heavier than torch is imported before a command needs it.
 """
 
 import argparse
-import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -212,24 +210,10 @@ def add_export_hub(commands: argparse._SubParsersAction) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Prints the kernel of each device, and versions."""
-    for backend in fused_rl.backends():
-        print(f"{backend.device:<14}{backend.kernel}")
-        print(f"{'':<14}{backend.note}")
-    print(f"{'fused_rl':<14}{fused_rl.__version__}")
-    print(f"{'torch':<14}{torch.__version__}")
-    for name in ("triton", "transformers"):
-        print(f"{name:<14}{installed_version(name)}")
-    print(f"{'python':<14}{platform.python_version()}")
-    print(f"{'threads':<14}{torch.get_num_threads()}")
+    from fused_rl.bench.doctor import report
+
+    print("\n".join(report()))
     return 0
-
-
-def installed_version(name: str) -> str:
-    """The version of a distribution, without importing it."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def demo(arguments: argparse.Namespace) -> int:

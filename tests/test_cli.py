@@ -14,6 +14,8 @@ import torch
 
 import fused_rl
 from fused_rl import cli
+from fused_rl.bench import doctor
+from fused_rl.ops import trust
 
 
 def test_doctor_names_every_backend_and_version(capsys):
@@ -25,11 +27,25 @@ def test_doctor_names_every_backend_and_version(capsys):
     assert f"threads       {torch.get_num_threads()}\n" in printed
 
 
+def test_doctor_says_what_first_uses_have_shown(capsys, monkeypatch):
+    shown = [
+        trust.Verdict("NVIDIA H200", "kl", None),
+        trust.Verdict("NVIDIA H200", "linear_logprobs", "result 0 is nan from plain torch"),
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "used_once", lambda device: shown)
+    monkeypatch.setattr(trust, "verdicts", lambda: shown)
+    assert cli.main(["doctor"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "kl: right linear_logprobs: result 0 is nan from plain torch" in said
+    assert "linear_logprobs is not used on NVIDIA H200: result 0 is nan" in said
+
+
 def test_doctor_says_what_is_not_installed(capsys, monkeypatch):
     def version(name):
-        raise cli.PackageNotFoundError(name)
+        raise doctor.PackageNotFoundError(name)
 
-    monkeypatch.setattr(cli, "version", version)
+    monkeypatch.setattr(doctor, "version", version)
     assert cli.main(["doctor"]) == 0
     assert "transformers  not installed\n" in capsys.readouterr().out
 
