@@ -12,6 +12,8 @@ READY_PEERS := $(VENV)/.ready-peers
 VERL := verl tensordict pyvers orjson cloudpickle codetiming hydra-core omegaconf \
   antlr4-python3-runtime ray msgpack protobuf jsonschema jsonschema-specifications referencing \
   rpds-py attrs
+# The oldest triton that pyproject.toml allows compiles the kernels, too, from a folder of its own.
+OLD_TRITON := 3.6.0
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/CMakeLists.txt)
 
 # Results and logs of `make gpu`.
@@ -72,9 +74,12 @@ $(READY_BENCH): $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[bench]"
 	touch $@
 
-# What the parity tests run beside us.
+# What the parity tests run beside us, and another compiler of the kernels.
 $(READY_ALL): $(READY_BENCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[trl,hub]"
+	test -e $(VENV)/triton-$(OLD_TRITON)/triton/__init__.py || \
+	  $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton-$(OLD_TRITON) \
+	  "triton==$(OLD_TRITON); platform_system == 'Linux'"
 	touch $@
 
 $(READY_PEERS): $(READY_ALL)
