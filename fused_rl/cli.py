@@ -6,8 +6,10 @@ Nothing heavier than torch is imported before a command needs it.
 """
 
 import argparse
+import platform
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 import fused_rl
+from fused_rl import ops
 from fused_rl.system import outputs, signals
 from fused_rl.system.numbers import not_negative, positive, seed
 
@@ -209,11 +212,28 @@ def add_export_hub(commands: argparse._SubParsersAction) -> None:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Prints the kernel of each device, and versions."""
-    from fused_rl.bench.doctor import report
-
-    print("\n".join(report()))
+    """Prints the kernel of each device, on a GPU whether each was right, and versions."""
+    tried = ops.triton.check_every_kernel() if torch.cuda.is_available() else []
+    for backend in fused_rl.backends():
+        print(f"{backend.device:<14}{backend.kernel}")
+        print(f"{'':<14}{backend.note}")
+    for verdict in tried:
+        print(f"{'':<14}{verdict.device}, {verdict.kernel}: {verdict.error or 'right'}")
+    print(f"{'fused_rl':<14}{fused_rl.__version__}")
+    print(f"{'torch':<14}{torch.__version__}")
+    for name in ("triton", "transformers"):
+        print(f"{name:<14}{installed_version(name)}")
+    print(f"{'python':<14}{platform.python_version()}")
+    print(f"{'threads':<14}{torch.get_num_threads()}")
     return 0
+
+
+def installed_version(name: str) -> str:
+    """The version of a distribution, without importing it."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def demo(arguments: argparse.Namespace) -> int:

@@ -20,9 +20,7 @@ import interpreted
 
 import fused_rl
 from fused_rl import LMHead, TokenBatch, linear_logprobs, linear_policy_loss, one_pass, ops
-from fused_rl.bench import doctor
 from fused_rl.kernels import configs
-from fused_rl.ops import record
 
 TILE = configs.Config(16, 32, 16, 4, 2, False, exp2=True)
 # The interpreter cuts off what does not fit into bfloat16, where a GPU rounds.
@@ -209,18 +207,3 @@ def test_how_often_a_step_waits_for_the_device(name, exponentials, waits, monkey
         assert chunks > 2
         forward = 1 + chunks
     assert (in_forward, in_backward) == (forward, backward), waits
-
-
-def test_the_doctor_uses_every_operator_that_has_a_kernel(monkeypatch):
-    called, call = set(), record.call
-
-    def noted(op, *args):
-        called.add(op._qualname.split("::")[1])
-        return call(op, *args)
-
-    monkeypatch.setattr(record, "call", noted)
-    monkeypatch.setattr(ops, "fits_in_half", lambda *_: True)
-    doctor.used_once(torch.device("cpu"))
-    monkeypatch.setattr(ops, "fits_in_half", lambda *_: False)
-    doctor.used_once(torch.device("cpu"))
-    assert called >= {operator.__name__ for operator in ops.triton.OPERATORS}

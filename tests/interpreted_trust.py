@@ -229,3 +229,22 @@ def test_the_check_can_be_turned_off(place, taken):
     trust.trust_kernels(first_use_check=False)
     on_cuda.served(ops.linear_logprobs, (head(), LIMITS), CPU, place)
     assert taken == [PROVEN] and trust.verdicts() == []
+
+
+def test_every_kernel_can_be_checked_at_once(place):
+    trust.trust_kernels(unproven=True)
+    found = {v.kernel: v.error for v in on_cuda.check_every_kernel(CPU, place)}
+    assert set(found.values()) == {None}
+    of_operators = {o.__name__ for o in on_cuda.OPERATORS if o not in on_cuda.CONTINUES}
+    assert found.keys() == of_operators | {f"linear_logprobs, {NEW.title}"}
+
+
+def test_what_is_wrong_is_named_by_that_check(place, monkeypatch):
+    def faulty(*args):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(on_cuda.OPERATORS, logits_logprobs_backward, faulty)
+    with pytest.warns(RuntimeWarning, match="logits_logprobs_backward"):
+        found = {v.kernel: v.error for v in on_cuda.check_every_kernel(CPU, place)}
+    wrong = {name for name, error in found.items() if error}
+    assert wrong == {"logits_logprobs_backward"}

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import fused_rl
-from fused_rl import cli
-from fused_rl.bench import doctor
+from fused_rl import cli, ops
 from fused_rl.ops import trust
 
 
@@ -33,19 +32,19 @@ def test_doctor_says_what_first_uses_have_shown(capsys, monkeypatch):
         trust.Verdict("NVIDIA H200", "linear_logprobs", "result 0 is nan from plain torch"),
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(doctor, "used_once", lambda device: shown)
+    monkeypatch.setattr(ops.triton, "check_every_kernel", lambda: shown)
     monkeypatch.setattr(trust, "verdicts", lambda: shown)
     assert cli.main(["doctor"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "kl: right linear_logprobs: result 0 is nan from plain torch" in said
+    assert "NVIDIA H200, kl: right NVIDIA H200, linear_logprobs: result 0 is nan" in said
     assert "linear_logprobs is not used on NVIDIA H200: result 0 is nan" in said
 
 
 def test_doctor_says_what_is_not_installed(capsys, monkeypatch):
     def version(name):
-        raise doctor.PackageNotFoundError(name)
+        raise cli.PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(cli, "version", version)
     assert cli.main(["doctor"]) == 0
     assert "transformers  not installed\n" in capsys.readouterr().out
 

@@ -103,6 +103,32 @@ def served(operator: Operator, records: tuple, device: torch.device, place: Any)
     return run(operator, *records) if right else operator.plain(*records)
 
 
+def check_every_kernel(
+    device: torch.device | None = None, place: Any = None
+) -> list[trust.Verdict]:
+    """Compares each operator's kernels with plain torch, on bfloat16, as their first uses would.
+
+    Args:
+        device: the current CUDA device unless given.
+        place: the device as the kernels' drivers take it; place_of(device) unless given.
+    """
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    place = place or place_of(device)
+
+    def run(operator: Operator, *records: tuple) -> Any:
+        return launch(OPERATORS[operator], records, place)
+
+    for operator in (o for o in OPERATORS if o not in CONTINUES):
+        like = first_use.example(operator, device)
+        trust.passes(
+            device,
+            operator.__name__,
+            trust.kind_of([like]),
+            lambda o=operator, r=like: first_use.difference(o, (r,), run),
+        )
+    return trust.verdicts()
+
+
 def in_float64(records: Sequence[tuple]) -> bool:
     """Whether the first two tensors say so: an lse, further on, is in float64 always."""
     tensors = [a for a in chain.from_iterable(records) if isinstance(a, Tensor)]
