@@ -14,6 +14,7 @@ VERL := verl tensordict pyvers orjson cloudpickle codetiming hydra-core omegacon
   rpds-py attrs
 # The oldest triton that pyproject.toml allows compiles the kernels, too, from a folder of its own.
 OLD_TRITON := 3.6.0
+OTHER_TRITON := $(VENV)/triton-$(OLD_TRITON)
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/CMakeLists.txt)
 
 # Results and logs of `make gpu`.
@@ -26,7 +27,7 @@ demo: $(READY)
 
 # Each process takes a file at a time and has all the threads that torch takes. Threads that wait
 # sleep, and leave the processor to the other process.
-test: $(READY)
+test: $(READY) $(OTHER_TRITON)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	  -m "not slow and not gpu" $(ARGS)
 
@@ -74,12 +75,16 @@ $(READY_BENCH): $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[bench]"
 	touch $@
 
-# What the parity tests run beside us, and another compiler of the kernels.
-$(READY_ALL): $(READY_BENCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[trl,hub]"
-	test -e $(VENV)/triton-$(OLD_TRITON)/triton/__init__.py || \
-	  $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton-$(OLD_TRITON) \
+# Another compiler of the kernels. A folder that is half filled has no name yet.
+$(OTHER_TRITON): $(READY)
+	rm -rf $@ $@.part
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part \
 	  "triton==$(OLD_TRITON); platform_system == 'Linux'"
+	mkdir -p $@.part && mv $@.part $@
+
+# What the parity tests run beside us.
+$(READY_ALL): $(READY_BENCH) $(OTHER_TRITON)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[trl,hub]"
 	touch $@
 
 $(READY_PEERS): $(READY_ALL)

@@ -159,5 +159,5 @@ def _blocks(length: int, part_bytes: int, results: int = 0) -> Iterator[slice]:
     part_bytes, results: of one index of that dimension.
     """
     most = min(PARTS_BYTES // max(1, part_bytes), RESULTS // max(1, results))
-    size = max(256, most // 256 * 256)
+    size = max(64, most // 64 * 64)
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
