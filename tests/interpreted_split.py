@@ -96,7 +96,8 @@ def test_blocks_cover_everything_once_and_keep_to_their_bounds(length, bound, mo
         monkeypatch.setattr(split, name, value)
     found = list(split._blocks(length, 6, 5))
     assert [i for s in found for i in range(s.start, s.stop)] == list(range(length))
-    assert len(found) == (-(-length // 256) if bound else 1)
+    size = {"PARTS_BYTES": 64, "RESULTS": 256}.get(next(iter(bound), None), length)
+    assert len(found) == -(-length // size)
 
 
 # Products

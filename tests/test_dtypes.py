@@ -266,7 +266,7 @@ CASES: dict[str, Callable[[Numbers], list]] = {
 # The other half, what only holds things, and what only takes Python's numbers.
 ELSEWHERE = {
     *("LMHead", "backends", "linear_kept_logprobs", "linear_logprobs", "linear_policy_loss"),
-    *("linear_top_logprobs", "logprobs_from_logits"),
+    *("linear_top_logprobs", "logprobs_from_logits", "trust_kernels"),
     *(
         "GAEOutput",
         "KeptStats",

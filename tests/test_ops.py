@@ -25,7 +25,7 @@ from fused_rl import (
     logprobs_from_logits,
     ops,
 )
-from fused_rl.ops import chunk, frozen, linear, logits
+from fused_rl.ops import chunk, frozen, linear, logits, stored
 from fused_rl.ops.kl import kl, kl_backward
 from fused_rl.ops.record import Operator
 
@@ -88,7 +88,8 @@ def _of_linear_logprobs_frozen_backward(dtype):
     _, entropy, lse, _, unit = frozen.linear_logprobs_frozen.op(*args)
     g = torch.randn_like(entropy)
     for dentropy in (torch.randn_like(entropy), torch.zeros_like(entropy)):
-        yield (g, dentropy, *args, lse, entropy, unit)
+        for has_dentropy in (True, False):
+            yield (g, dentropy, *args, lse, entropy, unit, has_dentropy)
 
 
 def _chunk_args(dtype):
@@ -110,6 +111,28 @@ def _of_linear_logprobs_chunk_backward(dtype):
     for accumulate in (False, True):
         sums = (torch.zeros(11, 6, dtype=lse.dtype), torch.zeros(11, dtype=lse.dtype))
         yield (z, *up, *args, lse, entropy, *sums, accumulate)
+
+
+@samples_of(chunk.linear_logprobs_chunk_unit)
+def _of_linear_logprobs_chunk_unit(dtype):
+    args = _chunk_args(dtype)
+    _, entropy, lse, _, z = chunk.linear_logprobs_chunk.op(*args)
+    yield (z, *args, lse, entropy)
+
+
+@samples_of(stored.linear_logprobs_stored)
+def _of_linear_logprobs_stored(dtype):
+    # All of them count: how many do is no shape that is known before.
+    yield (*_require_grad(_chunk_args(dtype), 3), IGNORED, 2**20)
+
+
+@samples_of(stored.linear_logprobs_stored_backward)
+def _of_linear_logprobs_stored_backward(dtype):
+    args = (*_chunk_args(dtype), IGNORED, 2**20)
+    _, entropy, lse, _, rows, z = stored.linear_logprobs_stored.op(*args)
+    up = (torch.randn_like(entropy), torch.randn_like(entropy))
+    for needs in itertools.product([False, True], repeat=3):
+        yield (*up, *args, lse, entropy, rows, z, True, *needs)
 
 
 def _logits_args(dtype):

@@ -2,7 +2,7 @@
 
 record.py says how one is written, and each family has its file. What has no kernel for the device
 at hand runs in plain torch. The kernels for CPUs (csrc/) are registered by the library that
-native.py loads, those for CUDA (kernels/) in triton.py.
+native.py loads, those for CUDA (kernels/) in triton.py and triton_chunk.py.
 """
 
 from fused_rl.ops import triton, triton_chunk, trust

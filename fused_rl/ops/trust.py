@@ -37,7 +37,7 @@ _options = Options()
 _verdicts: dict[Hashable, Verdict] = {}
 
 
-def trust_kernels(*, unproven: bool = False, first_use_check: bool = True) -> None:
+def trust_kernels(*, unproven: bool = False, first_use_check: bool = True) -> Options:
     """Says which of the kernels for GPUs this process may use; each call sets both options.
 
     Args:
@@ -46,10 +46,14 @@ def trust_kernels(*, unproven: bool = False, first_use_check: bool = True) -> No
         first_use_check: compare each kernel with plain torch at its first use on a device, which
             takes milliseconds beside its compilation. A kernel that is wrong there is replaced by
             the next way down, with a RuntimeWarning; `fused-rl doctor` and `backends` tell.
+
+    Returns:
+        Both options, as they are now.
     """
     global _options
-    _options = Options(unproven, first_use_check)
+    _options = Options(bool(unproven), bool(first_use_check))
     _verdicts.clear()
+    return _options
 
 
 def options() -> Options:
