@@ -107,6 +107,22 @@ def test_the_backward_pass_forms_no_logits_again(stored):
     }
 
 
+def test_rows_that_are_picked_out_lie_as_far_apart_as_they_did(stored, monkeypatch):
+    """So that products read whole lines of them; and what belongs to them lies close."""
+    from fused_rl.kernels import exponentials_gradients
+
+    seen, own = [], exponentials_gradients.bwd
+
+    def bwd(upstream, e, hidden, weight, transform, known, *rest):
+        seen.append((len(e), e.stride(), [t.stride() for t in (*upstream, *known)]))
+        return own(upstream, e, hidden, weight, transform, known, *rest)
+
+    monkeypatch.setattr(exponentials_gradients, "bwd", bwd)
+    gradients(case(), OBJECTIVES["a few"])
+    ((count, stride, others),) = seen
+    assert 0 < count <= 5 and stride == (192, 1) and set(others) == {(1,)}
+
+
 def test_a_retained_graph_gives_the_same_again(stored):
     for objective in ("log-probs", "entropy too"):
         hidden, head, labels, leaves = case()

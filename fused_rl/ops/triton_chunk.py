@@ -42,18 +42,18 @@ def _exponentials(head: Head, config: Any, device: Any) -> ChunkStatistics:
     N, V = head.hidden.shape[0], head.weight.shape[0]
     z = head.hidden.new_empty(N * row_stride(V) + 4 * N)
     e, kept = _exponentials_of(z, N, V)
-    stats, s = kernel.fwd(*head, device, config, e)
+    stats, s = kernel.fwd(*head, device, config, e[:, :V])
     kept[0], kept[1] = s, stats[0]
     return ChunkStatistics(*stats, z)
 
 
 def _exponentials_of(z: Tensor, N: int, V: int) -> tuple[Tensor, Tensor]:
-    """E [N, V]; s and the log-probs, [2, N] fp32."""
+    """E, with the room between its rows; s and the log-probs, [2, N] fp32."""
     from fused_rl.kernels.linear_gradients import row_stride
 
     stride = row_stride(V)
     e, kept = z.split([N * stride, 4 * N])
-    return e.view(N, stride)[:, :V], kept.view(torch.float32).view(2, N)
+    return e.view(N, stride), kept.view(torch.float32).view(2, N)
 
 
 @on_cuda(chunk.linear_logprobs_chunk_backward)
@@ -93,8 +93,7 @@ def _chunk_gradients(
         given = _of_exponentials(rows, logits, upstream, head, known)
         return exponentials_gradients.bwd(*given, *into, sums.accumulate)
     N, V = head.hidden.shape[0], head.weight.shape[0]
-    raw = logits.z.view(N, kernel.row_stride(V))[:, :V]
-    raw = raw if rows is None else raw[rows]
+    raw = _rows_of(logits.z.view(N, kernel.row_stride(V)), rows)[:, :V]
     upstream, taken, known = picked(rows, upstream, head, known)
     power = power_of_two(taken, upstream)
     if power is not None:
@@ -114,6 +113,11 @@ def _chunk_gradients(
     return dhidden
 
 
+def _rows_of(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """Some of them, as far apart as they were; all, if None."""
+    return tensor if rows is None else tensor[rows]
+
+
 def _of_exponentials(
     rows: Tensor | None, logits: ChunkLogits, upstream: Upstream, head: Head, known: Known
 ) -> tuple:
@@ -121,8 +125,8 @@ def _of_exponentials(
     from fused_rl.kernels.exponentials_gradients import Known as OfExponentials
 
     e, kept = _exponentials_of(logits.z, len(head.labels), len(head.weight))
-    if rows is not None:
-        e, kept = e[rows], kept[:, rows]
+    e = _rows_of(e, rows)[:, : len(head.weight)]
+    kept = kept if rows is None else kept[:, rows]
     upstream, taken, known = picked(rows, upstream, head, known)
     hidden, weight, *tokens = taken
     return upstream, e, hidden, weight, tokens, OfExponentials(*kept, *known)
