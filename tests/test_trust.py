@@ -9,6 +9,7 @@ from interpreter import assert_passes
 
 import fused_rl
 from fused_rl.kernels import configs
+from fused_rl.ops import trust
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 PROVEN = [
@@ -79,6 +80,22 @@ def test_what_no_gpu_has_run_is_off():
 
 def test_the_public_switch_sets_both_options():
     fused_rl.trust_kernels(unproven=True, first_use_check=False)
-    assert fused_rl.ops.trust.options() == (True, False)
+    assert trust.options() == (True, False)
     fused_rl.trust_kernels()
-    assert fused_rl.ops.trust.options() == (False, True)
+    assert trust.options() == (False, True)
+
+
+def test_a_first_use_may_wait_where_the_caller_forbids_it(monkeypatch):
+    modes, device = ["error"], torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    fused_rl.trust_kernels()
+    allowed = trust.passes(device, "a kernel", None, lambda: modes.append("compared"))
+    assert allowed and modes == ["error", "default", "compared", "error"]
+    # Within a graph nothing is compared, and nothing is remembered.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert trust.passes(device, "another", None, lambda: modes.append("compared"))
+    assert modes[-1] == "error" and [v.kernel for v in trust.verdicts()] == ["a kernel"]
+    fused_rl.trust_kernels()

@@ -10,7 +10,8 @@ nothing is compared, and nothing is remembered.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -83,7 +84,9 @@ def passes(
     if key not in _verdicts:
         if _capturing(device):
             return True
-        _verdicts[key] = verdict = Verdict(_name(device), kernel, _found(difference))
+        with _may_wait(device):
+            error = _found(difference)
+        _verdicts[key] = verdict = Verdict(_name(device), kernel, error)
         if verdict.error is not None:
             _warn(verdict)
     return _verdicts[key].error is None
@@ -91,6 +94,20 @@ def passes(
 
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def _may_wait(device: torch.device) -> Iterator[None]:
+    """Whatever set_sync_debug_mode says of the caller's own waits: a comparison must be read."""
+    if device.type != "cuda":
+        yield
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _found(difference: Callable[[], str | None]) -> str | None:
