@@ -54,8 +54,10 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not (args.small or args.sanitize):
         raise SystemExit(NO_GPU)
+    if args.without_gluon:
+        importlib.import_module("without_gluon")
     if args.warm:
-        return warm()
+        return warm(args.without_gluon)
     if device.type == "cpu":
         interpreted.start()
     launches = Launches(*kernel_modules())
@@ -84,6 +86,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--parts", type=parts, default=tuple(gpu_session.PARTS), metavar="NAME,...", help="below"
     )
+    parser.add_argument("--without-gluon", action="store_true", help="as gpu_probe.py may advise")
     parser.add_argument("--commit", help="the commit that is measured, where git cannot say it")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=420, help="seconds")
@@ -125,7 +128,7 @@ def failed(content: Record) -> bool:
     )
 
 
-def warm() -> int:
+def warm(without_gluon: bool) -> int:
     """Calls everything of ours once with few tokens, in many processes: what is compiled for it is
     kept where the later runs find it.
     """
@@ -134,7 +137,8 @@ def warm() -> int:
     device = torch.device("cuda")
     titles = [*forward_calls(Device.of(device)), *(kind.title for kind in KINDS)]
     workers = min(len(titles), os.cpu_count())
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    also = (importlib.import_module, ("without_gluon",)) if without_gluon else ()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), *also) as pool:
         list(pool.map(warm_one, titles))
     return 0
 

@@ -6,6 +6,7 @@ Needs a python3 with torch and triton; no build, no network, no virtual environm
 with its output in STEP.txt beside the results:
 
     peers      the wheels of a folder, into a temporary one, each by itself
+    gluon      gpu_probe.py, beside them; where it fails or does not end, nothing takes that kernel
     warm       bench/gpu.py --warm, beside the tests: what it compiles is there for the next
     tests      those marked gpu; in several processes where pytest-xdist is installed
     bench      bench/gpu.py, in what is left of --seconds
@@ -36,6 +37,7 @@ SANITIZER = "compute-sanitizer"
 PEER = "peers-"  # begins the name of a step that installs one
 MOST_PROCESSES = 6
 TEST_SECONDS = 120
+PROBE_SECONDS = 60
 SANITIZER_SECONDS = 180
 # Of --seconds, what the benchmark keeps for its start and for what it cannot stop in.
 MARGIN = 25
@@ -76,10 +78,11 @@ def main() -> int:
         runner = Runner(args.out, peers)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, runner.stop)
-        outcomes = runner.one_by_one(wheels(args.wheels, peers))
-        outcomes += runner.together([warm(), tests()])
+        outcomes = runner.together([probe(), *wheels(args.wheels, peers)])
+        gluon = outcomes[0].fault is None
+        outcomes += runner.together([warm(gluon), tests(gluon)])
         left = args.seconds - (time.monotonic() - began)
-        outcomes += runner.one_by_one([bench(args, left), *sanitizers(args)])
+        outcomes += runner.one_by_one([bench(args, left, gluon), *sanitizers(args, gluon)])
     said = "\n".join(map(str, outcomes))
     if args.sanitize and not shutil.which(SANITIZER):
         said += f"\nleft out: {SANITIZER} is not installed"
@@ -123,24 +126,37 @@ def wheels(folder: Path | None, to: str) -> list[Step]:
     return [Step(f"{PEER}{w.name.split('-')[0]}", [*pip, str(w)], 60) for w in found]
 
 
-def warm() -> Step:
-    return Step("warm", [sys.executable, SCRIPT, "--warm"], TEST_SECONDS)
+def probe() -> Step:
+    return Step("gluon", [sys.executable, str(ROOT / "bench" / "gpu_probe.py")], PROBE_SECONDS)
 
 
-def tests() -> Step:
+def script(gluon: bool) -> list[str]:
+    """bench/gpu.py, with the kernels that are known to end."""
+    return [sys.executable, SCRIPT, *([] if gluon else ["--without-gluon"])]
+
+
+def warm(gluon: bool) -> Step:
+    return Step("warm", [*script(gluon), "--warm"], TEST_SECONDS)
+
+
+def tests(gluon: bool) -> Step:
     """Files without such a test are not read: what they import may not be here."""
     files = [
         str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()
     ]
+    if not gluon:
+        files = [f for f in files if "hopper" not in f]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    if not gluon:
+        command += ["-p", "without_gluon"]
     if find_spec("xdist"):
         command += ["-n", str(min(MOST_PROCESSES, os.cpu_count()))]
     return Step("tests", [*command, *files], TEST_SECONDS)
 
 
-def bench(args: argparse.Namespace, left: float) -> Step:
+def bench(args: argparse.Namespace, left: float, gluon: bool) -> Step:
     budget = max(LEAST, left - MARGIN)
-    command = [sys.executable, SCRIPT, "--out", str(args.out / "gpu.json")]
+    command = [*script(gluon), "--out", str(args.out / "gpu.json")]
     command += ["--budget", f"{budget:.0f}", "--rounds", args.rounds or "5"]
     for name in ("parts", "commit"):
         if value := getattr(args, name):
@@ -148,13 +164,13 @@ def bench(args: argparse.Namespace, left: float) -> Step:
     return Step("bench", command, budget + 2 * MARGIN)
 
 
-def sanitizers(args: argparse.Namespace) -> list[Step]:
+def sanitizers(args: argparse.Namespace, gluon: bool) -> list[Step]:
     tool = shutil.which(SANITIZER)
     if not args.sanitize or not tool:
         return []
     steps = []
     for name in ("memcheck", "racecheck"):
-        command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, SCRIPT]
+        command = [tool, "--tool", name, "--error-exitcode", "9", *script(gluon)]
         command += ["--sanitize", "--out", str(args.out / f"{name}.json")]
         steps.append(Step(name, command, SANITIZER_SECONDS))
     return steps
@@ -167,7 +183,7 @@ class Runner:
         self.out = out
         self.running: list[subprocess.Popen] = []
         before = [path for path in (os.environ.get("PYTHONPATH"),) if path]
-        path = os.pathsep.join([str(ROOT), peers, *before])
+        path = os.pathsep.join([str(ROOT), str(ROOT / "bench"), peers, *before])
         self.environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         self.environment["HF_HUB_OFFLINE"] = "1"
 

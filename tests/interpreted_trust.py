@@ -4,6 +4,7 @@ import copy
 import os
 import warnings
 
+import gpu_probe
 import pytest
 import torch
 
@@ -248,3 +249,12 @@ def test_what_is_wrong_is_named_by_that_check(place, monkeypatch):
         found = {v.kernel: v.error for v in on_cuda.check_every_kernel(CPU, place)}
     wrong = {name for name, error in found.items() if error}
     assert wrong == {"logits_logprobs_backward"}
+
+
+@pytest.mark.parametrize("stores", [False, True])
+def test_the_probe_forms_the_statistics_by_each_configuration(stores):
+    of = head(bias=True)
+    found = gpu_probe.formed(of, NEW._replace(stores=stores), INTERPRETED)
+    exact = ops.linear_logprobs.plain(of, LIMITS)
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-6)

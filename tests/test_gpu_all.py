@@ -1,5 +1,6 @@
 """`make gpu` where there is no GPU: that it says so, and how its steps go on after each other."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -43,12 +44,13 @@ def test_options_reach_the_script():
 def steps(monkeypatch, tmp_path):
     """main() with steps of one's own, and no sanitizer but what a test puts in its place."""
 
-    def run(tests, bench, *options, sanitizer="not-here"):
+    def run(tests, bench, *options, sanitizer="not-here", probe="print('right')"):
         monkeypatch.setattr(gpu_all, "no_gpu", lambda: None)
         monkeypatch.setattr(gpu_all, "SANITIZER", sanitizer)
-        monkeypatch.setattr(gpu_all, "warm", lambda: python("warm", "print(3)"))
-        monkeypatch.setattr(gpu_all, "tests", lambda: tests)
-        monkeypatch.setattr(gpu_all, "bench", lambda args, left: bench)
+        monkeypatch.setattr(gpu_all, "probe", lambda: python("gluon", probe))
+        monkeypatch.setattr(gpu_all, "warm", lambda gluon: python("warm", "print(3)"))
+        monkeypatch.setattr(gpu_all, "tests", lambda gluon: tests)
+        monkeypatch.setattr(gpu_all, "bench", lambda args, left, gluon: bench)
         monkeypatch.setattr(sys, "argv", ["gpu_all.py", "--out", str(tmp_path / "out"), *options])
         return gpu_all.main(), (tmp_path / "out" / "steps.txt").read_text()
 
@@ -58,7 +60,7 @@ def steps(monkeypatch, tmp_path):
 def test_all_is_well(steps, tmp_path, capsys):
     code = "import os, sys; print(os.getcwd()); import fused_rl; print(fused_rl.__file__)"
     status, said = steps(python("tests", "print('passed')"), python("bench", code))
-    assert status == 0 and "FAILED" not in said and said.count("ok") == 3
+    assert status == 0 and "FAILED" not in said and said.count("ok") == 4
     log = (tmp_path / "out" / "bench.txt").read_text().splitlines()
     assert log == [str(ROOT), str(ROOT / "fused_rl" / "__init__.py")]
     assert "passed" in capsys.readouterr().out
@@ -101,7 +103,8 @@ def test_a_signal_ends_the_steps_with_it(tmp_path):
         "import sys; sys.path.insert(0, 'bench'); import gpu_all; "
         "sleeps = gpu_all.Step('s', [sys.executable, '-c', "
         "'import os, time; print(os.getpid(), flush=True); time.sleep(60)'], 60); "
-        "gpu_all.no_gpu = lambda: None; gpu_all.warm = gpu_all.tests = lambda: sleeps; "
+        "gpu_all.no_gpu = lambda: None; gpu_all.warm = gpu_all.tests = lambda gluon: sleeps; "
+        "gpu_all.probe = lambda: gpu_all.Step('p', [sys.executable, '-c', '1'], 9); "
         f"sys.argv = ['gpu_all.py', '--out', {str(tmp_path)!r}]; sys.exit(gpu_all.main())"
     )
     run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -131,7 +134,7 @@ def test_each_wheel_is_a_step(tmp_path):
 
 
 def test_the_tests_are_those_for_gpus():
-    command = gpu_all.tests().command
+    command = gpu_all.tests(True).command
     files = {Path(part).name for part in command if part.endswith(".py")}
     assert (
         {"test_gpu.py", "test_gpu_inputs.py", "test_hub.py"}
@@ -146,8 +149,54 @@ def test_the_benchmark_has_what_is_left_of_the_time(monkeypatch):
     monkeypatch.setattr(sys, "argv", options)
     args = gpu_all.options()
     for left, budget in ((200, 200 - gpu_all.MARGIN), (0, gpu_all.LEAST)):
-        step = gpu_all.bench(args, left)
+        step = gpu_all.bench(args, left, True)
         command = " ".join(step.command)
         assert f"--budget {budget} " in command and command.endswith("--parts cases --commit abc")
         assert step.seconds > budget
     assert args.seconds == 300
+
+
+@pytest.mark.parametrize("probe", ["raise SystemExit(1)", "import time; time.sleep(60)"])
+def test_a_kernel_that_fails_or_does_not_end_is_left_out(probe, monkeypatch, tmp_path):
+    """Its own tests, too; and the exit status tells."""
+    seen = []
+
+    def noted(name):
+        own = getattr(gpu_all, name)
+
+        def step(*args):
+            seen.append(" ".join(own(*args).command))
+            return python(name, "print(1)")
+
+        monkeypatch.setattr(gpu_all, name, step)
+
+    for name in ("warm", "tests", "bench"):
+        noted(name)
+    monkeypatch.setattr(gpu_all, "no_gpu", lambda: None)
+    monkeypatch.setattr(gpu_all, "probe", lambda: python("gluon", probe, 2))
+    monkeypatch.setattr(sys, "argv", ["gpu_all.py", "--out", str(tmp_path)])
+    assert gpu_all.main() == 1
+    warm, tests, bench = seen if "--warm" in seen[0] else (seen[1], seen[0], seen[2])
+    assert "--without-gluon" in warm and "--without-gluon" in bench
+    assert "-p without_gluon" in tests and "hopper" not in tests
+    assert "-p without_gluon" not in " ".join(gpu_all.tests(True).command)
+
+
+def test_without_it_no_configuration_takes_that_kernel():
+    code = (
+        "from fused_rl.kernels import configs as c; before = c.configs(9)[:]; "
+        "import without_gluon; after = c.configs(9); "
+        "print(any(k.gluon for k in before), any(k.gluon for k in after), "
+        "[k for k in before if not k.gluon] == after)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["True", "False", "True"]
+
+
+@without_gpu
+def test_the_probe_has_nothing_to_say_without_a_gpu():
+    command = [sys.executable, str(ROOT / "bench" / "gpu_probe.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "no GPU, or triton, that has it\n"

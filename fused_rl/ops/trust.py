@@ -43,7 +43,8 @@ def trust_kernels(*, unproven: bool = False, first_use_check: bool = True) -> Op
 
     Args:
         unproven: also those that no GPU has been seen to run right and faster, so far. They are
-            compiled for the architecture and proved in Triton's interpreter.
+            compiled for the architecture and proved in Triton's interpreter, or in an emulator.
+            What is wrong is caught at its first use; what never ends is not.
         first_use_check: compare each kernel with plain torch at its first use on a device, which
             takes milliseconds beside its compilation. A kernel that is wrong there is replaced by
             the next way down, with a RuntimeWarning; `fused-rl doctor` and `backends` tell.
