@@ -258,7 +258,7 @@ def graph(case: Case) -> list[Record]:
         return gradients(loss(stats, batch).loss, (hidden, weight))
 
     try:
-        replay = _captured(step) if hidden.is_cuda else step
+        replay = captured(step) if hidden.is_cuda else step
     except RuntimeError as error:
         return [{"way": "linear_logprobs and grpo", "failed": str(error).splitlines()[0]}]
     with torch.no_grad():
@@ -286,7 +286,7 @@ def within_an_ulp(found: Tensor, expected: Tensor) -> bool:
     return bool(((a - b).abs() <= torch.maximum(ulp, floor)).all())
 
 
-def _captured(step: Call) -> Call:
+def captured(step: Call) -> Call:
     """step from a graph. It ran on a stream of its own first, so that all that is lazy is there."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

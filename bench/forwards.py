@@ -14,13 +14,14 @@ error is no way's fault, and grows with H. Both are of the same rows in the same
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from decisions import Call, Sizes, replaced, timed
 from torch import Tensor
 
-from fused_rl import reference
+from fused_rl import ops, reference
 from fused_rl.bench.clock import Clock
 from fused_rl.bench.peers import Case, products
 from fused_rl.bench.records import PRODUCTS, Record
@@ -95,17 +96,12 @@ def in_registers(case: Case, sizes: Sizes, device: Any) -> Ways:
 
 def stored(case: Case, sizes: Sizes, device: Any) -> Ways:
     """Those of the table that store exponentials."""
-    from fused_rl.kernels import configs, linear_exponentials
-    from fused_rl.kernels.linear_gradients import logits_room
+    from fused_rl.kernels import configs
+    from fused_rl.ops.first_use import formed
 
-    like = case.hidden
+    head = ops.Head(*arguments(case))
     for config in (c for c in configs.configs(device.major) if c.stores):
-
-        def run(config=config) -> tuple[Tensor, ...]:
-            e = logits_room(len(case.labels), len(case.weight), like.dtype, like.device)
-            return linear_exponentials.fwd(*arguments(case), device, config, e)[0]
-
-        yield config.title, run
+        yield config.title, partial(formed, head, config, device)
 
 
 def in_l2(case: Case, sizes: Sizes, device: Any) -> Ways:

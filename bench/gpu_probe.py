@@ -25,7 +25,7 @@ def main() -> int:
 def faults() -> dict[str, str | None]:
     """title -> what is wrong, or None; on a small case, and on one of many parts."""
     from fused_rl.kernels import configs, hopper
-    from fused_rl.ops.first_use import config_difference, exactly, wrong
+    from fused_rl.ops.first_use import config_difference, exactly, formed, wrong
     from fused_rl.ops.linear import linear_logprobs
     from fused_rl.ops.record import Head, Limits
 
@@ -47,19 +47,6 @@ def faults() -> dict[str, str | None]:
             fault = wrong(ours, exact, torch.bfloat16)
         found[config.title] = fault
     return found
-
-
-def formed(head, config, place) -> tuple:
-    """The statistics of all of a head, by a configuration."""
-    from fused_rl.kernels import linear_exponentials, linear_logprobs, logprobs
-    from fused_rl.kernels.linear_gradients import logits_room
-
-    V = len(head.weight)
-    if config.stores:
-        e = logits_room(len(head.labels), V, head.hidden.dtype, head.hidden.device)
-        return linear_exponentials.fwd(*head, place, config, e)[0]
-    partial = linear_logprobs.fused_statistics(*head, place, config)
-    return logprobs.merge(partial, head.labels, V, -100, linear_logprobs.unit(config, head.bias))
 
 
 if __name__ == "__main__":

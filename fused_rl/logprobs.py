@@ -207,7 +207,7 @@ def _keeps_exponentials(head: ops.Head, limits: ops.Limits) -> bool:
     """Whether what there is of the logits stays for the backward pass, on a GPU."""
     if torch.compiler.is_compiling() or not checks.has_values(head.hidden):
         return False
-    return ops.fits_in_half(head.hidden, head.weight, limits.chunk_bytes)
+    return ops.fits_in_half(head, limits)
 
 
 def named(op: Callable, *args: object, shape: torch.Size) -> Any:

@@ -216,7 +216,8 @@ def bwd_by_blocks(
     for v0 in range(0, V, columns):
         v1 = min(v0 + columns, V)
         f = room[:, : v1 - v0]
-        factor = form(upstream, e[:, v0:v1], f, hidden, transform, known, scaled, v0)
+        once = scaled if v0 == 0 else None
+        factor = form(upstream, e[:, v0:v1], f, hidden, transform, known, once, v0)
         add_product_(dhidden, f, weight[v0:v1])
         if dweight is not None:
             write_product(f.T, scaled, dweight[v0:v1])

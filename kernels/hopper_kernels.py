@@ -55,7 +55,6 @@ RENAMED = hasattr(tma, "async_load")
 load_tile = tma.async_load if RENAMED else tma.async_copy_global_to_shared
 store_tile = tma.async_store if RENAMED else tma.async_copy_shared_to_global
 
-LN2 = gl.constexpr(logprobs.LN2)
 INTEGERS = ["N", "V", "H", "columns_per_split", "splits", "group"]
 
 
@@ -125,15 +124,14 @@ def _logits(
     HAS_BIAS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Logits from raw products: in units of log2, but not with a bias."""
+    bias = 0.0
     if HAS_BIAS:
         # Each thread loads its share, and they exchange them: few loads, few registers.
         entries = v0 + gl.arange(0, raw.shape[1], layout=gl.BlockedLayout([1], [32], [4], [0]))
         bias = gl.load(bias_ptr + entries, mask=entries < V, other=0.0).to(gl.float32)
         bias = gl.convert_layout(bias, gl.SliceLayout(0, layout))[None, :]
-        per_token = inv_temperature[:, None]
-        return logprobs.transformed(raw, bias, scale, softcap, per_token, True, HAS_SOFTCAP)
-    to_log2 = logprobs.log2_factor(scale, inv_temperature, HAS_SOFTCAP)
-    return logprobs.in_log2(raw, scale, softcap, to_log2[:, None], HAS_SOFTCAP)
+    per_token = inv_temperature[:, None]
+    return logprobs.in_units(raw, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP)
 
 
 @gluon.jit
@@ -197,7 +195,7 @@ def _consumer(
     if STORE:
         tma.store_wait(pendings=0)
     if HAS_BIAS and not STORE:
-        t_i *= LN2
+        t_i *= logprobs.LOG_2
     out = partial_ptr + split.to(gl.int64) * 4 * N + rows
     gl.store(out + 0 * N, m_i, mask=rows < written)
     gl.store(out + 1 * N, s_i, mask=rows < written)

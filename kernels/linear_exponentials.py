@@ -33,15 +33,6 @@ REFERENCE_TILE = (32, 64, 64)  # tokens, entries of the vocabulary, of H
 
 
 @triton.jit
-def _z(raw, bias, scale, softcap, inv_temperature, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """A tile of logits: in units of log2, or natural where a bias makes them as large as can be."""
-    if HAS_BIAS:
-        return logprobs.transformed(raw, bias, scale, softcap, inv_temperature, True, SOFTCAP)
-    to_log2 = logprobs.log2_factor(scale, inv_temperature, SOFTCAP)
-    return logprobs.in_log2(raw, scale, softcap, to_log2, SOFTCAP)
-
-
-@triton.jit
 def _reference_kernel(
     hidden_ptr,  # (N, H)
     weight_ptr,  # (V, H)
@@ -63,38 +54,37 @@ def _reference_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0) * BLOCK_M
+    rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
     row_mask = rows < N
     labels = tl.load(labels_ptr + rows, mask=row_mask, other=-1)
     known = (labels >= 0) & (labels < V)
     inv_temperature = 1.0 / tl.load(temperature_ptr + rows, mask=row_mask, other=1.0)
     cols, ks = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    raw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    raw = raw_tile(
+        hidden_ptr, weight_ptr, first_row, 0, N, V, H, hidden_row_stride, weight_row_stride,
+        False, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     at_label = tl.zeros((BLOCK_M,), tl.float32)
     for k0 in range(0, H, BLOCK_K):
-        k_mask = (ks < H - k0)[None, :]
         here = (ks + k0)[None, :]
-        a_mask = row_mask[:, None] & k_mask
-        a = tl.load(hidden_ptr + rows[:, None] * hidden_row_stride + here, mask=a_mask, other=0.0)
-        b_mask = (cols < V)[:, None] & k_mask
-        b_ptrs = weight_ptr + cols[:, None].to(tl.int64) * weight_row_stride + here
-        b = tl.load(b_ptrs, mask=b_mask, other=0.0)
+        k_mask = here < H
+        a_ptrs = hidden_ptr + rows[:, None] * hidden_row_stride + here
+        a = tl.load(a_ptrs, mask=row_mask[:, None] & k_mask, other=0.0)
         w_ptrs = weight_ptr + labels[:, None] * weight_row_stride + here
         w = tl.load(w_ptrs, mask=known[:, None] & k_mask, other=0.0)
         at_label += tl.sum(a.to(tl.float32) * w.to(tl.float32), axis=1)
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        raw = tl.dot(a, b.T, raw, input_precision="ieee")
     bias = 0.0
     label_bias = 0.0
     if HAS_BIAS:
         bias = tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
         label_bias = tl.load(bias_ptr + labels, mask=known, other=0.0).to(tl.float32)
     per_token = inv_temperature[:, None]
-    z = _z(raw, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP)
+    z = logprobs.in_units(raw, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP)
     z = tl.where((cols < V)[None, :], z, float("-inf"))
-    label = _z(at_label, label_bias, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+    label = logprobs.in_units(
+        at_label, label_bias, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP
+    )
     largest = tl.maximum(tl.max(z, axis=1), tl.where(known, label, float("-inf")))
     # Neither an infinity nor NaN is a place to count from.
     reference = tl.where(tl.abs(largest) < float("inf"), largest, 0.0)
@@ -163,7 +153,7 @@ def _linear_exponentials_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + cols, mask=cols < end, other=0.0).to(tl.float32)[None, :]
         per_token = inv_temperature[:, None]
-        z = _z(z, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP)
+        z = logprobs.in_units(z, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP)
         if v0 + BLOCK_N > end:
             z = tl.where((cols < end)[None, :], z, float("-inf"))
         m_i = tl.maximum(m_i, tl.max(z, axis=1))
@@ -206,7 +196,7 @@ def _again_kernel(
         part += tl.full((), 4, tl.int64) * N
     reference = tl.load(reference_ptr + rows, mask=mask, other=0.0)
     finite = tl.abs(largest) < float("inf")
-    above = largest - reference if IN_LOG2 else (largest - reference) * 1.4426950408889634
+    above = logprobs.log2_ratio(largest, reference, IN_LOG2)
     again = tl.max((mask & finite & (tl.abs(above) > FAR)).to(tl.int32), axis=0)
     tl.store(again_ptr + tile, again)
     tl.store(reference_ptr + rows, tl.where((again > 0) & finite, largest, reference), mask=mask)
@@ -250,7 +240,7 @@ def _sums_kernel(
     nan = float("nan")
     empty = m_i == float("-inf")
     log_s = tl.where(empty & (s_i == s_i), nan, tl.log(s_i))
-    entropy = log_s - t_i * 0.6931471805599453 / s_i
+    entropy = log_s - t_i * logprobs.LOG_2 / s_i
     logprob = (label_logit - reference).to(tl.float64) * unit - log_s
     # The same arithmetic: equal to logprob where the label has the largest logit.
     top = (m_i - reference).to(tl.float64) * unit - log_s

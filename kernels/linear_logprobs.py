@@ -102,7 +102,6 @@ def _linear_statistics_kernel(
     row_mask = rows < N
     labels = tl.load(labels_ptr + rows, mask=row_mask, other=-1)
     inv_temperature = 1.0 / tl.load(temperature_ptr + rows, mask=row_mask, other=1.0)
-    to_log2 = logprobs.log2_factor(scale, inv_temperature, HAS_SOFTCAP)
     # In int32, and -1 for those that no int32 holds: they are in no tile.
     short_labels = tl.where((labels >= 0) & (labels < V), labels, -1).to(tl.int32)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -124,10 +123,7 @@ def _linear_statistics_kernel(
             bias = bias.to(tl.float32)[None, :]
         per_token = inv_temperature[:, None]
         if EXP2:
-            if HAS_BIAS:
-                z = logprobs.transformed(z, bias, scale, softcap, per_token, True, HAS_SOFTCAP)
-            else:
-                z = logprobs.in_log2(z, scale, softcap, to_log2[:, None], HAS_SOFTCAP)
+            z = logprobs.in_units(z, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP)
             if v0 + BLOCK_N > end:
                 z = tl.where(col_mask[None, :], z, float("-inf"))
             m_i, s_i, t_i = logprobs.added_by_exp2(m_i, s_i, t_i, z, not HAS_BIAS)
@@ -135,15 +131,13 @@ def _linear_statistics_kernel(
             if tl.max(((here >= 0) & (here < BLOCK_N)).to(tl.int32)) > 0:
                 at_label += tl.sum(tl.where(offsets[None, :] == here[:, None], z, 0.0), axis=1)
         else:
-            z = logprobs.transformed(
-                z, bias, scale, softcap, inv_temperature[:, None], HAS_BIAS, HAS_SOFTCAP
-            )
+            z = logprobs.transformed(z, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP)
             z = tl.where(col_mask[None, :], z, float("-inf"))
             m_i, s_i, t_i = logprobs.added(m_i, s_i, t_i, z)
             is_label = (cols[None, :] == labels[:, None]) & col_mask[None, :]
             at_label += tl.sum(tl.where(is_label, z, 0.0), axis=1)
     if EXP2 and HAS_BIAS:
-        t_i *= 0.6931471805599453
+        t_i *= logprobs.LOG_2
     out = partial_ptr + split * 4 * N + rows
     tl.store(out + 0 * N, m_i, mask=row_mask)
     tl.store(out + 1 * N, s_i, mask=row_mask)

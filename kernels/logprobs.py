@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 LN2 = 0.6931471805599453
+# The same in a kernel, and its inverse.
+LOG_2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(1.4426950408889634)
 # 2^-160 is 0 in fp32, and times -160 still: where -inf would give NaN.
 _LEAST = tl.constexpr(-160.0)
@@ -83,6 +85,17 @@ def in_log2(raw, scale, softcap, to_log2, HAS_SOFTCAP: tl.constexpr):
         power = tl.exp2(raw * (2.0 * _LOG2E * scale / softcap))
         return softcap * (1.0 - 2.0 / (power + 1.0)) * to_log2
     return raw * to_log2
+
+
+@triton.jit
+def in_units(
+    raw, bias, scale, softcap, inv_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
+    """A logit from its raw product: in units of log2, but natural with a bias."""
+    if HAS_BIAS:
+        return transformed(raw, bias, scale, softcap, inv_temperature, True, HAS_SOFTCAP)
+    to_log2 = log2_factor(scale, inv_temperature, HAS_SOFTCAP)
+    return in_log2(raw, scale, softcap, to_log2, HAS_SOFTCAP)
 
 
 @triton.jit

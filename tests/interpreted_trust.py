@@ -4,16 +4,17 @@ import copy
 import os
 import warnings
 
-import gpu_probe
 import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
+from interpreted_kernels import small_and_on_cpu  # noqa: F401 - a fixture
+
 from fused_rl import ops
-from fused_rl.kernels import configs, linear_gradients, linear_logprobs, logprobs
-from fused_rl.ops import Head, Known, Limits, Rows, Sums, Upstream, trust
+from fused_rl.kernels import configs, linear_logprobs, logprobs
+from fused_rl.ops import Head, Known, Limits, Rows, Sums, Upstream, first_use, trust
 from fused_rl.ops import triton as on_cuda
 from fused_rl.ops import triton_chunk as on_cuda_chunk
 from fused_rl.ops.chunk import (
@@ -36,21 +37,11 @@ INTERPRETED = configs.Device(2, 0, interpreted=True)
 
 
 @pytest.fixture(autouse=True)
-def two_ways_on_cpu(monkeypatch):
-    """Products that a CPU has; a way that is proven, and before it one that is not."""
-
-    def product(a, b, out=None, final=None):
-        result = a.float() @ b.float()
-        return result if out is None else out.copy_(result)
-
-    def add_product_(total, a, b, final=None):
-        total += a.float() @ b.float()
-
-    monkeypatch.setattr(linear_gradients, "product", product)
-    monkeypatch.setattr(linear_logprobs, "product", product)
-    monkeypatch.setattr(linear_gradients, "add_product_", add_product_)
+def two_ways_on_cpu(small_and_on_cpu, monkeypatch):  # noqa: F811
+    """A way that is proven, and before it one that is not."""
     monkeypatch.setitem(configs.CONFIGS, 0, [NEW, PROVEN])
-    torch.manual_seed(0)
+    # The small cases are not so small: a block for each of their rows.
+    monkeypatch.setattr(logprobs, "BLOCK_V", 1024)
     trust.trust_kernels()
     yield
     trust.trust_kernels()
@@ -252,9 +243,30 @@ def test_what_is_wrong_is_named_by_that_check(place, monkeypatch):
 
 
 @pytest.mark.parametrize("stores", [False, True])
-def test_the_probe_forms_the_statistics_by_each_configuration(stores):
+def test_each_configuration_forms_the_statistics(stores):
     of = head(bias=True)
-    found = gpu_probe.formed(of, NEW._replace(stores=stores), INTERPRETED)
+    found = first_use.formed(of, NEW._replace(stores=stores), INTERPRETED)
     exact = ops.linear_logprobs.plain(of, LIMITS)
     for a, b in zip(found, exact, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-6)
+
+
+def test_exponentials_are_kept_where_they_fit_and_were_right(place, monkeypatch):
+    """Else logits are formed again, and none of them are kept in plain torch."""
+    monkeypatch.setitem(configs.CONFIGS, 0, [NEW._replace(stores=True), PROVEN])
+    keeps = on_cuda_chunk.keeps_exponentials
+    assert not keeps(head(), LIMITS, CPU, place)
+    trust.trust_kernels(unproven=True)
+    assert keeps(head(), LIMITS, CPU, place)
+    # 20 rows that are 128 apart, of two bytes each.
+    assert keeps(head(), Limits(-100, 20 * 128 * 2), CPU, place)
+    assert not keeps(head(), Limits(-100, 20 * 128 * 2 - 1), CPU, place)
+    assert not keeps(head(dtype=torch.float16), LIMITS, CPU, place)
+
+    def faulty(*args):
+        raise RuntimeError("no")
+
+    monkeypatch.setitem(on_cuda.OPERATORS, linear_logprobs_stored_backward, faulty)
+    trust.trust_kernels(unproven=True)
+    with pytest.warns(RuntimeWarning, match="linear_logprobs_stored is not used"):
+        assert not keeps(head(), LIMITS, CPU, place)

@@ -1,5 +1,6 @@
 """The ops on a CUDA device, through the public functions; skipped where there is none."""
 
+import decisions
 import pytest
 import torch
 
@@ -176,18 +177,10 @@ def test_a_step_can_be_captured_in_a_graph():
         loss = fused_rl.grpo()(stats, batch).loss
         return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay = decisions.captured(step)
     with torch.no_grad():
         hidden.mul_(0.5)
-    graph.replay()
-    (loss, *gradients), (expected_loss, *expected) = captured, step()
+    (loss, *gradients), (expected_loss, *expected) = replay(), step()
     torch.testing.assert_close(loss, expected_loss)
     for a, b in zip(gradients, expected, strict=True):
         ulp = torch.finfo(b.dtype).eps * b.abs()

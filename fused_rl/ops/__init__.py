@@ -21,7 +21,6 @@ from fused_rl.ops.chunks import (
     check_tokens,
     chunk_sizes,
     chunk_tokens,
-    fits_in_half,
     one_pass_pays,
     round_up,
     scratch_bytes,
@@ -37,6 +36,7 @@ from fused_rl.ops.logits import Rows, logits_logprobs
 from fused_rl.ops.native import native_missing
 from fused_rl.ops.record import Head, Known, Limits, Upstream
 from fused_rl.ops.stored import linear_logprobs_stored
+from fused_rl.ops.triton_chunk import fits_in_half
 
 __all__ = [
     "FILTER_ROWS",

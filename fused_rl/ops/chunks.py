@@ -80,17 +80,6 @@ def bytes_per_logit(hidden: Tensor, weight: Tensor, place: Any) -> int:
     return linear_gradients.bytes_per_logit(width)
 
 
-def fits_in_half(hidden: Tensor, weight: Tensor, chunk_bytes: int) -> bool:
-    """Whether exponentials stand for logits on this device, and those of all tokens fit."""
-    if not (hidden.is_cuda and HAS_TRITON):
-        return False
-    from fused_rl.kernels.linear_gradients import row_stride
-
-    per_logit = bytes_per_logit(hidden, weight, _place(hidden.device))
-    fits = len(hidden) * row_stride(len(weight)) * per_logit <= chunk_bytes
-    return per_logit == 2 and fits
-
-
 def chunk_rows(vocabulary: int, dtype: torch.dtype, chunk_bytes: int) -> int:
     """Tokens whose logits fit into chunk_bytes; whole tiles of 64 where there are that many."""
     rows = max(1, chunk_bytes // (max(vocabulary, 1) * dtype.itemsize))
@@ -107,14 +96,9 @@ def counted_rows(counted: Tensor, most: int) -> list[Tensor] | list[slice]:
     """The tokens that count [N], `most` at a time. Slices of all of them while a CUDA graph is
     captured: to know which count would be to wait for the device.
     """
-    if capturing(counted):
+    if trust.capturing(counted.device):
         return [slice(start, start + most) for start in range(0, len(counted), most)]
     return list(counted.nonzero()[:, 0].split(most))
-
-
-def capturing(tensor: Tensor) -> bool:
-    """Whether what is done with it goes into a CUDA graph."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def chunk_sizes(tokens: int, most: int) -> list[int]:

@@ -83,27 +83,19 @@ def config_difference(config: Any, call: tuple, place: Any) -> str | None:
     """Of one configuration of a fused forward, on a small case of the call."""
     head = small_head(Head(*call))
     exact = linear.linear_logprobs.plain(exactly(head), LIMITS)
-    ours = (_stored if config.stores else _fused)(head, config, place)
-    return wrong(ours, exact, call[0].dtype)
+    return wrong(formed(head, config, place), exact, call[0].dtype)
 
 
-def _fused(head: Head, config: Any, place: Any) -> tuple[Tensor, ...]:
-    from fused_rl.kernels import linear_logprobs, logprobs
+def formed(head: Head, config: Any, place: Any) -> tuple[Tensor, ...]:
+    """logprobs, entropy, lse and top of a head, by one configuration of a fused forward."""
+    from fused_rl.kernels import linear_exponentials, linear_gradients, linear_logprobs, logprobs
 
+    N, V = len(head.labels), len(head.weight)
+    if config.stores:
+        e = linear_gradients.logits_room(N, V, head.hidden.dtype, head.hidden.device)
+        return linear_exponentials.fwd(*head, place, config, e)[0]
     partial = linear_logprobs.fused_statistics(*head, place, config)
-    unit = linear_logprobs.unit(config, head.bias)
-    return logprobs.merge(partial, head.labels, len(head.weight), -100, unit)
-
-
-def _stored(head: Head, config: Any, place: Any) -> tuple[Tensor, ...]:
-    from fused_rl.kernels import linear_exponentials, linear_gradients
-
-    e = linear_gradients.logits_room(len(head.labels), len(head.weight), *_like(head.hidden))
-    return linear_exponentials.fwd(*head, place, config, e)[0]
-
-
-def _like(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
-    return tensor.dtype, tensor.device
+    return logprobs.merge(partial, head.labels, V, -100, linear_logprobs.unit(config, head.bias))
 
 
 def parts_difference(device: torch.device) -> str | None:

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_rl.ops import trust
 from fused_rl.ops.chunk import (
     ChunkLogits,
     Sums,
     linear_logprobs_chunk,
     linear_logprobs_chunk_backward,
 )
-from fused_rl.ops.chunks import capturing, check_tokens, gradients_like, statistics_like
+from fused_rl.ops.chunks import check_tokens, gradients_like, statistics_like
 from fused_rl.ops.formulas import at
 from fused_rl.ops.frozen import Given
 from fused_rl.ops.record import Gradients, Head, Known, Limits, Needs, Operator, Upstream
@@ -38,7 +39,7 @@ class Stored(NamedTuple):
 
 def rows_that_count(labels: Tensor, ignore_index: int) -> Tensor:
     """All of them while a CUDA graph is captured."""
-    if capturing(labels):
+    if trust.capturing(labels.device):
         return torch.arange(len(labels), device=labels.device)
     return (labels != ignore_index).nonzero()[:, 0]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_rl.ops import chunk, first_use, linear, logits, stored, trust
-from fused_rl.ops.chunks import HAS_TRITON, capturing
+from fused_rl.ops.chunks import HAS_TRITON
 from fused_rl.ops.formulas import at, live
 from fused_rl.ops.kl import Deviation, Estimate
 from fused_rl.ops.kl import kl as kl_operator
@@ -34,8 +34,6 @@ from fused_rl.ops.record import (
 
 # The operators that have a kernel, and the kernel: a function of the same records and the device.
 OPERATORS: dict[Operator, Callable] = {}
-
-
 # What goes on from logits, and what left them there in a layout of its own.
 CONTINUES = {
     chunk.linear_logprobs_chunk_backward: chunk.linear_logprobs_chunk,
@@ -89,6 +87,13 @@ def trusts(device: torch.device, place: Any, config: Any, call: tuple) -> bool:
 
 def served(operator: Operator, records: tuple, device: torch.device, place: Any) -> Any:
     """The operator's kernel at work, or plain torch where it was wrong at its first use."""
+    if is_right(operator, records, device, place):
+        return launch(OPERATORS[operator], records, place)
+    return operator.plain(*records)
+
+
+def is_right(operator: Operator, like: Sequence[tuple], device: torch.device, place: Any) -> bool:
+    """Whether its kernel was right at its first use on such records, which this may be."""
 
     def run(operator: Operator, *records: tuple) -> Any:
         return launch(OPERATORS[operator], records, place)
@@ -96,11 +101,9 @@ def served(operator: Operator, records: tuple, device: torch.device, place: Any)
     # Those that share a layout all run, or none does.
     judged = CONTINUES.get(operator, operator)
     shared = judged in CONTINUES.values()
-    kind = trust.kind_of([r for r in records if isinstance(r, Head)] if shared else records)
-    right = trust.passes(
-        device, judged.__name__, kind, lambda: first_use.difference(judged, records, run)
-    )
-    return run(operator, *records) if right else operator.plain(*records)
+    kind = trust.kind_of([r for r in like if isinstance(r, Head)] if shared else like)
+    name = judged.__name__
+    return trust.passes(device, name, kind, lambda: first_use.difference(judged, like, run))
 
 
 def check_every_kernel(
@@ -114,18 +117,8 @@ def check_every_kernel(
     """
     device = device or torch.device("cuda", torch.cuda.current_device())
     place = place or place_of(device)
-
-    def run(operator: Operator, *records: tuple) -> Any:
-        return launch(OPERATORS[operator], records, place)
-
     for operator in (o for o in OPERATORS if o not in CONTINUES):
-        like = first_use.example(operator, device)
-        trust.passes(
-            device,
-            operator.__name__,
-            trust.kind_of([like]),
-            lambda o=operator, r=like: first_use.difference(o, (r,), run),
-        )
+        is_right(operator, (first_use.example(operator, device),), device, place)
     return trust.verdicts()
 
 
@@ -173,7 +166,7 @@ def taking_part(tokens: Tensor) -> Tensor | None:
 
     While a graph is captured all take part: kernels leave zeros where they should not.
     """
-    if capturing(tokens):
+    if trust.capturing(tokens.device):
         return None
     rows = tokens.nonzero()[:, 0]
     return None if len(rows) == len(tokens) else rows

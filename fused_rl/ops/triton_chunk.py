@@ -12,11 +12,20 @@ from torch import Tensor
 
 from fused_rl.ops import chunk, stored
 from fused_rl.ops.chunk import ChunkLogits, ChunkStatistics, Sums
-from fused_rl.ops.chunks import waiting_dtype
+from fused_rl.ops.chunks import HAS_TRITON, waiting_dtype
 from fused_rl.ops.frozen import Given
 from fused_rl.ops.record import Gradients, Head, Known, Limits, Needs, Upstream
 from fused_rl.ops.stored import Stored, StoredStatistics
-from fused_rl.ops.triton import on_cuda, operands, picked, power_of_two, put_back, taking_part
+from fused_rl.ops.triton import (
+    is_right,
+    on_cuda,
+    operands,
+    picked,
+    place_of,
+    power_of_two,
+    put_back,
+    taking_part,
+)
 
 
 @on_cuda(chunk.linear_logprobs_chunk)
@@ -190,3 +199,25 @@ def _worth_a_copy(rows: Tensor | None, logits: Tensor) -> Tensor | None:
     than a copy of the logits without them.
     """
     return None if rows is None or 8 * len(rows) > 7 * len(logits) else rows
+
+
+def keeps_exponentials(head: Head, limits: Limits, device: torch.device, place: Any) -> bool:
+    """Whether they stand for logits on a device, those of all tokens fit into chunk_bytes, and the
+    kernels were right: else the next way down is to form the logits again.
+    """
+    from fused_rl.kernels import configs
+    from fused_rl.kernels.linear_gradients import row_stride
+
+    if 2 * len(head.labels) * row_stride(len(head.weight)) > limits.chunk_bytes:
+        return False
+    there = configs.chosen(head, place, stores=True) is not None
+    return there and is_right(stored.linear_logprobs_stored, (head, limits), device, place)
+
+
+def fits_in_half(head: Head, limits: Limits) -> bool:
+    """`keeps_exponentials` on the device that the head is on."""
+    device = head.hidden.device
+    if device.type != "cuda" or not HAS_TRITON or head.hidden.dtype != torch.bfloat16:
+        return False
+    with torch.cuda.device(device):
+        return keeps_exponentials(head, limits, device, place_of(device))

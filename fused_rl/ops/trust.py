@@ -83,7 +83,7 @@ def passes(
         return True
     key = (device, kernel, kind)
     if key not in _verdicts:
-        if _capturing(device):
+        if capturing(device):
             return True
         with _may_wait(device):
             error = _found(difference)
@@ -93,7 +93,8 @@ def passes(
     return _verdicts[key].error is None
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
+    """Whether what is done on a device goes into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
