@@ -117,7 +117,7 @@ class Known(NamedTuple):
     entropy: Tensor  # [N] fp32
 
 
-Transform = tuple["Tensor | None", Tensor, Tensor, float, float]  # bias, labels, ... softcap
+Transform = tuple[Tensor | None, Tensor, Tensor, float, float]  # bias, labels, ... softcap
 
 
 def form(
