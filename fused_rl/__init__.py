@@ -11,10 +11,10 @@ import sys
 
 import torch
 
-from fused_rl.head import LMHead
-from fused_rl.kept import KeptStats, linear_kept_logprobs
+from fused_rl.linear.head import LMHead
+from fused_rl.linear.kept import KeptStats, linear_kept_logprobs
 from fused_rl.kl import KL, kl_penalty
-from fused_rl.logprobs import linear_logprobs, linear_top_logprobs, logprobs_from_logits
+from fused_rl.linear.logprobs import linear_logprobs, linear_top_logprobs, logprobs_from_logits
 from fused_rl.losses import means, penalties, ratios, surrogates, trust_regions
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.named import (

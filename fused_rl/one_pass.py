@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fused_rl import checks, ops
 from fused_rl.derivatives import transformed
-from fused_rl.head import LMHead
-from fused_rl.logprobs import flat_arguments, flat_top_logprobs, named
+from fused_rl.linear.head import LMHead
+from fused_rl.linear.logprobs import flat_arguments, flat_top_logprobs, named
 from fused_rl.losses.batch import TokenBatch, is_batch
 from fused_rl.losses.named import NAMES
 from fused_rl.losses.policy import (

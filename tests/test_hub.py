@@ -291,7 +291,7 @@ def test_imports_and_operators_are_rewritten_and_nothing_else():
     source = (
         '"""Use: from fused_rl import kl; fused_rl::kl."""\n'
         "from fused_rl import checks, ops\n"
-        "from fused_rl.head import (\n    LMHead,\n)\n"
+        "from fused_rl.linear.head import (\n    LMHead,\n)\n"
         "def f():\n"
         "    'é'; from fused_rl.kernels import kl as kernel\n"
         '    """\n    from fused_rl import this_is_text\n    """\n'

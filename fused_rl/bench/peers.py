@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_rl.bench.packages import Stats, cut_cross_entropy, quack, trl_chunked
-from fused_rl.logprobs import linear_logprobs
+from fused_rl.linear.logprobs import linear_logprobs
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.named import grpo
 from fused_rl.one_pass import linear_policy_loss

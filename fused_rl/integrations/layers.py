@@ -6,8 +6,8 @@ module whose forward it replaces.
 
 from torch import Tensor, nn
 
-from fused_rl.head import LMHead
-from fused_rl.logprobs import linear_logprobs
+from fused_rl.linear.head import LMHead
+from fused_rl.linear.logprobs import linear_logprobs
 from fused_rl.stats import TokenStats
 
 

@@ -60,8 +60,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rl.head import LMHead
-from fused_rl.logprobs import linear_top_logprobs
+from fused_rl.linear.head import LMHead
+from fused_rl.linear.logprobs import linear_top_logprobs
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.means import TokenMean
 from fused_rl.losses.policy import Loss, LossOutput

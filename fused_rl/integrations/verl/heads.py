@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_rl.checks import require
-from fused_rl.logprobs import linear_logprobs, logprobs_from_logits
+from fused_rl.linear.logprobs import linear_logprobs, logprobs_from_logits
 from fused_rl.stats import TokenStats
 
 _BACKENDS = ("torch", "liger")

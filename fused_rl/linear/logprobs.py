@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fused_rl import checks, ops
 from fused_rl.derivatives import transformed
-from fused_rl.head import LMHead
+from fused_rl.linear.head import LMHead
 from fused_rl.reference import acc_dtype
 from fused_rl.stats import IGNORE_INDEX, TokenStats, TopStats
 

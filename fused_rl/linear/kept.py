@@ -13,8 +13,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fused_rl import checks, ops
-from fused_rl.head import LMHead
-from fused_rl.logprobs import flat_arguments, named
+from fused_rl.linear.head import LMHead
+from fused_rl.linear.logprobs import flat_arguments, named
 from fused_rl.stats import IGNORE_INDEX
 
 

@@ -1,0 +1,1 @@
+"""From hidden states and heads to numbers per token, as users see it: the expensive half's door."""
