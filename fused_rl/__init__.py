@@ -11,9 +11,11 @@ import sys
 
 import torch
 
+from fused_rl.divergences import Divergence
+from fused_rl.kl import KL, kl_penalty
+from fused_rl.linear.divergence import linear_divergence
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.kept import KeptStats, linear_kept_logprobs
-from fused_rl.kl import KL, kl_penalty
 from fused_rl.linear.logprobs import linear_logprobs, linear_top_logprobs, logprobs_from_logits
 from fused_rl.losses import means, penalties, ratios, surrogates, trust_regions
 from fused_rl.losses.batch import TokenBatch
@@ -55,12 +57,14 @@ from fused_rl.rollouts import (
     schedules,
 )
 from fused_rl.rollouts.diagnosis import diagnose
-from fused_rl.stats import TokenStats, TopStats
+from fused_rl.stats import DivergenceStats, TokenStats, TopStats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KL",
+    "Divergence",
+    "DivergenceStats",
     "KLPenalty",
     "KeptStats",
     "LMHead",
@@ -88,6 +92,7 @@ __all__ = [
     "kimi",
     "kl_cov",
     "kl_penalty",
+    "linear_divergence",
     "linear_kept_logprobs",
     "linear_logprobs",
     "linear_policy_loss",

@@ -13,11 +13,19 @@ that logprobs <= top, and the two are equal where the label has the largest logi
 Labels here are all inside the vocabulary: the ops leave ignored tokens out before they come here.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 # The estimators of KL, by the number that kl() takes.
 K1, K2, K3, ABS = 1, 2, 3, 4
+# The divergences, by the number that slopes() takes.
+REVERSE, FORWARD, JSD, ALPHA, TOTAL_VARIATION = 1, 2, 3, 4, 5
+# Where one of two probabilities is 0, the slopes take their log-ratio for so many nats.
+INFINITE = 100.0
+# Exponents of the log-ratio are held here: exp of it, and sums of such, are finite in float32.
+EXPONENT = 80.0
 
 
 def acc_dtype(*tensors: Tensor) -> torch.dtype:
@@ -130,3 +138,56 @@ def kl_slope(d: Tensor, kind: int) -> Tensor:
     if kind == K3:
         return -torch.expm1((-d).clamp(max=20.0))
     return d.sign()
+
+
+class Pair(NamedTuple):
+    """Two probabilities of each entry, and how they differ: exactly, also where they hardly do."""
+
+    s: Tensor
+    t: Tensor
+    d: Tensor  # log s - log t; 0 where both probabilities are 0, infinite where one is
+    delta: Tensor  # s - t
+
+    @classmethod
+    def of(cls, logs: Tensor, logt: Tensor, d: Tensor | None = None) -> "Pair":
+        """d: the log-ratio, where more is known of it than logs - logt."""
+        s, t = logs.exp(), logt.exp()
+        d = logs - logt if d is None else d
+        d = d.where((logs != logt) | (logs != -torch.inf), 0.0)
+        delta = torch.where(d < 0, t * torch.expm1(d), -s * torch.expm1(-d))
+        return cls(s, t, d, delta)
+
+
+def slopes(pair: Pair, kind: int, parameter: float) -> tuple[Tensor, Tensor]:
+    """dc / d log s and dc / d log t of the terms c of a divergence, which are also their sum.
+
+    A divergence is D = sum_v c(s, t), homogeneous of degree 1, so that c is the sum of its slopes.
+    Of the terms with this D, these are 0 with both slopes where s = t: nothing cancels there, and
+    an error in the normalisation of s or t is one of second order.
+    """
+    s, t, d, delta = pair
+    d = d.nan_to_num(nan=torch.nan, posinf=INFINITE, neginf=-INFINITE)
+    if kind == REVERSE:
+        return s * d, -delta
+    if kind == FORWARD:
+        return delta, -t * d
+    if kind == JSD:
+        # log(m / s) and log(m / t), m = (1 - beta) s + beta t
+        less, more = (1 - parameter) * torch.expm1(d), parameter * torch.expm1(-d)
+        to_s = torch.where(d < 0, torch.log1p(less) - d, torch.log1p(more))
+        return (parameter - 1) * s * to_s, -parameter * t * (to_s + d)
+    if kind == ALPHA:
+        a = parameter
+        most = EXPONENT / max(abs(a), abs(a - 1), 1.0)
+        d = d.clamp(-most, most)
+        return s * torch.expm1((a - 1) * d) / (a - 1), -t * torch.expm1(a * d) / a
+    return 0.5 * s * d.sign(), -0.5 * t * d.sign()
+
+
+def is_infinite(d: Tensor, kind: int, parameter: float) -> Tensor:
+    """Where a term of the divergence is: its log-ratio d is, and that counts. [...] bool"""
+    if kind == REVERSE or (kind == ALPHA and parameter >= 1):
+        return d == torch.inf
+    if kind == FORWARD or (kind == ALPHA and parameter <= 0):
+        return d == -torch.inf
+    return torch.zeros_like(d, dtype=torch.bool)

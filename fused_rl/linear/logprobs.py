@@ -160,26 +160,30 @@ def logprobs_from_logits(
 
 
 def flat_arguments(
-    hidden: Tensor, head: LMHead, labels: Tensor, temperature: float | Tensor
+    hidden: Tensor, head: LMHead, labels: Tensor, temperature: float | Tensor, whose: str = ""
 ) -> ops.Head:
-    """What every op of the linear head begins with: checked, flattened to [N, ...]."""
-    checks.is_floating("hidden", hidden)
+    """What every op of the linear head begins with: checked, flattened to [N, ...].
+
+    whose: what the arguments' names begin with, for the errors.
+    """
+    name = f"{whose}hidden"
+    checks.is_floating(name, hidden)
     checks.is_labels(labels)
-    checks.leading_shape("hidden", hidden, labels)
+    checks.leading_shape(name, hidden, labels)
     checks.require(
         hidden.shape[-1] == head.weight.shape[1],
         lambda: (
-            f"hidden and weight must agree in H, got hidden {list(hidden.shape)} "
-            f"and weight {list(head.weight.shape)}"
+            f"{name} and {whose}weight must agree in H, got {name} {list(hidden.shape)} "
+            f"and {whose}weight {list(head.weight.shape)}"
         ),
     )
-    checks.same_device(hidden=hidden, weight=head.weight, labels=labels)
+    checks.same_device(**{name: hidden, f"{whose}weight": head.weight, "labels": labels})
     weight = head.weight
     kind = hidden.device.type
     if ops.autocasts(kind):
         hidden, weight = (_autocast(t, torch.get_autocast_dtype(kind)) for t in (hidden, weight))
     flat = hidden.reshape(-1, hidden.shape[-1])
-    t = flat_temperature(temperature, labels, acc_dtype(hidden, weight))
+    t = flat_temperature(temperature, labels, acc_dtype(hidden, weight), whose)
     options = (float(head.scale), float(head.softcap or 0.0))
     return ops.Head(flat, weight, head.bias, labels.reshape(-1).long(), t, *options)
 
@@ -222,22 +226,25 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-def flat_temperature(temperature: float | Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+def flat_temperature(
+    temperature: float | Tensor, labels: Tensor, dtype: torch.dtype, whose: str = ""
+) -> Tensor:
     """One temperature per token, [N]."""
+    name = f"{whose}temperature"
     if not isinstance(temperature, Tensor):
-        checks.is_positive("temperature", temperature)
+        checks.is_positive(name, temperature)
         return labels.new_full((labels.numel(),), float(temperature), dtype=dtype)
-    checks.is_floating("temperature", temperature)
+    checks.is_floating(name, temperature)
     checks.require(
         not temperature.requires_grad,
-        lambda: "temperature gets no gradient here, but the tensor requires one: detach it",
+        lambda: f"{name} gets no gradient here, but the tensor requires one: detach it",
     )
-    checks.same_device(temperature=temperature, labels=labels)
+    checks.same_device(**{name: temperature, "labels": labels})
     try:
         expanded = temperature.to(dtype).expand(labels.shape)
     except RuntimeError as error:
         raise ValueError(
-            f"temperature must broadcast to labels, got temperature {list(temperature.shape)} "
+            f"{name} must broadcast to labels, got {name} {list(temperature.shape)} "
             f"and labels {list(labels.shape)}"
         ) from error
     return expanded.reshape(-1)

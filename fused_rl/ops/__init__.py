@@ -26,6 +26,14 @@ from fused_rl.ops.chunks import (
     scratch_bytes,
     waiting_dtype,
 )
+from fused_rl.ops.divergence import linear_divergence, pair_rows
+from fused_rl.ops.divergence_chunk import (
+    StudentUpstream,
+    known_of,
+    linear_divergence_chunk,
+    linear_divergence_chunk_backward,
+    linear_divergence_frozen,
+)
 from fused_rl.ops.filtered import FILTER_ROWS, Filter, linear_filtered_logprobs
 from fused_rl.ops.frozen import linear_logprobs_frozen
 from fused_rl.ops.kept import KeptHead, linear_kept_logprobs
@@ -37,6 +45,7 @@ from fused_rl.ops.native import native_missing
 from fused_rl.ops.record import Head, Known, Limits, Upstream
 from fused_rl.ops.stored import linear_logprobs_stored
 from fused_rl.ops.triton_chunk import fits_in_half
+from fused_rl.ops.two_heads import Measure, TwoHeads, TwoStatistics
 
 __all__ = [
     "FILTER_ROWS",
@@ -49,9 +58,13 @@ __all__ = [
     "KeptHead",
     "Known",
     "Limits",
+    "Measure",
     "Rows",
     "Sets",
+    "StudentUpstream",
     "Sums",
+    "TwoHeads",
+    "TwoStatistics",
     "Upstream",
     "autocasts",
     "card_bytes",
@@ -61,6 +74,11 @@ __all__ = [
     "fits_in_half",
     "in_full",
     "kl",
+    "known_of",
+    "linear_divergence",
+    "linear_divergence_chunk",
+    "linear_divergence_chunk_backward",
+    "linear_divergence_frozen",
     "linear_filtered_logprobs",
     "linear_kept_logprobs",
     "linear_logprobs",
@@ -71,6 +89,7 @@ __all__ = [
     "logits_logprobs",
     "native_missing",
     "one_pass_pays",
+    "pair_rows",
     "round_up",
     "scratch_bytes",
     "triton",

@@ -65,10 +65,14 @@ def raw_gradient(
     logp: Tensor,  # beside z
 ) -> Tensor:
     """draw, the gradient of hidden . weight^T, [N, V]."""
-    draw = softmax_gradient(upstream, entropy, logp, head.labels)
+    return of_product(softmax_gradient(upstream, entropy, logp, head.labels), head, z)
+
+
+def of_product(dz: Tensor, head: Head, z: Tensor) -> Tensor:
+    """The gradient of hidden . weight^T from that of the logits z, [N, V] each."""
     if head.softcap:
-        draw = draw * (1 - (z * head.temperature[:, None] / head.softcap) ** 2)
-    return draw * (head.scale / head.temperature[:, None])
+        dz = dz * (1 - (z * head.temperature[:, None] / head.softcap) ** 2)
+    return dz * (head.scale / head.temperature[:, None])
 
 
 def add_gradients(
@@ -81,6 +85,11 @@ def add_gradients(
 ) -> Tensor:
     """dhidden of a chunk of tokens; adds to dweight and dbias, unless those are empty."""
     draw = raw_gradient(upstream, entropy, head, z, torch.log_softmax(z, -1))
+    return add_products(draw, head, dweight, dbias)
+
+
+def add_products(draw: Tensor, head: Head, dweight: Tensor, dbias: Tensor) -> Tensor:
+    """dhidden from draw [N, V]; adds to dweight and dbias, unless those are empty."""
     if dweight.numel():
         dweight += draw.T @ head.hidden.to(draw.dtype)
     if dbias.numel():
