@@ -30,10 +30,12 @@ struct Pass {
 
   const Problem<T>& p;
   Upstream<A> up;
-  const Stored<T>* stored;
+  std::unique_ptr<const LogitTiles<A>> formed;  // where none are stored
+  const LogitTiles<A>& logits;
   Gradients& out;
   const Picks* picks;
   const A* terms;
+  const Teacher<A>* teacher;
 
   int64_t rows_max = std::min(std::max(p.block, super_block_rows / p.block * p.block),
                               round_up(p.V, p.block));
@@ -44,7 +46,7 @@ struct Pass {
 
   at::TensorOptions of_T = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
   at::TensorOptions of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
-  at::Tensor logits_operand, columns_operand;
+  at::Tensor columns_operand;
   // [tokens / step][rows, step]: strides and sums that do not follow the number of tokens.
   at::Tensor draw = at::empty({(tokens_max + step - 1) / step, rows_max, step}, of_T);
   at::Tensor draw_pairs;    // panels [rows / 2, width, 2]
@@ -53,15 +55,16 @@ struct Pass {
   at::Tensor dweight_rows;  // [blocks, panels][block, 64], when chunked
   at::Tensor bias_parts;    // [tiles, rows] double
 
-  Pass(const Problem<T>& problem, Upstream<A> upstream, const Stored<T>* stored_logits,
-       Gradients& gradients, const Picks* chosen, const A* chosen_terms)
+  Pass(const Problem<T>& problem, Upstream<A> upstream, const StoredTiles<A>* stored,
+       Gradients& gradients, const Picks* chosen, const A* chosen_terms, const Teacher<A>* other)
       : p(problem),
         up(upstream),
-        stored(stored_logits),
+        formed(stored ? nullptr : std::make_unique<FormedTiles<T>>(problem)),
+        logits(stored ? static_cast<const LogitTiles<A>&>(*stored) : *formed),
         out(gradients),
         picks(chosen),
-        terms(chosen_terms) {
-    if (!stored) logits_operand = pack_for_logits(p);
+        terms(chosen_terms),
+        teacher(other) {
     if (out.dweight.defined()) {
       columns_operand = at::empty({panels, p.padded, panel}, of_T);
       T* to = columns_operand.template mutable_data_ptr<T>();
@@ -118,53 +121,29 @@ struct Pass {
            column % step;
   }
 
-  // Where column n of tile t of the stored logits starts, and the stride of its vocabulary.
-  const A* stored_column(int64_t row, int64_t v, int64_t* stride) const {
-    const int64_t first = row / tile_tokens * tile_tokens;
-    *stride = std::min(tile_tokens, stored->padded - first);
-    return stored->z + first * p.V + v * *stride + row % tile_tokens;
-  }
-
   void logit_gradients(int64_t v0, int64_t rows, int64_t chunk0, int64_t tokens) {
-    const T* operand = stored ? nullptr : logits_operand.template const_data_ptr<T>();
     const int64_t blocks = (rows + p.block - 1) / p.block;
     const int64_t tiles = (tokens + tile_tokens - 1) / tile_tokens;
     parallel_tasks(blocks * tiles, [&](int64_t begin, int64_t end) {
-      at::Tensor buffer;
       Scratch<A> scratch(p.block * tile_tokens);
-      Block<T> weight{nullptr, 0};
-      int64_t weight_of = -1;
+      Scratch<A> of_teacher(teacher ? p.block * tile_tokens : 0);
+      const auto own = logits.cache(), teachers = teacher ? teacher->logits.cache() : nullptr;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / tiles, t = chunk0 / tile_tokens + task % tiles;
         const int64_t first = b * p.block, count = std::min(p.block, rows - first);
-        const int64_t n0 = t * tile_tokens, width = p.tile_width(t);
-        const A* z = scratch.data();
-        if (!stored) {
-          if (weight_of != b) weight = weight_block(p, v0 + first, count, buffer);
-          weight_of = b;
-          logits_tile(p, weight, v0 + first, count, operand, t, scratch.data(), width);
-        } else if (stored->rows.empty()) {
-          z = stored->z + n0 * p.V + (v0 + first) * width;
-        } else {
-          gather(scratch.data(), v0 + first, count, n0, width);
+        const A* z = logits.tile(v0 + first, count, t, scratch.data(), own.get());
+        const A* zt = nullptr;
+        if (teacher) {
+          zt = teacher->logits.tile(v0 + first, count, t, of_teacher.data(), teachers.get());
         }
-        tile_gradient(z, scratch.data(), v0 + first, first, count, t, chunk0);
+        tile_gradient(z, zt, scratch.data(), v0 + first, first, count, t, chunk0);
       }
     });
   }
 
-  void gather(A* z, int64_t v0, int64_t rows, int64_t n0, int64_t width) const {
-    for (int64_t n = 0; n < width; ++n) {
-      int64_t stride = 0;
-      const bool real = n0 + n < p.N;
-      const A* from = real ? stored_column(stored->rows[n0 + n], v0, &stride) : nullptr;
-      for (int64_t v = 0; v < rows; ++v) z[v * width + n] = real ? from[v * stride] : A(0);
-    }
-  }
-
   // z -> draw for one tile, with the label's own term, into the layouts of the two products.
-  void tile_gradient(const A* z, A* scratch, int64_t v0, int64_t first, int64_t rows, int64_t t,
-                     int64_t chunk0) {
+  void tile_gradient(const A* z, const A* zt, A* scratch, int64_t v0, int64_t first, int64_t rows,
+                     int64_t t, int64_t chunk0) {
     const int64_t n0 = t * tile_tokens, width = p.tile_width(t), column = n0 - chunk0;
     A* target = scratch;
     int64_t ld_target = width;
@@ -180,7 +159,16 @@ struct Pass {
     const Upstream<A> here{up.lse + n0,       up.lse_low + n0,  up.entropy + n0,
                            up.dlogprobs + n0, up.dentropy + n0, up.inv_temperature + n0,
                            up.has_dentropy};
-    loops<A>().gradient(z, rows, width, width, here, p.transform, target, ld_target);
+    if (zt) {
+      const TwoLse<A> l = teacher->lse;
+      const TwoLse<A> known{l.lse + n0,             l.lse_low + n0, l.teacher_lse + n0,
+                            l.teacher_lse_low + n0, l.gap + n0,     l.gap_low + n0};
+      loops<A>().two_gradient(z, zt, rows, width, width, known, teacher->measure,
+                              teacher->ddivergence + n0, teacher->slope + n0, here, p.transform,
+                              target, ld_target);
+    } else {
+      loops<A>().gradient(z, rows, width, width, here, p.transform, target, ld_target);
+    }
     // What pads the tokens, a hidden state of 0, has a NaN for a logit where a weight is infinite.
     for (int64_t n = p.N - n0; n < width; ++n) {
       for (int64_t v = 0; v < rows; ++v) target[v * ld_target + n] = A(0);
@@ -303,16 +291,17 @@ struct Pass {
 };
 
 template <class T>
-void backward(const Problem<T>& p, Upstream<Acc<T>> up, const Stored<T>* stored, Gradients& out,
-              const Picks* picks, const Acc<T>* terms) {
-  Pass<T>(p, up, stored, out, picks, terms).run();
+void backward(const Problem<T>& p, Upstream<Acc<T>> up, const StoredTiles<Acc<T>>* stored,
+              Gradients& out, const Picks* picks, const Acc<T>* terms,
+              const Teacher<Acc<T>>* teacher) {
+  Pass<T>(p, up, stored, out, picks, terms, teacher).run();
 }
 
-template void backward(const Problem<c10::BFloat16>&, Upstream<float>,
-                       const Stored<c10::BFloat16>*, Gradients&, const Picks*, const float*);
-template void backward(const Problem<float>&, Upstream<float>, const Stored<float>*, Gradients&,
-                       const Picks*, const float*);
-template void backward(const Problem<double>&, Upstream<double>, const Stored<double>*, Gradients&,
-                       const Picks*, const double*);
+template void backward(const Problem<c10::BFloat16>&, Upstream<float>, const StoredTiles<float>*,
+                       Gradients&, const Picks*, const float*, const Teacher<float>*);
+template void backward(const Problem<float>&, Upstream<float>, const StoredTiles<float>*,
+                       Gradients&, const Picks*, const float*, const Teacher<float>*);
+template void backward(const Problem<double>&, Upstream<double>, const StoredTiles<double>*,
+                       Gradients&, const Picks*, const double*, const Teacher<double>*);
 
 }  // namespace fused_rl

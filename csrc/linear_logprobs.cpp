@@ -60,12 +60,6 @@ template Problem<double> make_problem(const at::Tensor&, const at::Tensor&, cons
                                       const at::Tensor&, const at::Tensor&, double, double,
                                       const std::vector<int64_t>&);
 
-static std::vector<int64_t> all_rows(int64_t N) {
-  std::vector<int64_t> rows(N);
-  for (int64_t n = 0; n < N; ++n) rows[n] = n;
-  return rows;
-}
-
 static Tensors4 linear_logprobs(const at::Tensor& hidden, const at::Tensor& weight,
                                 const Bias& bias, const at::Tensor& labels,
                                 const at::Tensor& temperature, double scale, double softcap,
@@ -153,8 +147,8 @@ static at::Tensor linear_logprobs_chunk_backward(
     auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
     restore_log_sums(p, g);
     const bool all = p.N == hidden.size(0);
-    const Stored<T> stored{z.const_data_ptr<A>(), round_up(hidden.size(0), 16),
-                       all ? std::vector<int64_t>{} : rows};
+    const StoredTiles<A> stored(z.const_data_ptr<A>(), p.V, round_up(hidden.size(0), 16), p.N,
+                                all ? std::vector<int64_t>{} : rows);
     Gradients out{at::empty({p.N, p.H}, at::TensorOptions().dtype(
                                             c10::CppTypeToScalarType<A>::value)),
                   {},

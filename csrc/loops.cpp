@@ -3,6 +3,7 @@
 #include "loops.h"
 
 #include "simd.h"
+#include "softmax.h"
 
 namespace fused_rl::FUSED_RL_ISA {
 
@@ -90,28 +91,6 @@ static void accumulate(const T* z, int64_t lines, int64_t columns, int64_t ld, R
     store(run.sum + n, before.sum + block.sum);
     store(run.moment + n, before.moment + block.moment);
   }
-}
-
-template <class T>
-struct Probability {
-  Vec<T> p, logp;
-};
-
-// The rounding of z - lse would be a relative error of p, the larger the smaller p is. Where
-// |z| <= |lse| it is z - ((z - lse) + lse), exactly, and elsewhere it is lost in that of z.
-template <class T>
-FUSED_RL_INLINE Probability<T> probability(Vec<T> z, Vec<T> lse, Vec<T> lse_low) {
-  const Vec<T> d = z - lse, logp = d - lse_low;
-  const Vec<T> rest = (z - (d + lse)) - lse_low;
-  return {exp<T>(logp, d, rest), at_least<T>(logp, Simd<T>::lowest)};
-}
-
-// d(logprob)/dz = 1[label] - p and d(entropy)/dz = -p (log p + entropy); the 1[label] is left out.
-template <class T>
-FUSED_RL_INLINE Vec<T> softmax_gradient(Vec<T> z, Vec<T> lse, Vec<T> lse_low, Vec<T> entropy,
-                                        Vec<T> dlogprob, Vec<T> dentropy) {
-  const Probability<T> of_z = probability<T>(z, lse, lse_low);
-  return -of_z.p * (dlogprob + dentropy * (of_z.logp + entropy));
 }
 
 template <class T>
@@ -374,10 +353,18 @@ static void narrow(const float* from, int64_t n, uint16_t* to) {
   }
 }
 
+// divergence_loops.cpp
+template <class T>
+void two_sums(const T*, const T*, int64_t, int64_t, int64_t, TwoLse<T>, Measure, double*, double*,
+              double*);
+template <class T>
+void two_gradient(const T*, const T*, int64_t, int64_t, int64_t, TwoLse<T>, Measure, const T*,
+                  const T*, Upstream<T>, Transform<T>, T*, int64_t);
+
 template <class T>
 static constexpr Loops<T> table() {
-  return {transform<T>,      accumulate<T>,   gradient<T>, line_sums<T>,
-          row_statistics<T>, row_gradient<T>, kl<T>,       add_scaled<T>};
+  return {transform<T>,    accumulate<T>, gradient<T>,   line_sums<T>,   row_statistics<T>,
+          row_gradient<T>, kl<T>,         add_scaled<T>, two_sums<T>, two_gradient<T>};
 }
 
 extern const Loops<float> float_loops;

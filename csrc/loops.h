@@ -39,6 +39,23 @@ struct Upstream {
   bool has_dentropy;
 };
 
+// The numbers of reference.py.
+enum Kind : int { reverse_kl = 1, forward_kl, jensen_shannon, alpha_divergence, total_variation };
+// In nats: what an infinite log-ratio counts for in a gradient, and where its exponents are held.
+inline constexpr double infinite_log_ratio = 100, largest_exponent = 80;
+
+struct Measure {
+  int64_t kind;
+  double parameter, factor;
+};
+
+// What the log-probabilities of two heads' logits, and their difference, are formed with, per token.
+template <class T>
+struct TwoLse {
+  const T *lse, *lse_low, *teacher_lse, *teacher_lse_low;
+  const T *gap, *gap_low;  // lse - teacher_lse, rounded to T, and what that left over
+};
+
 template <class T>
 struct Loops {
   // raw -> z in place. bias: one per line, or null.
@@ -59,6 +76,13 @@ struct Loops {
   void (*kl)(const T* d, int64_t n, int64_t value_kind, int64_t slope_kind, T* value, T* slope);
   // sum += factor * x
   void (*add_scaled)(const T* x, int64_t n, T factor, T* sum);
+  // Adds the terms of a divergence, and each side's slopes, of the logits z and zt of two heads.
+  void (*two_sums)(const T* z, const T* zt, int64_t lines, int64_t columns, int64_t ld, TwoLse<T>,
+                   Measure, double* total, double* g, double* teacher);
+  // z, zt -> draw of the student, without the label's own term; may write where it reads.
+  void (*two_gradient)(const T* z, const T* zt, int64_t lines, int64_t columns, int64_t ld,
+                       TwoLse<T>, Measure, const T* ddivergence, const T* slope, Upstream<T>,
+                       Transform<T>, T* draw, int64_t ld_draw);
 };
 
 // fp32 to bf16, and the two layouts of a bf16 tile that the products of the backward pass read.

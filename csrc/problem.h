@@ -7,7 +7,9 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
+#include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
@@ -128,6 +130,47 @@ void logits_tile(const Problem<T>& p, Block<T> weight, int64_t v0, int64_t rows,
   }
 }
 
+// Where a backward pass has the logits of a tile from.
+template <class A>
+struct LogitTiles {
+  // What a thread keeps between its tiles.
+  struct Cache {
+    virtual ~Cache() = default;
+  };
+  virtual ~LogitTiles() = default;
+  virtual std::unique_ptr<Cache> cache() const { return nullptr; }
+  // z[rows, width] of the vocabulary rows from v0 and the tokens of tile t: where it lies, or in
+  // `scratch`.
+  virtual const A* tile(int64_t v0, int64_t rows, int64_t t, A* scratch, Cache* own) const = 0;
+};
+
+// Formed again.
+template <class T>
+class FormedTiles : public LogitTiles<Acc<T>> {
+ public:
+  using Cache = typename LogitTiles<Acc<T>>::Cache;
+  explicit FormedTiles(const Problem<T>& problem) : p(problem), operand(pack_for_logits(problem)) {}
+  std::unique_ptr<Cache> cache() const override { return std::make_unique<Own>(); }
+  const Acc<T>* tile(int64_t v0, int64_t rows, int64_t t, Acc<T>* scratch,
+                     Cache* own) const override {
+    Own& c = *static_cast<Own*>(own);
+    if (c.first != v0) c.block = weight_block(p, v0, rows, c.buffer);
+    c.first = v0;
+    logits_tile(p, c.block, v0, rows, operand.template const_data_ptr<T>(), t, scratch,
+                p.tile_width(t));
+    return scratch;
+  }
+
+ private:
+  struct Own : Cache {
+    at::Tensor buffer;
+    Block<T> block{nullptr, 0};
+    int64_t first = -1;
+  };
+  const Problem<T>& p;
+  const at::Tensor operand;
+};
+
 // Chosen pairs (token, entry), grouped by the tile in which their logit lies: a tile finds its own
 // without a search.
 struct Picks {
@@ -172,18 +215,55 @@ struct Gradients {
   bool accumulate;     // add to dweight and dbias rather than overwrite
 };
 
-// Logits stored by forward() for `tokens` tokens, of which this problem has those at `rows`.
-template <class T>
-struct Stored {
-  const Acc<T>* z;
-  int64_t padded;
-  std::vector<int64_t> rows;  // empty: all, in order
+// Logits that forward() stored for a chunk of tokens, of which a problem of N has those at `rows`.
+template <class A>
+class StoredTiles : public LogitTiles<A> {
+ public:
+  using Cache = typename LogitTiles<A>::Cache;
+  // padded: of the chunk; rows: empty if all, in order.
+  StoredTiles(const A* z, int64_t V, int64_t padded, int64_t N, std::vector<int64_t> rows)
+      : z(z), V(V), padded(padded), N(N), rows(std::move(rows)) {}
+  const A* tile(int64_t v0, int64_t lines, int64_t t, A* scratch, Cache*) const override {
+    const int64_t n0 = t * tile_tokens;
+    if (rows.empty()) return z + n0 * V + v0 * std::min(tile_tokens, padded - n0);
+    const int64_t width = std::min(tile_tokens, round_up(N, 16) - n0);
+    for (int64_t n = 0; n < width; ++n) {
+      int64_t stride = 0;
+      const bool real = n0 + n < N;
+      const A* from = real ? column(rows[n0 + n], v0, &stride) : nullptr;
+      for (int64_t v = 0; v < lines; ++v) scratch[v * width + n] = real ? from[v * stride] : A(0);
+    }
+    return scratch;
+  }
+
+ private:
+  // Where the logits of a token of the chunk start, and the stride of the vocabulary.
+  const A* column(int64_t row, int64_t v, int64_t* stride) const {
+    const int64_t first = row / tile_tokens * tile_tokens;
+    *stride = std::min(tile_tokens, padded - first);
+    return z + first * V + v * *stride + row % tile_tokens;
+  }
+  const A* z;
+  int64_t V, padded, N;
+  std::vector<int64_t> rows;
 };
 
-// up.*: [padded], zeros in the padding. stored: null to recompute the logits.
+// The other side of a divergence whose gradient a pass adds to the student's: [padded] each.
+template <class A>
+struct Teacher {
+  const LogitTiles<A>& logits;
+  TwoLse<A> lse;
+  const A* ddivergence;
+  const A* slope;  // the sum of the student's slopes
+  Measure measure;
+};
+
+// up.*: [padded], zeros in the padding. stored: null to form the logits again.
 // picks: null, or the pairs to whose draw `terms` are added, each under its number.
+// teacher: null, or what a divergence is from.
 template <class T>
-void backward(const Problem<T>& p, Upstream<Acc<T>> up, const Stored<T>* stored, Gradients& out,
-              const Picks* picks = nullptr, const Acc<T>* terms = nullptr);
+void backward(const Problem<T>& p, Upstream<Acc<T>> up, const StoredTiles<Acc<T>>* stored,
+              Gradients& out, const Picks* picks = nullptr, const Acc<T>* terms = nullptr,
+              const Teacher<Acc<T>>* teacher = nullptr);
 
 }  // namespace fused_rl

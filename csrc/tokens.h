@@ -45,6 +45,12 @@ at::Tensor scatter(const std::vector<A>& values, const std::vector<int64_t>& row
   return out;
 }
 
+inline std::vector<int64_t> all_rows(int64_t N) {
+  std::vector<int64_t> rows(N);
+  for (int64_t n = 0; n < N; ++n) rows[n] = n;
+  return rows;
+}
+
 // Tokens that are not ignored. labels are contiguous.
 inline std::vector<int64_t> counted_rows(const at::Tensor& labels, int64_t ignore_index) {
   std::vector<int64_t> rows;
@@ -66,17 +72,20 @@ struct Gathered {
   }
 };
 
+// A number per token, of some tokens, with zeros in the padding.
+template <class A>
+std::vector<A> gather(const at::Tensor& tensor, const std::vector<int64_t>& rows, int64_t padded) {
+  const at::Tensor from = tensor.to(c10::CppTypeToScalarType<A>::value).contiguous();
+  std::vector<A> to(padded, A(0));
+  for (size_t i = 0; i < rows.size(); ++i) to[i] = from.const_data_ptr<A>()[rows[i]];
+  return to;
+}
+
 template <class A>
 Gathered<A> gather_upstream(const at::Tensor& lse, const at::Tensor& entropy,
                             const at::Tensor& dlogprobs, const at::Tensor& dentropy,
                             const std::vector<int64_t>& rows, int64_t padded) {
-  const auto of_A = c10::CppTypeToScalarType<A>::value;
-  const auto take = [&](const at::Tensor& tensor) {
-    const at::Tensor from = tensor.to(of_A).contiguous();
-    std::vector<A> to(padded, A(0));
-    for (size_t i = 0; i < rows.size(); ++i) to[i] = from.const_data_ptr<A>()[rows[i]];
-    return to;
-  };
+  const auto take = [&](const at::Tensor& tensor) { return gather<A>(tensor, rows, padded); };
   const std::vector<A> zeros(padded, A(0));
   Gathered<A> g{zeros, zeros, take(entropy), take(dlogprobs), take(dentropy)};
   const at::Tensor exact = lse.to(at::kDouble).contiguous();

@@ -1,0 +1,394 @@
+// Divergences between the distributions of two heads, per token.
+//
+//     D[n] = sum_v c(s[n, v], t[n, v])        divergence_loops.cpp has the terms c and their slopes
+//
+// The terms want both sides' lse, and so all of the vocabulary: the logits of a chunk of tokens, of
+// both sides, are stored tile by tile while their running softmax is formed, and then read once. The
+// gradient of the student's logits is one more reading, in the pass of linear_backward.cpp, which can
+// form them again as well. The teacher's gradients are the student's with the sides changed.
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "labels.h"
+#include "problem.h"
+#include "tokens.h"
+
+namespace fused_rl {
+
+// Lines that are read of both sides before the next tile is: both stay in the first-level cache.
+static constexpr int64_t lines_at_once = 64;
+static constexpr int64_t max_slabs = 64;
+// Tokens whose logits are stored at once where nothing follows: as many as reading the heads again
+// is no cost for, so that the buffer stays in use.
+static constexpr int64_t tokens_at_once = 512;
+
+// One side, as an operator is given it.
+struct Side {
+  const at::Tensor& hidden;
+  const at::Tensor& weight;
+  const Bias& bias;
+  const at::Tensor& temperature;
+  double scale, softcap;
+
+  template <class T>
+  Problem<T> problem(const at::Tensor& labels, const std::vector<int64_t>& rows) const {
+    return make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
+  }
+};
+
+// f(S(), T()): the types that the student's and the teacher's products are computed in. Both are
+// double where either is.
+template <class F>
+auto with_compute_types(const Side& student, const Side& teacher, const F& f) {
+  const auto is_double = [](const Side& side) {
+    return side.hidden.scalar_type() == at::kDouble || side.weight.scalar_type() == at::kDouble;
+  };
+  if (is_double(student) || is_double(teacher)) return f(0.0, 0.0);
+  const auto half = [](const Side& side) {
+    return side.hidden.scalar_type() == at::kBFloat16 &&
+           side.weight.scalar_type() == at::kBFloat16 && has_microkernel<c10::BFloat16>();
+  };
+  const c10::BFloat16 bf16(0.f);
+  if (half(student)) return half(teacher) ? f(bf16, bf16) : f(bf16, 0.f);
+  return half(teacher) ? f(0.f, bf16) : f(0.f, 0.f);
+}
+
+template <class S, class T>
+struct Problems {
+  Problem<S> student;
+  Problem<T> teacher;
+
+  // With tiles of the same shape.
+  static Problems of(const Side& student, const Side& teacher, const at::Tensor& labels,
+                     const std::vector<int64_t>& rows) {
+    Problems p{student.problem<S>(labels, rows), teacher.problem<T>(labels, rows)};
+    p.student.block = p.teacher.block = std::min(p.student.block, p.teacher.block);
+    return p;
+  }
+};
+
+// The lse of both sides and their difference, each as a sum of two; [padded].
+template <class A>
+struct TwoSums {
+  std::vector<A> lse, lse_low, teacher_lse, teacher_lse_low, gap, gap_low;
+
+  explicit TwoSums(int64_t padded)
+      : lse(padded), lse_low(padded), teacher_lse(padded), teacher_lse_low(padded), gap(padded),
+        gap_low(padded) {}
+  void set(int64_t n, double of_student, SplitLse<A> student, double of_teacher,
+           SplitLse<A> teacher) {
+    lse[n] = student.high;
+    lse_low[n] = student.low;
+    teacher_lse[n] = teacher.high;
+    teacher_lse_low[n] = teacher.low;
+    gap[n] = A(of_student - of_teacher);
+    gap_low[n] = A(of_student - of_teacher - double(gap[n]));
+  }
+  TwoLse<A> at(int64_t n) const {
+    return {lse.data() + n,             lse_low.data() + n, teacher_lse.data() + n,
+            teacher_lse_low.data() + n, gap.data() + n,     gap_low.data() + n};
+  }
+};
+
+// Nine numbers of each token, over all tokens: zeros where none are set.
+struct TwoStatistics {
+  std::vector<at::Tensor> all;
+
+  TwoStatistics(int64_t N, at::ScalarType dtype) {
+    for (int i = 0; i < 9; ++i) {
+      all.push_back(at::zeros({N}, at::TensorOptions().dtype(i == 3 || i == 6 ? at::kDouble : dtype)));
+    }
+  }
+  template <class A>
+  void set(int i, int64_t n, double value) {
+    if (all[i].scalar_type() == at::kDouble) {
+      all[i].mutable_data_ptr<double>()[n] = value;
+    } else {
+      all[i].mutable_data_ptr<A>()[n] = A(value);
+    }
+  }
+};
+
+// The statistics of both sides of the tokens `rows`, whose logits z and zt then hold, [V * padded].
+template <class S, class T>
+void two_forward(const Problems<S, T>& p, const Measure& by, Acc<S>* z, Acc<S>* zt,
+                 const std::vector<int64_t>& rows, TwoStatistics& out) {
+  using A = Acc<S>;
+  const Problem<S>& student = p.student;
+  const TokenStatistics<S> s = forward<S>(student, z);
+  const TokenStatistics<T> t = forward<T>(p.teacher, zt);
+  const int64_t N = student.N, V = student.V, padded = student.padded, tiles = student.tiles();
+  TwoSums<A> sums(padded);
+  for (int64_t n = 0; n < N; ++n) {
+    sums.set(n, s.lse[n], SplitLse<A>::of(s.lse[n], s.entropy[n]), t.lse[n],
+             SplitLse<A>::of(t.lse[n], t.entropy[n]));
+  }
+  const int64_t pieces = (V + lines_at_once - 1) / lines_at_once;
+  const int64_t slabs = std::min(max_slabs, pieces);
+  std::vector<double> parts(slabs * 3 * padded, 0.0);
+  at::parallel_for(0, slabs * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t slab = task / tiles, n0 = task % tiles * tile_tokens;
+      const int64_t width = student.tile_width(task % tiles);
+      double* part = parts.data() + slab * 3 * padded + n0;
+      for (int64_t i = pieces * slab / slabs; i < pieces * (slab + 1) / slabs; ++i) {
+        const int64_t v0 = i * lines_at_once, lines = std::min(lines_at_once, V - v0);
+        loops<A>().two_sums(z + n0 * V + v0 * width, zt + n0 * V + v0 * width, lines, width, width,
+                            sums.at(n0), by, part, part + padded, part + 2 * padded);
+      }
+    }
+  });
+  for (int64_t n = 0; n < N; ++n) {
+    double total[3] = {0, 0, 0};
+    for (int64_t slab = 0; slab < slabs; ++slab) {
+      for (int i = 0; i < 3; ++i) total[i] += parts[(slab * 3 + i) * padded + n];
+    }
+    const double values[9] = {total[0],      s.logprobs[n], s.entropy[n], s.lse[n], t.logprobs[n],
+                              t.entropy[n],  t.lse[n],      total[1],     total[2]};
+    for (int i = 0; i < 9; ++i) out.template set<A>(i, rows[n], values[i]);
+  }
+}
+
+using Tensors9 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                            at::Tensor, at::Tensor, at::Tensor>;
+using Tensors10 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                             at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Tensors6 =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+static void check_teacher(const Side& teacher, const std::vector<int64_t>& rows) {
+  const at::Tensor t = teacher.temperature.to(at::kDouble).contiguous();
+  for (const int64_t n : rows) {
+    TORCH_CHECK_VALUE(t.const_data_ptr<double>()[n] > 0, "teacher_temperature[", n, "] is ",
+                      t.const_data_ptr<double>()[n], ", and a temperature must be positive");
+  }
+}
+
+static Tensors9 linear_divergence(
+    const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
+    const at::Tensor& teacher_hidden, const at::Tensor& teacher_weight, const Bias& teacher_bias,
+    const at::Tensor& labels, const at::Tensor& temperature, const at::Tensor& teacher_temperature,
+    double scale, double softcap, double teacher_scale, double teacher_softcap, int64_t kind,
+    double parameter, double factor, int64_t ignore_index, int64_t chunk_bytes) {
+  const Side student{hidden, weight, bias, temperature, scale, softcap};
+  const Side teacher{teacher_hidden,      teacher_weight, teacher_bias,
+                     teacher_temperature, teacher_scale,  teacher_softcap};
+  check_labels(labels, weight.size(0), ignore_index);
+  const at::Tensor y = labels.contiguous();
+  const auto active = counted_rows(y, ignore_index);
+  check_teacher(teacher, active);
+  return with_compute_types(student, teacher, [&](auto of_student, auto of_teacher) -> Tensors9 {
+    using S = decltype(of_student);
+    using T = decltype(of_teacher);
+    using A = Acc<S>;
+    const auto dtype = c10::CppTypeToScalarType<A>::value;
+    TwoStatistics out(y.numel(), dtype);
+    const int64_t V = weight.size(0), N = active.size();
+    const int64_t fit = chunk_bytes / int64_t(2 * V * sizeof(A));
+    const int64_t most = std::min(tokens_at_once, fit < tile_tokens
+                                                      ? std::max<int64_t>(fit, 1)
+                                                      : fit / tile_tokens * tile_tokens);
+    const int64_t room = V * round_up(std::min(most, N), 16);
+    const at::Tensor z = at::empty({2, room}, at::TensorOptions().dtype(dtype));
+    prefer_huge_pages(z);
+    for (int64_t n0 = 0; n0 < N; n0 += most) {
+      const std::vector<int64_t> rows(active.begin() + n0, active.begin() + std::min(N, n0 + most));
+      const auto p = Problems<S, T>::of(student, teacher, y, rows);
+      A* to = z.mutable_data_ptr<A>();
+      two_forward(p, {kind, parameter, factor}, to, to + room, rows, out);
+    }
+    const auto& a = out.all;
+    return {a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]};
+  });
+}
+
+static Tensors10 linear_divergence_chunk(
+    const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
+    const at::Tensor& teacher_hidden, const at::Tensor& teacher_weight, const Bias& teacher_bias,
+    const at::Tensor& labels, const at::Tensor& temperature, const at::Tensor& teacher_temperature,
+    double scale, double softcap, double teacher_scale, double teacher_softcap, int64_t kind,
+    double parameter, double factor) {
+  const Side student{hidden, weight, bias, temperature, scale, softcap};
+  const Side teacher{teacher_hidden,      teacher_weight, teacher_bias,
+                     teacher_temperature, teacher_scale,  teacher_softcap};
+  check_labels(labels, weight.size(0), std::nullopt);
+  const auto rows = all_rows(hidden.size(0));
+  return with_compute_types(student, teacher, [&](auto of_student, auto of_teacher) -> Tensors10 {
+    using S = decltype(of_student);
+    using T = decltype(of_teacher);
+    using A = Acc<S>;
+    const auto p = Problems<S, T>::of(student, teacher, labels, rows);
+    const auto dtype = c10::CppTypeToScalarType<A>::value;
+    TwoStatistics out(labels.numel(), dtype);
+    const int64_t room = p.student.V * p.student.padded;
+    at::Tensor z = at::empty({2 * room}, at::TensorOptions().dtype(dtype));
+    prefer_huge_pages(z);
+    A* to = z.mutable_data_ptr<A>();
+    two_forward(p, {kind, parameter, factor}, to, to + room, rows, out);
+    const auto& a = out.all;
+    return {a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], z};
+  });
+}
+
+// What a pass over the student's gradients takes of some of the tokens.
+template <class A>
+struct TwoGathered {
+  Gathered<A> student;
+  TwoSums<A> sums;
+  std::vector<A> ddivergence, slope;
+
+  Teacher<A> teacher(const LogitTiles<A>& logits, Measure by) const {
+    return {logits, sums.at(0), ddivergence.data(), slope.data(), by};
+  }
+};
+
+// [N] each.
+struct Given {
+  const at::Tensor &ddivergence, &dlogprobs, &dentropy;
+  const at::Tensor &lse, &entropy, &teacher_lse, &teacher_entropy, &slope;
+
+  std::vector<int64_t> rows(const at::Tensor& labels, int64_t ignore_index) const {
+    const at::Tensor others = dentropy.ne(0).logical_or(ddivergence.ne(0));
+    return rows_with_gradient(labels, ignore_index, dlogprobs, others);
+  }
+  template <class A>
+  TwoGathered<A> gathered(const std::vector<int64_t>& rows, int64_t padded) const {
+    TwoGathered<A> g{gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, padded),
+                     TwoSums<A>(padded), gather<A>(ddivergence, rows, padded),
+                     gather<A>(slope, rows, padded)};
+    const auto of_student = gather<double>(lse, rows, padded);
+    const auto of_teacher = gather<double>(teacher_lse, rows, padded);
+    const auto teachers = gather<A>(teacher_entropy, rows, padded);
+    for (size_t n = 0; n < rows.size(); ++n) {
+      g.sums.set(n, of_student[n], SplitLse<A>(g.student.lse[n], g.student.lse_low[n]),
+                 of_teacher[n], SplitLse<A>::of(of_teacher[n], teachers[n]));
+    }
+    return g;
+  }
+};
+
+// The student's gradients, from logits that are formed again.
+static Tensors3 student_gradients(const Side& student, const Side& teacher,
+                                  const at::Tensor& labels, int64_t ignore_index, const Given& given,
+                                  Measure by, bool need_dhidden, bool need_dweight,
+                                  bool need_dbias) {
+  const auto rows = given.rows(labels, ignore_index);
+  const auto &hidden = student.hidden, &weight = student.weight;
+  if (rows.empty() || !(need_dhidden || need_dweight || need_dbias)) {
+    return or_empty(
+        zero_gradients(hidden, weight, student.bias, need_dhidden, need_dweight, need_dbias),
+        hidden, weight);
+  }
+  return with_compute_types(student, teacher, [&](auto of_student, auto of_teacher) -> Tensors3 {
+    using S = decltype(of_student);
+    using T = decltype(of_teacher);
+    using A = Acc<S>;
+    const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
+    const auto p = Problems<S, T>::of(student, teacher, labels, rows);
+    auto g = given.gathered<A>(rows, p.student.padded);
+    Gradients out{{}, {}, {}, false};
+    if (need_dhidden) out.dhidden = at::empty({p.student.N, p.student.H}, of_A);
+    if (need_dweight) {
+      out.dweight = at::empty(weight.sizes(), weight.options());
+      prefer_huge_pages(out.dweight);
+    }
+    if (need_dbias) out.dbias = at::empty({p.student.V}, student.bias->options());
+    const FormedTiles<T> logits(p.teacher);
+    const Teacher<A> other = g.teacher(logits, by);
+    backward<S>(p.student, g.student.upstream(p.student.inv_temperature), nullptr, out, nullptr,
+                nullptr, &other);
+    if (need_dhidden) out.dhidden = place_rows(out.dhidden, rows, hidden, hidden.scalar_type());
+    return or_empty(out, hidden, weight);
+  });
+}
+
+// The divergence that is the same when the sides change places.
+static Measure swapped(Measure by) {
+  if (by.kind == reverse_kl || by.kind == forward_kl) {
+    return {by.kind == reverse_kl ? forward_kl : reverse_kl, by.parameter, by.factor};
+  }
+  return {by.kind, 1 - by.parameter, by.factor};
+}
+
+static Tensors6 linear_divergence_backward(
+    const at::Tensor& ddivergence, const at::Tensor& dlogprobs, const at::Tensor& dentropy,
+    const at::Tensor& dteacher_logprobs, const at::Tensor& dteacher_entropy,
+    const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
+    const at::Tensor& teacher_hidden, const at::Tensor& teacher_weight, const Bias& teacher_bias,
+    const at::Tensor& labels, const at::Tensor& temperature, const at::Tensor& teacher_temperature,
+    double scale, double softcap, double teacher_scale, double teacher_softcap, int64_t kind,
+    double parameter, double factor, int64_t ignore_index, int64_t /*chunk_bytes*/,
+    const at::Tensor& lse, const at::Tensor& entropy, const at::Tensor& teacher_lse,
+    const at::Tensor& teacher_entropy, const at::Tensor& slope, const at::Tensor& teacher_slope,
+    bool need_dhidden, bool need_dweight, bool need_dbias, bool need_dteacher_hidden,
+    bool need_dteacher_weight, bool need_dteacher_bias) {
+  const Side student{hidden, weight, bias, temperature, scale, softcap};
+  const Side teacher{teacher_hidden,      teacher_weight, teacher_bias,
+                     teacher_temperature, teacher_scale,  teacher_softcap};
+  const Given of_student{ddivergence, dlogprobs,   dentropy,        lse,
+                         entropy,     teacher_lse, teacher_entropy, slope};
+  const Given of_teacher{ddivergence,     dteacher_logprobs, dteacher_entropy, teacher_lse,
+                         teacher_entropy, lse,               entropy,          teacher_slope};
+  const Measure by{kind, parameter, factor};
+  const auto [h, w, b] = student_gradients(student, teacher, labels, ignore_index, of_student, by,
+                                           need_dhidden, need_dweight, need_dbias);
+  const auto [th, tw, tb] =
+      student_gradients(teacher, student, labels, ignore_index, of_teacher, swapped(by),
+                        need_dteacher_hidden, need_dteacher_weight, need_dteacher_bias);
+  return {h, w, b, th, tw, tb};
+}
+
+static at::Tensor linear_divergence_chunk_backward(
+    const at::Tensor& z, const at::Tensor& ddivergence, const at::Tensor& dlogprobs,
+    const at::Tensor& dentropy, const at::Tensor& hidden, const at::Tensor& weight,
+    const Bias& bias, const at::Tensor& teacher_hidden, const at::Tensor& teacher_weight,
+    const Bias& teacher_bias, const at::Tensor& labels, const at::Tensor& temperature,
+    const at::Tensor& teacher_temperature, double scale, double softcap, double teacher_scale,
+    double teacher_softcap, int64_t kind, double parameter, double factor, const at::Tensor& lse,
+    const at::Tensor& entropy, const at::Tensor& teacher_lse, const at::Tensor& teacher_entropy,
+    const at::Tensor& slope, const at::Tensor& /*teacher_slope*/, const at::Tensor& dweight,
+    const at::Tensor& dbias, bool accumulate) {
+  const Side student{hidden, weight, bias, temperature, scale, softcap};
+  const Side teacher{teacher_hidden,      teacher_weight, teacher_bias,
+                     teacher_temperature, teacher_scale,  teacher_softcap};
+  const Given given{ddivergence, dlogprobs,   dentropy,        lse,
+                    entropy,     teacher_lse, teacher_entropy, slope};
+  const auto rows = given.rows(labels, -1);
+  return with_compute_types(student, teacher, [&](auto of_student, auto) -> at::Tensor {
+    using S = decltype(of_student);
+    using A = Acc<S>;
+    if (rows.empty()) {
+      if (!accumulate) {
+        dweight.zero_();
+        dbias.zero_();
+      }
+      return at::zeros(hidden.sizes(), hidden.options().dtype(kept_dtype(hidden)));
+    }
+    const auto p = student.problem<S>(labels, rows);
+    auto g = given.gathered<A>(rows, p.padded);
+    const int64_t N = hidden.size(0), padded = round_up(N, 16), room = p.V * padded;
+    const auto taken = p.N == N ? std::vector<int64_t>{} : rows;
+    const A* from = z.const_data_ptr<A>();
+    const StoredTiles<A> stored(from, p.V, padded, p.N, taken);
+    const StoredTiles<A> of_teacher(from + room, p.V, padded, p.N, taken);
+    const Teacher<A> other = g.teacher(of_teacher, {kind, parameter, factor});
+    const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
+    Gradients out{at::empty({p.N, p.H}, of_A), {}, {}, accumulate};
+    if (dweight.numel()) {
+      out.dweight = dweight;
+      if (!accumulate) prefer_huge_pages(dweight);
+    }
+    if (dbias.numel()) out.dbias = dbias;
+    backward<S>(p, g.student.upstream(p.inv_temperature), &stored, out, nullptr, nullptr, &other);
+    return place_rows(out.dhidden, rows, hidden, kept_dtype(hidden));
+  });
+}
+
+TORCH_LIBRARY_IMPL(fused_rl, CPU, m) {
+  m.impl("linear_divergence", &linear_divergence);
+  m.impl("linear_divergence_backward", &linear_divergence_backward);
+  m.impl("linear_divergence_chunk", &linear_divergence_chunk);
+  m.impl("linear_divergence_chunk_backward", &linear_divergence_chunk_backward);
+}
+
+}  // namespace fused_rl
