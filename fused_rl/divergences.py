@@ -47,9 +47,8 @@ class Divergence:
     TOTAL_VARIATION: ClassVar[Divergence]
 
     def __post_init__(self) -> None:
-        checks.require(
-            self.kind in KINDS, lambda: f"kind must be one of {KINDS}, got {self.kind!r}"
-        )
+        checks.is_integer("kind", self.kind)
+        checks.require(self.kind in KINDS, lambda: f"kind must be one of {KINDS}, got {self.kind}")
         checks.is_number("parameter", self.parameter)
         checks.is_positive("factor", self.factor)
 

@@ -1,6 +1,7 @@
 """Derivatives of other kinds than backward(): torch.func and vmap are right, what we have not
 got raises, and nothing is ever a tangent of 0."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from fused_rl import (
     TokenBatch,
     TokenStats,
     kl_penalty,
+    linear_divergence,
     linear_kept_logprobs,
     linear_logprobs,
     linear_policy_loss,
@@ -64,7 +66,15 @@ def from_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return product(logprobs_from_logits(hidden @ weight.T, labels))
 
 
+def far(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """From a teacher that gives every entry the same probability: log V - entropy."""
+    none = torch.zeros_like(weight.detach())
+    stats = linear_divergence(hidden, weight, hidden.detach(), none, labels)
+    return (stats.logprobs * (math.log(len(weight)) - stats.divergence)).sum()
+
+
 SCORES = {
+    "linear_divergence": far,
     "linear_logprobs": linear,
     "linear_top_logprobs": top,
     "linear_logprobs, filtered": filtered,

@@ -265,9 +265,18 @@ CASES: dict[str, Callable[[Numbers], list]] = {
 }
 # The other half, what only holds things, and what only takes Python's numbers.
 ELSEWHERE = {
-    *("LMHead", "backends", "linear_kept_logprobs", "linear_logprobs", "linear_policy_loss"),
+    *(
+        "LMHead",
+        "backends",
+        "linear_divergence",
+        "Divergence",
+        "linear_kept_logprobs",
+        "linear_logprobs",
+        "linear_policy_loss",
+    ),
     *("linear_top_logprobs", "logprobs_from_logits", "trust_kernels"),
     *(
+        "DivergenceStats",
         "GAEOutput",
         "KeptStats",
         "LossOutput",
@@ -390,6 +399,7 @@ def from_hidden_states(dtype: torch.dtype) -> list[torch.Tensor]:
         *fused_rl.linear_logprobs(hidden, head, labels, temperature=0.8),
         *fused_rl.linear_top_logprobs(hidden, head, labels),
         *fused_rl.linear_kept_logprobs(hidden, head, labels, kept, cu_kept)[:2],
+        *fused_rl.linear_divergence(hidden, head, hidden.detach() + 1, weight, labels),
         *fused_rl.logprobs_from_logits(hidden @ weight.T, labels, temperature=1.3),
         fused_rl.linear_policy_loss(hidden, head, n.batch, fused_rl.grpo(beta=0.1)).loss,
         fused_rl.linear_policy_loss(hidden, head, n.batch, fused_rl.gspo(beta=0.1)).loss,

@@ -36,6 +36,8 @@ BATCH = TokenBatch.padded(
 RIGHT: dict[str, Any] = {
     "hidden": torch.ones(B, T, H),
     "head": LMHead(torch.ones(V, H)),
+    "teacher_hidden": torch.ones(B, T, H + 1),
+    "teacher_head": LMHead(torch.ones(V, H + 1)),
     "weight": torch.ones(V, H),
     "labels": LABELS,
     "logits": torch.ones(B, T, V),
@@ -74,6 +76,7 @@ RIGHT: dict[str, Any] = {
     "log_ratio": torch.zeros(B * T),
     "level": fused_rl.Level.PRODUCT,
     "n": 1,
+    "kind": 1,
 }
 OWN: dict[str, dict[str, Any]] = {
     "fit_reward_curve": {"kl": [1.0, 2.0, 3.0, 4.0], "gold_rewards": [1.0, 2.0, 2.0, 1.0]},
@@ -100,10 +103,17 @@ UNBOUNDED = {
 UNBOUNDED |= {"clip", "clamp_min", "highest", "lowest", "kl_peak", "kl update"}
 UNBOUNDED |= {"delta off_policy_sequence_mask"} | {f"{n} Thresholds" for n in vars(Thresholds())}
 SIGNED = {"ignore_index", "scale", "entropy_coef", "cov_low", "cov_high", "ratio_min", "clamp_min"}
-SIGNED |= {"seed", "baseline", "length_correlation", "delta off_policy_sequence_mask", "kl update"}
+SIGNED |= {
+    "seed",
+    "parameter",
+    "baseline",
+    "length_correlation",
+    "delta off_policy_sequence_mask",
+    "kl update",
+}
 
 # A head that is a tensor is called a weight.
-ALSO = {"head": "(head|weight)"}
+ALSO = {"head": "(head|weight)", "teacher_head": "teacher_(head|weight)"}
 
 
 def callables() -> dict[str, Callable]:

@@ -25,7 +25,7 @@ from fused_rl import (
     logprobs_from_logits,
     ops,
 )
-from fused_rl.ops import chunk, frozen, linear, logits, stored
+from fused_rl.ops import chunk, divergence, divergence_chunk, frozen, linear, logits, stored
 from fused_rl.ops.kl import kl, kl_backward
 from fused_rl.ops.record import Operator
 
@@ -135,6 +135,78 @@ def _of_linear_logprobs_stored_backward(dtype):
         yield (*up, *args, lse, entropy, rows, z, True, *needs)
 
 
+def _two_args(dtype):
+    hidden, weight, bias, labels, temperature, *options = _linear_args(dtype)
+    other = oracle.random_case(7, 4, 11, dtype, **{**EVERYTHING, "bias": True})
+    of_teacher = (other.hidden, other.weight, other.bias)
+    heads = (hidden, weight, bias, *of_teacher, labels, temperature, temperature + 0.5)
+    return (*heads, *options, 1.3, 0.0)
+
+
+# The measures: kind, parameter, factor.
+MEASURES = [(1, 0.0, 1.0), (2, 0.0, 1.0), (3, 0.3, 1.0), (4, 2.0, 2.0), (5, 0.0, 1.0)]
+LIMITS = (IGNORED, 2**20)
+
+
+@samples_of(divergence.linear_divergence)
+def _of_linear_divergence(dtype):
+    for measure in MEASURES:
+        yield (*_two_args(dtype), *measure, *LIMITS)
+    yield (*_require_grad(_two_args(dtype), 6), *MEASURES[0], *LIMITS)
+    yield (*_require_grad(_two_args(dtype), 3), *MEASURES[2], IGNORED, 100)
+
+
+def _known(stats):
+    _, _, entropy, lse, _, of_teacher, teacher_lse, slope, teacher_slope = stats
+    return (lse, entropy, teacher_lse, of_teacher, slope, teacher_slope)
+
+
+@samples_of(divergence.linear_divergence_backward)
+def _of_linear_divergence_backward(dtype):
+    for measure in MEASURES:
+        args = (*_two_args(dtype), *measure, *LIMITS)
+        stats = divergence.linear_divergence.op(*args)
+        for needs in ([True] * 6, [True, False] * 3, [False] * 5 + [True]):
+            yield (*torch.randn_like(stats[0].expand(5, -1)), *args, *_known(stats), *needs)
+
+
+def _two_chunk_args(dtype):
+    args = list(_two_args(dtype))
+    args[6] = args[6].clamp(min=0)
+    return tuple(args)
+
+
+@samples_of(divergence_chunk.linear_divergence_chunk)
+def _of_linear_divergence_chunk(dtype):
+    for measure in MEASURES:
+        yield (*_two_chunk_args(dtype), *measure)
+
+
+@samples_of(divergence_chunk.linear_divergence_chunk_backward)
+def _of_linear_divergence_chunk_backward(dtype):
+    args = (*_two_chunk_args(dtype), *MEASURES[2])
+    *stats, z = divergence_chunk.linear_divergence_chunk.op(*args)
+    up = torch.randn_like(stats[0].expand(3, -1))
+    for accumulate in (False, True):
+        sums = (torch.zeros(11, 6, dtype=z.dtype), torch.zeros(11, dtype=z.dtype))
+        yield (z, *up, *args, *_known(stats), *sums, accumulate)
+
+
+@samples_of(divergence_chunk.linear_divergence_frozen)
+def _of_linear_divergence_frozen(dtype):
+    yield (*_require_grad(_two_args(dtype), 1), *MEASURES[0], *LIMITS)
+    yield (*_require_grad(_two_args(dtype), 1), *MEASURES[3], IGNORED, 100)
+
+
+@samples_of(divergence_chunk.linear_divergence_frozen_backward)
+def _of_linear_divergence_frozen_backward(dtype):
+    args = (*_two_args(dtype), *MEASURES[0], *LIMITS)
+    *stats, unit = divergence_chunk.linear_divergence_frozen.op(*args)
+    up = torch.randn_like(stats[0].expand(3, -1))
+    for given in ((True, True), (False, False)):
+        yield (*up, *args, *_known(stats), unit, *given)
+
+
 def _logits_args(dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     labels = torch.tensor([0, 10, IGNORED, 4])
@@ -200,7 +272,10 @@ def test_opcheck(op, dtype):
 
 @pytest.mark.parametrize(
     "op",
-    [linear.linear_logprobs, frozen.linear_logprobs_frozen, logits.logits_logprobs, kl],
+    [
+        *(linear.linear_logprobs, frozen.linear_logprobs_frozen, logits.logits_logprobs, kl),
+        *(divergence.linear_divergence, divergence_chunk.linear_divergence_frozen),
+    ],
     ids=lambda op: op.__name__,
 )
 def test_opcheck_of_gradients_under_aot_dispatch(op):

@@ -9,6 +9,7 @@ forms the logits again; 8 where the loss is known in the forward pass (`linear_p
 reference).
 """
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from fused_rl import checks, ops
 from fused_rl.derivatives import transformed
 from fused_rl.divergences import Divergence
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import flat_arguments, named
+from fused_rl.linear.logprobs import flat_arguments, flat_temperature, named
 from fused_rl.stats import IGNORE_INDEX, DivergenceStats
 
 
@@ -84,15 +85,23 @@ def linear_divergence(
     checks.chunk_bytes_is_positive(chunk_bytes)
     student = Side(hidden, LMHead.of(head), temperature, "")
     of_teacher = temperature if teacher_temperature is None else teacher_temperature
-    teacher = Side(teacher_hidden, LMHead.of(teacher_head), of_teacher, "teacher_")
+    teacher = Side(teacher_hidden, _of_teacher(teacher_head), of_teacher, "teacher_")
     if vocabulary is not None:
         student, teacher = student.over(vocabulary), teacher.over(vocabulary)
-        labels, ignore_index = counted_from(vocabulary.start, labels, ignore_index), OUTSIDE
+        labels, ignore_index = counted_from(vocabulary, labels, ignore_index), OUTSIDE
     heads = two_heads(student, teacher, labels)
     limits = ops.Limits(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes))
     stats = named(flat_divergence, heads, divergence, limits, shape=labels.shape)
     stats = DivergenceStats(*(x.reshape(labels.shape) for x in stats))
     return stats._replace(logprobs=None, teacher_logprobs=None) if given is None else stats
+
+
+def _of_teacher(head: object) -> LMHead:
+    """LMHead.of(head); what it says is wrong is the teacher's."""
+    try:
+        return LMHead.of(head)
+    except ValueError as error:
+        raise ValueError(re.sub(r"^(head|weight|bias)\b", r"teacher_\1", str(error))) from error
 
 
 # Of labels that are ignored, where the entries are counted from another than the first: no label of
@@ -125,11 +134,21 @@ class Side(NamedTuple):
         return self._replace(head=LMHead(head.weight[entries], bias, head.scale, head.softcap))
 
 
-def counted_from(start: int, labels: Tensor, ignore_index: int) -> Tensor:
+def counted_from(vocabulary: range, labels: Tensor, ignore_index: int) -> Tensor:
     """labels counted from the first entry of a range, OUTSIDE where they are ignored."""
     checks.is_labels(labels)
     labels = labels.long()
-    return torch.where(labels == ignore_index, OUTSIDE, labels - start)
+    ignored = labels == ignore_index
+    inside = (labels >= vocabulary.start) & (labels < vocabulary.stop)
+    # Not on CUDA, where looking would wait for the device: such a token's log-prob is NaN there.
+    if not labels.is_cuda and checks.has_values(labels) and not (inside | ignored).all():
+        n = tuple((~(inside | ignored)).nonzero()[0].tolist())
+        place = ", ".join(map(str, n))
+        raise ValueError(
+            f"labels[{place}] is {int(labels[n])}, outside vocabulary {vocabulary} and not "
+            f"ignore_index ({ignore_index})"
+        )
+    return torch.where(ignored, OUTSIDE, labels - vocabulary.start)
 
 
 def two_heads(student: Side, teacher: Side, labels: Tensor) -> ops.TwoHeads:
@@ -142,11 +161,14 @@ def two_heads(student: Side, teacher: Side, labels: Tensor) -> ops.TwoHeads:
             f"vocabulary=range({min(V, of_teacher)}) if the first of them are the same tokens"
         ),
     )
-    flat = (
-        flat_arguments(side.hidden, side.head, labels, side.temperature, side.whose)
-        for side in (student, teacher)
+    sides = (student, teacher)
+    flat = [flat_arguments(s.hidden, s.head, labels, s.temperature, s.whose) for s in sides]
+    heads = ops.TwoHeads.of(*flat)
+    # Both in the dtype of both sides' logits.
+    temperatures = (flat_temperature(s.temperature, labels, heads.dtype, s.whose) for s in sides)
+    return heads._replace(
+        **dict(zip(("temperature", "teacher_temperature"), temperatures, strict=True))
     )
-    return ops.TwoHeads.of(*flat)
 
 
 def flat_divergence(
