@@ -45,7 +45,7 @@ from fused_rl.losses.named import (
 from fused_rl.losses.penalties import KLPenalty
 from fused_rl.losses.policy import LossOutput, PolicyLoss
 from fused_rl.losses.sequences import Level
-from fused_rl.one_pass import linear_policy_loss
+from fused_rl.one_pass.policy_loss import linear_policy_loss
 from fused_rl.ops.backends import Backend, backends
 from fused_rl.ops.trust import trust_kernels
 from fused_rl.rollouts import (

@@ -132,6 +132,11 @@ CALLS = {
     "linear_policy_loss": lambda g: f.linear_policy_loss(
         g["hidden"], g["weight"], padded(g), NAMES["grpo"](beta=0.1)
     ),
+    "a reference": lambda g: f.linear_policy_loss(
+        *(g["hidden"], g["weight"], padded(g, ref_logprobs=None)),
+        NAMES["grpo"](beta=0.1, kl=f.Divergence.REVERSE),
+        reference=(g["logits"], g["weight"].roll(1, 0) @ g["weight"].T),
+    ),
 }
 
 
@@ -164,7 +169,12 @@ def test_gradients_do_not_follow_it_either(given):
     def gradients() -> list[float]:
         hidden, weight = (given[k].clone().requires_grad_() for k in ("hidden", "weight"))
         output = fused_rl.linear_policy_loss(hidden, weight, padded(given), NAMES["gpg"]())
-        return numbers(torch.autograd.grad(output.loss, (hidden, weight)))
+        beside = fused_rl.linear_policy_loss(
+            *(hidden, weight, padded(given, ref_logprobs=None)),
+            NAMES["gpg"](beta=0.1, kl=f.Divergence.FORWARD),
+            reference=(given["hidden"], given["weight"].roll(1, 0)),
+        )
+        return numbers(torch.autograd.grad(output.loss + beside.loss, (hidden, weight)))
 
     expected = gradients()
     before = torch.get_default_device()

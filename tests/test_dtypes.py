@@ -2,6 +2,7 @@
 precision against float64 on the same rounded numbers, and under every default dtype.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from enum import Enum
@@ -123,7 +124,11 @@ def of_penalties(n: Numbers) -> list:
             penalty = KLPenalty(0.3, kind, level=level, importance=importance)
             found += [penalty(n.logprobs.reshape(-1), n.batch)]
         found += [fused_rl.kl_penalty(n.logprobs, n.ref, value=kind, weight=n.weights)]
-    return found
+    exact = KLPenalty(0.3, importance=Level.TOKEN, exact=fused_rl.Divergence.REVERSE)
+    stats = fused_rl.DivergenceStats(n.weights, n.logprobs, n.entropy, n.ref, n.entropy)
+    batch = dataclasses.replace(n.batch, ref_logprobs=None)
+    out = PolicyLoss(kl=exact)(stats, batch)
+    return [*found, out.loss, *out.metrics.values()]
 
 
 CASES: dict[str, Callable[[Numbers], list]] = {

@@ -22,7 +22,7 @@ from fused_rl import (
     linear_policy_loss,
     ops,
 )
-from fused_rl.one_pass import scale_
+from fused_rl.one_pass.chunks import scale_
 
 V, H = 257, 32
 

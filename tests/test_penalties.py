@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fused_rl import KL, KLPenalty, Level, TokenBatch
+from fused_rl import KL, Divergence, KLPenalty, Level, TokenBatch, grpo
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
 WEIGHED = [
@@ -170,7 +170,49 @@ def test_compiles_without_a_break_and_never_as_another(order):
             torch.testing.assert_close(got, expected, atol=1e-15, rtol=1e-13)
 
 
+def test_exact_by_hand():
+    """2 * ratio * D; a masked token has neither, whatever it holds."""
+    batch = TokenBatch.packed(
+        torch.zeros(3, dtype=torch.int64),
+        torch.tensor([0, 3]),
+        torch.zeros(3, dtype=torch.float64),
+        loss_mask=torch.tensor([True, True, False]),
+        old_logprobs=torch.tensor([-1.0, -1.0 - math.log(3.0), 0.0], dtype=torch.float64),
+    )
+    given = torch.tensor([0.5, 0.25, math.nan], dtype=torch.float64, requires_grad=True)
+    logprobs = torch.tensor([-1.0, -1.0, math.nan], dtype=torch.float64, requires_grad=True)
+    for importance, terms in ((None, [1.0, 0.5, 0.0]), (Level.TOKEN, [1.0, 1.5, 0.0])):
+        penalty = KLPenalty(2.0, importance=importance, exact=Divergence.REVERSE)
+        found = penalty(logprobs, batch, given)
+        assert found.tolist() == pytest.approx(terms)
+        slopes = torch.autograd.grad(found.sum(), (given, logprobs), materialize_grads=True)
+        ratios = [2.0, 2.0, 0.0] if importance is None else [2.0, 6.0, 0.0]
+        assert slopes[0].tolist() == pytest.approx(ratios)
+        assert slopes[1].tolist() == pytest.approx(terms if importance else [0.0] * 3)
+    detached = KLPenalty(2.0, importance=Level.TOKEN, attached=False, exact=Divergence.REVERSE)
+    assert not torch.autograd.grad(detached(logprobs, batch, given).sum(), given)[0].isnan().any()
+    assert detached(logprobs, batch, given.detach()).grad_fn is None
+
+
+def test_a_divergence_in_place_of_an_estimator_is_exact():
+    loss = grpo(beta=0.3, kl=Divergence.JSD(0.5))
+    assert loss.kl == KLPenalty(0.3, exact=Divergence.JSD(0.5))
+    assert loss.divergence == Divergence.JSD(0.5) and loss.token_separable
+    assert grpo(beta=0.3).divergence == Divergence.REVERSE
+    without = grpo(kl=Divergence.JSD(0.5))(*statistics())
+    assert without.metrics["ratio_mean"] > 0
+
+
+def statistics():
+    logprobs, old, _ = tensors()
+    return (logprobs, torch.zeros_like(logprobs)), padded(old)
+
+
 def test_separable_where_no_token_needs_another():
+    exact = {"exact": Divergence.REVERSE}
+    assert KLPenalty(1.0, **exact).token_separable
+    assert KLPenalty(1.0, importance=Level.TOKEN, **exact).token_separable
+    assert not KLPenalty(1.0, importance=Level.PRODUCT, **exact).token_separable
     assert KLPenalty(1.0).token_separable
     assert KLPenalty(1.0, importance=Level.TOKEN).token_separable
     assert not KLPenalty(1.0, importance=Level.PRODUCT).token_separable
@@ -201,6 +243,13 @@ def test_mistakes_are_named():
         KLPenalty(1.0, importance="token")
     with pytest.raises(ValueError, match="whole sequences has no ratio per token"):
         KLPenalty(1.0, level=Level.PRODUCT, importance=Level.TOKEN)
+    with pytest.raises(ValueError, match=r"exact must be a Divergence or None, got <KL\.K1: 1>"):
+        KLPenalty(1.0, exact=KL.K1)
+    for options in ({"level": Level.PRODUCT}, {"grad": KL.K2}):
+        with pytest.raises(ValueError, match=r"leave level and kl_grad \(grad\) alone"):
+            KLPenalty(1.0, exact=Divergence.REVERSE, **options)
+    with pytest.raises(ValueError, match="there is no divergence: give linear_policy_loss its ref"):
+        KLPenalty(1.0, exact=Divergence.REVERSE)(torch.zeros(16), padded())
     with pytest.raises(ValueError, match="the batch has no ref_logprobs"):
         KLPenalty(1.0)(torch.zeros(16), padded())
 

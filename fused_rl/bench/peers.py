@@ -18,7 +18,7 @@ from fused_rl.bench.packages import Stats, cut_cross_entropy, quack, trl_chunked
 from fused_rl.linear.logprobs import linear_logprobs
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.named import grpo
-from fused_rl.one_pass import linear_policy_loss
+from fused_rl.one_pass.policy_loss import linear_policy_loss
 from fused_rl.rollouts.advantages import group_zscore_advantages
 from fused_rl.stats import TokenStats
 

@@ -65,7 +65,7 @@ from fused_rl.linear.logprobs import linear_top_logprobs
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.means import TokenMean
 from fused_rl.losses.policy import Loss, LossOutput
-from fused_rl.one_pass import linear_policy_loss
+from fused_rl.one_pass.policy_loss import linear_policy_loss
 from fused_rl.ops import in_full
 from fused_rl.reference import logits
 

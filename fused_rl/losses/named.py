@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from fused_rl import checks
+from fused_rl.divergences import Divergence
 from fused_rl.kl import KL
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.means import Count, FixedLengthMean, SequenceMean, SequenceSumMean, TokenMean
@@ -49,14 +50,15 @@ from fused_rl.losses.trust_regions import DPPOTV, ClipCov, KLCov, TrustRegion
 class Terms(TypedDict, total=False):
     """Options of every named loss.
 
-    beta: weight of the KL penalty towards batch.ref_logprobs, a number or a tensor []; 0: none.
-    kl: the estimator, KL.K3 by default.
+    beta: weight of the KL penalty towards the reference, a number or a tensor []; 0: none.
+    kl: the estimator, KL.K3 by default, of batch.ref_logprobs; or the Divergence that is exact,
+        Divergence.REVERSE for one, of linear_policy_loss's reference.
     kl_grad: the estimator whose gradient is taken; None: that of kl. See kl_penalty.
     entropy_coef: weight of the entropy bonus; 0 by default.
     """
 
     beta: float | Tensor
-    kl: KL
+    kl: KL | Divergence
     kl_grad: KL | None
     entropy_coef: float
 
@@ -67,7 +69,7 @@ def compose(
     mean: Callable[[TokenBatch], Tensor],
     *,
     beta: float | Tensor = 0.0,
-    kl: KL = KL.K3,
+    kl: KL | Divergence = KL.K3,
     kl_grad: KL | None = None,
     entropy_coef: float = 0.0,
     **unknown: object,
@@ -75,7 +77,9 @@ def compose(
     """The PolicyLoss of these parts and `Terms`."""
     if unknown:
         raise _unexpected(sys._getframe(1).f_code.co_name, next(iter(unknown)))
-    return PolicyLoss(surrogate, ratio, KLPenalty(beta, kl, kl_grad), entropy_coef, mean)
+    exact = isinstance(kl, Divergence)
+    penalty = KLPenalty(beta, grad=kl_grad, **{"exact" if exact else "value": kl})
+    return PolicyLoss(surrogate, ratio, penalty, entropy_coef, mean)
 
 
 def _unexpected(loss: str, option: str) -> TypeError:

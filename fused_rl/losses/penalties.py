@@ -6,7 +6,12 @@ w the importance ratio of the current policy to the one that sampled:
     token level       beta * w * k(d)
     product level     beta * w * k(sum of d over the sequence) / n
 
-Either way the terms of a sequence add up to its estimate, so the same mean serves both. A mean that
+    exact             beta * w * D
+
+With D the divergence of the two distributions at the token, over the whole vocabulary, which takes
+the reference's hidden states: linear_policy_loss(..., reference=...).
+
+At either level the terms of a sequence add up to its estimate, so one mean serves both. A mean that
 divides by a constant (TokenMean, FixedLengthMean) keeps the direction of the KL; SequenceMean
 divides each sequence's estimate by its length.
 
@@ -21,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
+from fused_rl.divergences import Divergence
 from fused_rl.kl import KL, kl_penalty
 from fused_rl.log_ratios import log_ratio
 from fused_rl.losses.batch import TokenBatch, outside_inference
@@ -35,7 +41,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class KLPenalty:
-    """The KL towards batch.ref_logprobs, weighted by beta; see the module's formulas.
+    """The KL towards the reference, weighted by beta; see the module's formulas.
 
     Args:
         beta: a number, or a tensor [] whose value may be changed between steps.
@@ -48,6 +54,8 @@ class KLPenalty:
             exp(20) it is held there.
         attached: whether the ratio has a gradient too, which adds that of the sampling; on-policy
             it does so although the ratio is 1.
+        exact: the divergence that takes the place of the estimate, Divergence.REVERSE or any other;
+            value then says what the metric `kl` estimates beside it. None: the estimate.
     """
 
     beta: float | Tensor
@@ -56,6 +64,7 @@ class KLPenalty:
     level: Level = Level.TOKEN
     importance: Level | None = None
     attached: bool = True
+    exact: Divergence | None = None
 
     def __post_init__(self) -> None:
         checks.is_weight("beta", self.beta)
@@ -74,6 +83,17 @@ class KLPenalty:
             self.level is Level.TOKEN or self.importance is not Level.TOKEN,
             lambda: "a KL of whole sequences has no ratio per token: give importance another level",
         )
+        checks.require(
+            self.exact is None or isinstance(self.exact, Divergence),
+            lambda: f"exact must be a Divergence or None, got {checks.shown(self.exact)}",
+        )
+        checks.require(
+            self.exact is None or (self.level is Level.TOKEN and self.grad is None),
+            lambda: (
+                "an exact divergence is that of each token, with a gradient of its own: leave "
+                "level and kl_grad (grad) alone"
+            ),
+        )
         # Plain strings for torch.compile: it does not guard an enum member in an attribute if it
         # has met the same member as a global before, and would run this penalty as another.
         importance = None if self.importance is None else self.importance.value
@@ -84,24 +104,44 @@ class KLPenalty:
         """Whether a token's penalty depends on no other token."""
         return self.level is Level.TOKEN and self.importance in (None, Level.TOKEN)
 
-    def __call__(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
+    def __call__(
+        self, logprobs: Tensor, batch: TokenBatch, divergence: Tensor | None = None
+    ) -> Tensor:
         """[N], from logprobs [N]; 0 outside loss_mask. What is not known is as in log_ratios.py.
 
+        divergence: [N], of DivergenceStats, where the penalty is exact.
+
         Raises:
-            ValueError: a batch without ref_logprobs; as kl_penalty raises.
+            ValueError: a batch without ref_logprobs, or an exact penalty without a divergence; as
+                kl_penalty raises.
         """
-        return self.with_estimate(logprobs.where(batch.loss_mask, 0.0), batch)[0]
+        logprobs = logprobs.where(batch.loss_mask, 0.0)
+        if self.exact is None:
+            return self.with_estimate(logprobs, batch)[0]
+        checks.require(
+            divergence is not None,
+            lambda: (
+                "this loss has an exact KL penalty, but there is no divergence: give "
+                "linear_policy_loss its reference=(ref_hidden, ref_head)"
+            ),
+        )
+        _, importance = self._levels
+        terms = self._beta * divergence.where(batch.loss_mask, 0.0)
+        return terms if importance is None else self._ratio(logprobs, batch, importance) * terms
 
     def estimate(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
-        """The same without beta and without gradient, for monitoring."""
+        """The estimate, without beta and without gradient, for monitoring."""
         with torch.no_grad():
             return self._terms(logprobs.where(batch.loss_mask, 0.0), batch)
 
     def with_estimate(self, logprobs: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """The penalty and its estimate, formed once; logprobs [N] are 0 outside loss_mask."""
-        beta = outside_inference(self.beta) if isinstance(self.beta, Tensor) else self.beta
         terms = self._terms(logprobs, batch)
-        return beta * terms, terms.detach()
+        return self._beta * terms, terms.detach()
+
+    @property
+    def _beta(self) -> float | Tensor:
+        return outside_inference(self.beta) if isinstance(self.beta, Tensor) else self.beta
 
     def _terms(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         if batch.ref_logprobs is None:
@@ -115,7 +155,7 @@ class KLPenalty:
 
     def _estimates(self, logprobs: Tensor, batch: TokenBatch) -> Tensor:
         level, importance = self._levels
-        weight = None if importance is None else self._ratio(logprobs, batch, Level(importance))
+        weight = None if importance is None else self._ratio(logprobs, batch, importance)
         if level == "token":
             return self._kl(logprobs, batch.ref_logprobs, weight)
         total = batch.at_level(log_ratio(logprobs, batch.ref_logprobs), Level.PRODUCT)
@@ -125,6 +165,6 @@ class KLPenalty:
     def _kl(self, logprobs: Tensor, ref_logprobs: Tensor, weight: Tensor | None) -> Tensor:
         return kl_penalty(logprobs, ref_logprobs, value=self.value, grad=self.grad, weight=weight)
 
-    def _ratio(self, logprobs: Tensor, batch: TokenBatch, level: Level) -> Tensor:
-        ratio = torch.exp(bounded(batch.at_level(batch.log_ratio(logprobs), level)))
+    def _ratio(self, logprobs: Tensor, batch: TokenBatch, level: str) -> Tensor:
+        ratio = torch.exp(bounded(batch.at_level(batch.log_ratio(logprobs), Level(level))))
         return ratio if self.attached else ratio.detach()

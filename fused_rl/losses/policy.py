@@ -7,24 +7,34 @@ ratios.py forms, kl from penalties.py, and w = batch.weights, the importance wei
 where the batch has them. named.py has the compositions that have a name.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import and_
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad
 
 from fused_rl import checks
 from fused_rl.derivatives import transformed
-from fused_rl.losses.batch import TokenBatch, outside_inference
+from fused_rl.divergences import Divergence
+from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.means import TokenMean
 from fused_rl.losses.penalties import KLPenalty
 from fused_rl.losses.ratios import TokenRatio
+from fused_rl.losses.statistics import (
+    Stats,
+    chosen,
+    differentiated,
+    flattened,
+    gradients_at,
+    placed,
+    with_reference,
+)
 from fused_rl.losses.surrogates import Clip, bounded
 from fused_rl.reference import promoted
-from fused_rl.stats import TokenStats
 
 
 class LossOutput(NamedTuple):
@@ -42,6 +52,7 @@ class Terms(NamedTuple):
     log_ratio: Tensor  # at the level of `ratio`
     kl: Tensor | None  # without beta; None where the loss does not form it
     losses: Tensor  # weighed by the mean, 0 outside loss_mask: the loss is their sum
+    divergence: Tensor | None  # exact, from the reference; None without one
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class PolicyLoss:
             Unless it has token_separable = True it is called with the counted tokens alone.
         ratio: (log_ratio, batch) -> [N]: at which level ratios are formed; `clipped` as in
             ratios.ClippedGeometricRatio, if it has bounds of its own.
-        kl: (logprobs, batch) -> [N], the penalty towards batch.ref_logprobs, or None.
+        kl: a KLPenalty, or (logprobs, batch) -> [N]: the penalty towards the reference; or None.
         entropy_coef: weight of the entropy bonus.
         mean: batch -> [N]: the weight of each token.
     """
@@ -78,17 +89,24 @@ class PolicyLoss:
         parts = (self.surrogate, self.ratio, self.kl if self._pulls else None)
         return all(_separable(part) for part in parts if part is not None)
 
-    def __call__(self, stats: TokenStats, batch: TokenBatch) -> LossOutput:
+    @property
+    def divergence(self) -> Divergence:
+        """Which divergence from a reference the loss is to be given."""
+        return getattr(self.kl, "exact", None) or Divergence.REVERSE
+
+    def __call__(self, stats: Stats, batch: TokenBatch) -> LossOutput:
         """The loss and its metrics.
 
         Args:
-            stats: of the tokens of batch, [N] or in the shape the batch was built from.
+            stats: of the tokens of batch, [N] or in the shape the batch was built from. Those of
+                DivergenceStats are the reference's too, for a batch without ref_logprobs.
             batch: the tokens.
 
         Returns:
             LossOutput(loss, metrics), the metrics over the counted tokens:
 
-            entropy, kl: means, in nats; kl where the batch has ref_logprobs.
+            entropy, kl, divergence: means, in nats; kl, estimated from the labels, where the batch
+                has ref_logprobs; divergence, exact, where stats have it.
             ratio_mean, ratio_max: of the ratio at the level of `ratio`.
             clip_fraction_low, clip_fraction_high: of tokens below a lower bound, above an upper
                 one, where the bound is at work: the surrogate's, and the ratio's own (GMPO).
@@ -100,19 +118,21 @@ class PolicyLoss:
             zero_gradient_fraction: of tokens without a gradient; not under torch.compile.
 
         Raises:
-            ValueError: stats that do not fit the batch; a KL penalty without ref_logprobs.
+            ValueError: stats that do not fit the batch; a KL penalty without ref_logprobs, an exact
+                one without a divergence.
         """
-        flat = self._flat(stats, batch)
+        flat = flattened(stats, batch)
+        batch = with_reference(batch, flat)
         if torch.compiler.is_compiling() or transformed():
             (loss, terms), gradients = self.evaluate(flat, batch), None
         elif torch.is_grad_enabled():
             loss, terms = self.evaluate(flat, batch)
-            gradients = _gradients_at(flat, loss) or differentiated(self.evaluate, flat, batch)[2]
+            gradients = gradients_at(flat, loss) or differentiated(self.evaluate, flat, batch)[2]
         else:
             loss, terms, gradients = differentiated(self.evaluate, flat, batch)
         return LossOutput(loss, self.metrics(terms, batch, gradients))
 
-    def evaluate(self, flat: TokenStats, batch: TokenBatch) -> tuple[Tensor, Terms]:
+    def evaluate(self, flat: Stats, batch: TokenBatch) -> tuple[Tensor, Terms]:
         """The loss, and the terms that its metrics are formed of too.
 
         flat: [N], float32 or float64, 0 outside loss_mask.
@@ -124,21 +144,23 @@ class PolicyLoss:
         # A subclass may form its loss in another way.
         return self.objective(flat, batch), terms
 
-    def objective(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
+    def objective(self, stats: Stats, batch: TokenBatch) -> Tensor:
         """The loss alone."""
         return self._weighed(self.token_losses(stats, batch), batch).sum()
 
-    def token_losses(self, stats: TokenStats, batch: TokenBatch) -> Tensor:
+    def token_losses(self, stats: Stats, batch: TokenBatch) -> Tensor:
         """What the mean weighs, [N]; 0 outside loss_mask."""
-        losses = self._terms(self._flat(stats, batch), batch).losses
+        flat = flattened(stats, batch)
+        losses = self._terms(flat, with_reference(batch, flat)).losses
         return losses.where(batch.loss_mask, 0.0)
 
     def _weighed(self, losses: Tensor, batch: TokenBatch) -> Tensor:
         return (self.mean(batch) * losses).where(batch.loss_mask, 0.0)
 
-    def _terms(self, flat: TokenStats, batch: TokenBatch) -> Terms:
+    def _terms(self, flat: Stats, batch: TokenBatch) -> Terms:
         """With the losses as the mean finds them; anything outside loss_mask."""
-        logprobs, entropy = flat
+        logprobs, entropy = flat.logprobs, flat.entropy
+        divergence = getattr(flat, "divergence", None)
         log_ratio = self.ratio(batch.log_ratio(logprobs), batch)
         rows = self._rows(batch)
         args = chosen(rows, log_ratio, logprobs, batch.advantages)
@@ -148,14 +170,18 @@ class PolicyLoss:
             losses = known * losses
         kl = None
         if self._pulls:
-            penalty, kl = self._penalty(logprobs, batch)
+            penalty, kl = self._penalty(logprobs, batch, divergence)
             losses = losses + penalty
         if self.entropy_coef:
             losses = losses - self.entropy_coef * entropy
-        return Terms(logprobs, entropy, log_ratio, kl, losses)
+        return Terms(logprobs, entropy, log_ratio, kl, losses, divergence)
 
-    def _penalty(self, logprobs: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
+    def _penalty(
+        self, logprobs: Tensor, batch: TokenBatch, divergence: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The term of the loss, and its estimate where it comes with it."""
+        if getattr(self.kl, "exact", None) is not None:
+            return self.kl(logprobs, batch, divergence), None
         if type(self.kl) is KLPenalty:
             return self.kl.with_estimate(logprobs, batch)
         return self.kl(logprobs, batch), None
@@ -167,17 +193,6 @@ class PolicyLoss:
         """
         beta = getattr(self.kl, "beta", 1.0)
         return self.kl is not None and (isinstance(beta, Tensor) or beta != 0)
-
-    def _flat(self, stats: TokenStats, batch: TokenBatch) -> TokenStats:
-        """Flattened, with zeros outside loss_mask: whatever is there cannot reach an exp. Half
-        precision becomes float32 here, once.
-        """
-        if any(t.numel() != batch.labels.numel() for t in stats):
-            raise ValueError(
-                "stats must have one entry per token of the batch, got "
-                f"{[list(t.shape) for t in stats]} for {list(batch.shape)}"
-            )
-        return TokenStats(*(t.reshape(-1).where(batch.loss_mask, 0.0) for t in promoted(*stats)))
 
     def _rows(self, batch: TokenBatch) -> Tensor | None:
         """The counted tokens, for a surrogate that couples tokens; None: it takes all of them."""
@@ -202,12 +217,12 @@ class PolicyLoss:
 
     # No decorator: torch.compile could not follow it in a loss that is made where it is traced.
     def metrics(
-        self, terms: Terms, batch: TokenBatch, gradients: tuple[Tensor, Tensor] | None
+        self, terms: Terms, batch: TokenBatch, gradients: tuple[Tensor, ...] | None
     ) -> dict[str, Tensor]:
         """What __call__ reports, without gradient.
 
-        gradients: dlogprobs and dentropy [N] of the loss, which may be anything outside loss_mask;
-            None where they are not known.
+        gradients: [N] each, of the loss with respect to the policy's statistics, which may be
+            anything outside loss_mask; None where they are not known.
         """
         with torch.no_grad():
             ratio = torch.exp(bounded(terms.log_ratio))
@@ -222,9 +237,10 @@ class PolicyLoss:
                 means["kl"] = terms.kl
             elif batch.ref_logprobs is not None:
                 means["kl"] = (self.kl or KLPenalty(1.0)).estimate(terms.logprobs, batch)
+            if terms.divergence is not None:
+                means["divergence"] = terms.divergence
             if gradients is not None:
-                dlogprobs, dentropy = gradients
-                means["zero_gradient_fraction"] = (dlogprobs == 0) & (dentropy == 0)
+                means["zero_gradient_fraction"] = reduce(and_, [g == 0 for g in gradients])
             counted = torch.stack(promoted(*means.values())).where(batch.loss_mask, 0.0)
             metrics = counted.sum(-1) / batch.num_tokens.clamp(min=1)
             # Padded, so that an empty batch has a maximum too.
@@ -246,57 +262,4 @@ def _unknown(batch: TokenBatch) -> Tensor:
     return torch.stack(given).isnan().any(0) if given else torch.zeros_like(batch.loss_mask)
 
 
-def chosen(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    return tensors if rows is None else tuple(t[rows] for t in tensors)
-
-
-def placed(part: Tensor, rows: Tensor | None, N: int) -> Tensor:
-    """part [..., n] at its rows in [..., N], 0 elsewhere."""
-    if rows is None:
-        return part
-    return part.new_zeros(*part.shape[:-1], N).index_copy(-1, rows, part)
-
-
-Loss = Callable[[TokenStats, TokenBatch], LossOutput]
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def differentiated(
-    evaluate: Callable, stats: TokenStats, batch: TokenBatch
-) -> tuple[Tensor, object, tuple[Tensor, Tensor]]:
-    """A loss evaluated once: its value, what else `evaluate` returns, and dlogprobs and dentropy.
-
-    On a graph of its own, under torch.inference_mode too.
-
-    Args:
-        evaluate: (stats, batch) -> (scalar, anything).
-        stats: [N] each.
-        batch: the tokens.
-    """
-    # What is saved in here is used in here: hooks that offload or recompute have no part in it.
-    with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
-        leaves = [outside_inference(t.detach()).requires_grad_() for t in stats]
-        tensors, others = batch.parts()
-        batch = TokenBatch.of_parts([outside_inference(t) for t in tensors], others)
-        value, rest = evaluate(TokenStats(*leaves), batch)
-        return value.detach(), rest, _gradients(value, leaves)
-
-
-def _gradients(value: Tensor, of: Sequence[Tensor], **options: bool) -> tuple[Tensor, Tensor]:
-    if not value.requires_grad:
-        return tuple(torch.zeros_like(t) for t in of)
-    return torch.autograd.grad(value, of, allow_unused=True, materialize_grads=True, **options)
-
-
-def _gradients_at(flat: TokenStats, loss: Tensor) -> tuple[Tensor, Tensor] | None:
-    """dlogprobs and dentropy from the graph that the caller's own gradients come from; None where
-    it does not reach both, or where hooks would have to give back what the graph has saved.
-    """
-    if not all(t.requires_grad for t in flat):
-        return None
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-        return None
-    return _gradients(loss, flat, retain_graph=True)
+Loss = Callable[[Stats, TokenBatch], LossOutput]

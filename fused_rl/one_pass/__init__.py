@@ -1,0 +1,1 @@
+"""linear_policy_loss: the only room that knows the vocabulary and the loss."""

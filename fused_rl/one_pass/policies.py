@@ -1,0 +1,128 @@
+"""What the tokens of a loss are known by: the policy alone, or beside a reference.
+
+                          NHV in one pass: logits, gradient      statistics
+    Alone                 2, 4                                   TokenStats
+    BesideReference       4, 4                                   DivergenceStats
+
+Each says how a chunk of tokens is formed and how its gradient is; the rest of the pass is one code.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fused_rl import checks, ops
+from fused_rl.divergences import Divergence
+from fused_rl.linear.divergence import Side, flat_divergence, two_heads
+from fused_rl.linear.head import LMHead
+from fused_rl.linear.logprobs import flat_arguments, flat_top_logprobs
+from fused_rl.stats import IGNORE_INDEX, DivergenceStats, TokenStats
+
+Heads = ops.Head | ops.TwoHeads
+"""What a pass is formed of. Either begins with the policy's hidden, weight and bias."""
+
+Backward = Callable[[tuple[Tensor, ...], ops.Sums], Tensor]
+"""The gradients of a chunk's statistics, in the order of losses/statistics.py's of_policy, and room
+for dweight and dbias -> dhidden. It is called once, and holds the logits until it is dropped."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The policy's own head."""
+
+    heads: ClassVar = ops.Head
+    stats: ClassVar = TokenStats
+
+    def chunk_tokens(self, head: ops.Head, chunk_bytes: int | None) -> int:
+        """Tokens whose logits a chunk may hold."""
+        return ops.chunk_tokens(head.hidden, head.weight, chunk_bytes)
+
+    def chunk(self, head: ops.Head) -> tuple[TokenStats, Backward]:
+        """The statistics of a chunk's tokens [n], and what their gradients go to."""
+        logprobs, entropy, lse, _, z = ops.linear_logprobs_chunk(head)
+        logits, known = ops.ChunkLogits(z), ops.Known(lse, entropy)
+
+        def backward(gradients: tuple[Tensor, ...], sums: ops.Sums) -> Tensor:
+            upstream = ops.Upstream(*gradients)
+            return ops.linear_logprobs_chunk_backward(logits, upstream, head, known, sums)
+
+        return TokenStats(logprobs, entropy), backward
+
+    def two_passes(
+        self, head: ops.Head, chunk_bytes: int | None, grad_filter: float | None
+    ) -> TokenStats:
+        """The statistics of all tokens, [N], for any loss."""
+        logprobs, entropy, _ = flat_top_logprobs(head, IGNORE_INDEX, chunk_bytes, grad_filter)
+        return TokenStats(logprobs, entropy)
+
+
+@dataclass(frozen=True)
+class BesideReference:
+    """The policy's head, the reference's, and the divergence between the two."""
+
+    divergence: Divergence
+    heads: ClassVar = ops.TwoHeads
+    stats: ClassVar = DivergenceStats
+
+    def chunk_tokens(self, heads: ops.TwoHeads, chunk_bytes: int | None) -> int:
+        """Tokens whose logits, both heads', a chunk may hold."""
+        return ops.pair_rows(heads, ops.scratch_bytes(heads.hidden.device, chunk_bytes))
+
+    def chunk(self, heads: ops.TwoHeads) -> tuple[DivergenceStats, Backward]:
+        """As of Alone."""
+        of = self.divergence
+        measure = ops.Measure(of.kind, of.parameter, of.factor)
+        *formed, z = ops.linear_divergence_chunk(heads, measure)
+        stats = ops.TwoStatistics(*formed)
+        logits, known = ops.ChunkLogits(z), ops.known_of(stats)
+
+        def backward(gradients: tuple[Tensor, ...], sums: ops.Sums) -> Tensor:
+            args = (ops.StudentUpstream(*gradients), heads, measure, known, sums)
+            return ops.linear_divergence_chunk_backward(logits, *args)
+
+        named = {name: getattr(stats, name) for name in DivergenceStats._fields}
+        return DivergenceStats(**named), backward
+
+    def two_passes(
+        self, heads: ops.TwoHeads, chunk_bytes: int | None, grad_filter: float | None
+    ) -> DivergenceStats:
+        """As of Alone."""
+        scratch = ops.scratch_bytes(heads.hidden.device, chunk_bytes)
+        return flat_divergence(heads, self.divergence, ops.Limits(IGNORE_INDEX, scratch))
+
+
+Policies = Alone | BesideReference
+
+
+def flattened(
+    hidden: Tensor,
+    head: LMHead,
+    labels: Tensor,
+    temperature: float | Tensor,
+    reference: tuple[Tensor, object] | None,
+    divergence: Divergence,
+) -> tuple[Heads, Policies]:
+    """linear_policy_loss's arguments, checked and flat [N, ...]; the reference without gradient."""
+    if reference is None:
+        return flat_arguments(hidden, head, labels, temperature), Alone()
+    checks.require(
+        isinstance(reference, tuple) and len(reference) == 2,
+        lambda: f"reference must be (ref_hidden, ref_head), got {checks.shown(reference)}",
+    )
+    ref_hidden, ref_head = reference[0], LMHead.of(reference[1])
+    checks.is_floating("ref_hidden", ref_hidden)
+    V, of_reference = len(head.weight), len(ref_head.weight)
+    checks.require(
+        of_reference == V,
+        lambda: (
+            f"weight has {V} vocabulary entries and ref_weight {of_reference}: give heads of the "
+            f"first {min(V, of_reference)} alone if these are the same tokens"
+        ),
+    )
+    bias = None if ref_head.bias is None else ref_head.bias.detach()
+    untrained = LMHead(ref_head.weight.detach(), bias, ref_head.scale, ref_head.softcap)
+    policy = Side(hidden, head, temperature, "")
+    beside = Side(ref_hidden.detach(), untrained, temperature, "ref_")
+    return two_heads(policy, beside, labels), BesideReference(divergence)

@@ -1,0 +1,136 @@
+"""linear_policy_loss: a policy loss, and its gradients, straight from hidden states and the head.
+
+losses/policy.py says what a policy loss is, losses/named.py has those that have a name, and
+losses/distillation.py those that learn from a teacher.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_rl import checks, ops
+from fused_rl.derivatives import transformed
+from fused_rl.divergences import Divergence
+from fused_rl.linear.head import LMHead
+from fused_rl.linear.logprobs import named
+from fused_rl.losses.batch import TokenBatch, is_batch
+from fused_rl.losses.named import NAMES
+from fused_rl.losses.policy import Loss, LossOutput
+from fused_rl.losses.statistics import with_reference
+from fused_rl.one_pass.chunks import Way, needs, one_pass
+from fused_rl.one_pass.policies import flattened
+from fused_rl.stats import IGNORE_INDEX
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    head: LMHead | Tensor | nn.Linear,
+    batch: TokenBatch,
+    loss: Loss,
+    *,
+    temperature: float | Tensor = 1.0,
+    chunk_bytes: int | None = None,
+    grad_filter: float | None = None,
+    reference: tuple[Tensor, LMHead | Tensor | nn.Linear] | None = None,
+) -> LossOutput:
+    """A policy loss straight from hidden states, with the gradients of hidden, weight and bias.
+
+    Where the loss is token-separable, one pass forms it with its gradients, chunk by chunk: 6 NHV,
+    or 4 NHV if the head is not trained; tokens outside loss_mask cost nothing, those whose gradient
+    is 0 (clipped, zero advantage) only their logits. Otherwise it takes two passes through
+    linear_logprobs, 8 NHV, with the same values and gradients: for a loss that is not separable,
+    inside torch.compile or torch.func, without values (the device meta, FakeTensorMode), and where
+    a trained head would need several chunks whose dweight costs more to add up than the logits to
+    form again (on CPUs: more than one chunk).
+
+    With a reference, or a teacher, the loss gets the exact divergence of the policy from it at each
+    token: 8 NHV in one pass, 12 in the two of linear_divergence, 6 if the head is not trained.
+
+    Until its backward pass a loss of one pass keeps its gradients, dhidden and dweight; afterwards
+    nothing, as any loss. What it was formed of must not be changed in place in between.
+
+    Args:
+        hidden: [*batch.shape, H]: the states that predict the batch's labels.
+        head: LMHead, a weight [V, H], or a torch.nn.Linear.
+        batch: the tokens.
+        loss: a PolicyLoss, one of fused_rl.distillation, or any function (TokenStats, TokenBatch)
+            -> LossOutput of flat tensors; with an attribute `token_separable = True` it takes the
+            one pass, and must then be a sum over tokens whose normalisers come from the batch's
+            counts. With a reference it is given DivergenceStats: its attribute `divergence` says
+            which, Divergence.REVERSE where it has none.
+        temperature: a number, or a tensor that broadcasts to batch.shape: what the tokens were
+            sampled at.
+        chunk_bytes: bound on the buffer for logits; default 256 MiB, on CUDA a 56th of the
+            card's memory and 1 GiB at least.
+        grad_filter: as for linear_logprobs; it takes the two passes, and no reference.
+        reference: (ref_hidden [*batch.shape, H'], ref_head), the reference's or the teacher's
+            states for the same tokens and its head over the same vocabulary, at the policy's
+            temperature. They get no gradient. The loss finds the log-probs of the labels under it
+            as batch.ref_logprobs.
+
+    Returns:
+        LossOutput(loss, metrics). A batch without counted tokens has loss 0 and gradients of zeros.
+
+    Raises:
+        ValueError: as for linear_logprobs, and as the loss raises; vocabularies of different sizes;
+            a reference for a batch that has ref_logprobs: one of them would be ignored.
+    """
+    head = LMHead.of(head)
+    _are_arguments(hidden, batch, loss)
+    checks.chunk_bytes_is_positive(chunk_bytes)
+    checks.grad_filter_is_possible(grad_filter, hidden.device)
+    _can_have(reference, batch, grad_filter)
+    labels = batch.labels.reshape(batch.shape)
+    divergence = getattr(loss, "divergence", Divergence.REVERSE)
+    heads, policies = flattened(hidden, head, labels, temperature, reference, divergence)
+    trained = torch.is_grad_enabled() and any(needs(heads))
+    separable = getattr(loss, "token_separable", False) and not torch.compiler.is_compiling()
+    in_one = trained and separable and grad_filter is None and not transformed()
+    if in_one and checks.has_values(hidden):
+        most = policies.chunk_tokens(heads, chunk_bytes)
+        if ops.one_pass_pays(len(heads.hidden), most, hidden.device, head.requires_grad):
+            tokens = (heads.labels, heads.temperature, len(heads.weight), IGNORE_INDEX)
+            _named(ops.check_tokens, *tokens, shape=batch.shape)
+            return one_pass(heads, batch, Way(loss, policies, most))
+    stats = _named(policies.two_passes, heads, chunk_bytes, grad_filter, shape=batch.shape)
+    return loss(stats, with_reference(batch, stats))
+
+
+def _named(op: Callable, *args: object, shape: torch.Size) -> Any:
+    """named(op, ...); a batch has made -1 of what counts and is negative or IGNORE_INDEX."""
+    try:
+        return named(op, *args, shape=shape)
+    except ValueError as error:
+        said = re.sub(
+            r" is -1, (outside the vocabulary \[0, \d+\)).*",
+            r" counts by loss_mask and is negative, \1",
+            str(error),
+        )
+        raise ValueError(said) from error
+
+
+def _are_arguments(hidden: Tensor, batch: TokenBatch, loss: Loss) -> None:
+    checks.is_floating("hidden", hidden)
+    is_batch(batch)
+    checks.is_callable("loss", loss, "fused_rl.grpo()")
+    checks.require(
+        not any(loss is maker for maker in NAMES.values()),
+        lambda: f"loss must be a loss, got the function that makes one: give {loss.__name__}(...)",
+    )
+
+
+def _can_have(reference: object, batch: TokenBatch, grad_filter: float | None) -> None:
+    checks.require(
+        reference is None or batch.ref_logprobs is None,
+        lambda: (
+            "the batch has ref_logprobs, and a reference is given, which has its own: give one of "
+            "them, the reference if its exact divergence is wanted"
+        ),
+    )
+    checks.require(
+        reference is None or grad_filter is None,
+        lambda: f"grad_filter is for a policy without a reference, got {grad_filter} and both",
+    )
