@@ -1,7 +1,7 @@
 """The tables of docs/ that the code knows, written between their marks: `make docs` runs this.
 
 docs/losses.md    from the docstrings of losses/, and of the named losses
-docs/kl.md        the expected gradients that tests/enumeration.py finds
+docs/kl.md        the expected gradients that tests/enumeration.py finds, and exact_enumeration.py
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("docs", "bench", "tests")]
 
 from enumeration import World, markdown  # noqa: E402 - found by the line above
+from exact_enumeration import ExactWorld, exact_markdown  # noqa: E402
 from reference import Page, pages  # noqa: E402
 from run import replace_block  # noqa: E402
 
@@ -114,7 +115,10 @@ BLOCKS = {
         "means": lambda: of_module("mean")(means, ("weight of a counted token", "elsewhere")),
         "surrogates": lambda: first_lines(surrogates, trust_regions),
     },
-    "kl.md": {"kl": lambda: markdown(World()).splitlines()},
+    "kl.md": {
+        "kl": lambda: markdown(World()).splitlines(),
+        "exact": lambda: exact_markdown(ExactWorld()).splitlines(),
+    },
     "reference.md": {"names": public_names},
 }
 """page -> the name of its block -> the lines in it."""

@@ -16,6 +16,7 @@ from types import ModuleType
 import parity
 import pytest
 import torch
+from exact_enumeration import DIVERGENCES
 from tiny_models import qwen2
 
 import fused_rl
@@ -88,6 +89,7 @@ def generated() -> ModuleType:
     [
         *(("losses.md", name) for name in ("losses", "levels", "ratios", "surrogates", "means")),
         ("kl.md", "kl"),
+        ("kl.md", "exact"),
         ("reference.md", "names"),
     ],
 )
@@ -95,7 +97,7 @@ def test_a_generated_table_is_what_the_code_says(generated, page, name):
     """`make docs` writes it."""
     assert {p: set(blocks) for p, blocks in generated.BLOCKS.items()} == {
         "losses.md": {"losses", "levels", "ratios", "surrogates", "means"},
-        "kl.md": {"kl"},
+        "kl.md": {"kl", "exact"},
         "reference.md": {"names"},
     }
     assert block(f"docs/{page}", name) == generated.BLOCKS[page][name]()
@@ -162,9 +164,11 @@ def test_scripts_write_where_their_marks_are(monkeypatch):
 
 
 def test_a_setting_has_the_gradient_that_the_enumeration_finds():
-    """Rows of "What a setting really does" beside the table of every option."""
-    header, _, *rows = (row[2:-2].split(" | ") for row in block("docs/kl.md", "kl"))
-    exact = {tuple(row[:2]): dict(zip(header[2:], row[2:], strict=True)) for row in rows}
+    """Rows of "What a setting really does" beside the tables of every option."""
+    options = {}
+    for table in ("kl", "exact"):
+        header, _, *rows = (row[2:-2].split(" | ") for row in block("docs/kl.md", table))
+        options |= {tuple(row[:2]): dict(zip(header[2:], row[2:], strict=True)) for row in rows}
     settings = [row[2:-2].split(" | ") for row in block("docs/kl.md", "settings")[2:]]
     assert {row[0].split(",")[0] for row in settings} == {
         "fused_rl",
@@ -173,7 +177,7 @@ def test_a_setting_has_the_gradient_that_the_enumeration_finds():
         "OpenRLHF 0.11.2",
     }
     for _, setting, where, ratio, kind, on_policy, off_policy in settings:
-        found = exact[where, ratio]
+        found = options[where, ratio]
         assert (found[kind], found[f"{kind} off-policy"]) == (on_policy, off_policy), setting
 
 
@@ -186,6 +190,10 @@ def test_the_settings_of_ours_are_what_their_rows_say():
         penalty = getattr(made, "kl", made)
         attached = " attached" if penalty.attached else " detached"
         of = f"{penalty.importance.value}{attached}" if penalty.importance else "none"
+        if penalty.exact:
+            assert (where, ratio) == ("loss, exact", of)
+            assert DIVERGENCES[kind] == penalty.exact
+            continue
         assert (where, ratio) == (f"loss, {penalty.level.value}", of)
         assert kind == (penalty.grad or penalty.value).name.lower()
 
@@ -217,6 +225,9 @@ def test_blocks_run(page):
     names = {"fused_rl": fused_rl, "hidden": hidden, "weight": weight.requires_grad_()}
     names |= {"labels": torch.randint(2000, (2, 5)), "ref_logprobs": torch.randn(2, 5)}
     names["logprobs"] = torch.randn(2, 5, requires_grad=True)
+    names |= {"loss_mask": torch.ones(2, 5, dtype=torch.bool), "advantages": torch.randn(2)}
+    names |= {"ref_hidden": torch.randn(2, 5, 4), "ref_weight": torch.randn(2000, 4)}
+    names["old_logprobs"] = torch.randn(2, 5)
     for code in python(page):
         exec(code, names)
     if page == "docs/losses.md":
@@ -228,6 +239,7 @@ def test_blocks_run(page):
         torch.testing.assert_close(penalty, torch.expm1(-d) + d)
         (slope,) = torch.autograd.grad(penalty.sum(), names["logprobs"])
         torch.testing.assert_close(slope, d)
+        assert names["output"].metrics["divergence"] > 0 and names["loss"].divergence.kind == 1
 
 
 # The reference.

@@ -2,18 +2,31 @@
 
 The verdicts below are data, one row per setup: for k1, k2, k3, first on-policy, then off-policy,
 the divergence whose gradient the expected gradient is, to 1e-12. BIASED: it is none of theirs, by
-more than 1e-3. `python tests/enumeration.py` prints them in markdown.
+more than 1e-3. `python tests/enumeration.py` prints them in markdown, and
+`python tests/exact_enumeration.py` those of exact divergences.
 """
 
 from dataclasses import replace
 from math import exp
 
 import enumeration
+import exact_enumeration
 import pytest
 import torch
 from enumeration import KINDS, Credit, Setup, Target, World
+from exact_enumeration import MISSING, ExactWorld, Use
 
-from fused_rl import KL, KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats, kl_penalty
+from fused_rl import (
+    KL,
+    Divergence,
+    KLPenalty,
+    Level,
+    PolicyLoss,
+    TokenBatch,
+    TokenStats,
+    kl_penalty,
+    linear_divergence,
+)
 from fused_rl.advantages import pass_at_k_advantages
 from fused_rl.ratios import ProductRatio
 from fused_rl.surrogates import Unclipped
@@ -76,6 +89,35 @@ VERDICTS = {
 }
 
 
+# Exact divergences: reverse and forward, sampled by the policy, by an old one, by the reference.
+OF_REFERENCE = "reverse per token, the reference's prefixes"
+PER_TOKEN = (TOK_REV.value, TOK_FWD.value)
+THEIR_PREFIXES = (*PER_TOKEN, OLD_REV.value, OLD_FWD.value, OF_REFERENCE, FWD.value)
+ON_POLICY = (REV.value, BIASED, BIASED, BIASED, BIASED, BIASED)
+ANY_POLICY = (REV.value, BIASED) * 3
+EXACT_VERDICTS = {
+    # In the loss alone: the KL at the prefixes that were visited.
+    Use(True): THEIR_PREFIXES,
+    Use(True, TOKEN): THEIR_PREFIXES,
+    Use(True, TOKEN, True): THEIR_PREFIXES,
+    Use(True, SEQUENCE): PER_TOKEN * 3,
+    Use(True, SEQUENCE, True): ANY_POLICY,
+    # In the reward alone: nothing of the own token, of later ones what prefixes depend on.
+    Use(reward="exact", credit="own token"): (ZERO.value, ZERO.value, *[BIASED] * 4),
+    Use(reward="exact", credit="to go"): (MISSING, *[BIASED] * 5),
+    Use(importance=SEQUENCE, reward="exact", credit="to go"): (MISSING, BIASED) * 3,
+    # In both: the KL of whole sequences, unless k1 counts the token's own twice.
+    Use(True, reward="exact", credit="to go"): ON_POLICY,
+    Use(True, SEQUENCE, reward="exact", credit="to go"): ANY_POLICY,
+    Use(True, reward="exact", credit="later tokens"): ON_POLICY,
+    Use(True, SEQUENCE, reward="exact", credit="later tokens"): ANY_POLICY,
+    Use(True, reward="k1", credit="to go"): (BIASED,) * 6,
+    Use(True, SEQUENCE, reward="k1", credit="to go"): (BIASED,) * 6,
+    Use(True, reward="k1", credit="later tokens"): ON_POLICY,
+    Use(True, SEQUENCE, reward="k1", credit="later tokens"): ANY_POLICY,
+}
+
+
 @pytest.fixture(scope="module")
 def world() -> World:
     return World()
@@ -103,6 +145,42 @@ def test_expected_gradient(world, setup):
         for off_policy in (False, True)
     )
     assert found == VERDICTS[setup]
+
+
+def test_the_table_of_exact_divergences_speaks_of_every_use_once():
+    assert set(EXACT_VERDICTS) == set(exact_enumeration.USES)
+    assert len(exact_enumeration.USES) == len(EXACT_VERDICTS)
+
+
+@pytest.mark.parametrize("use", exact_enumeration.USES, ids=str)
+def test_expected_gradient_of_an_exact_divergence(use):
+    world = ExactWorld()
+    cells = [(d, s) for s in exact_enumeration.SAMPLERS for d in exact_enumeration.DIVERGENCES]
+    assert tuple(world.exact_verdict(use, *cell) for cell in cells) == EXACT_VERDICTS[use]
+
+
+def test_k1_to_go_beside_the_exact_kl_counts_each_tokens_own_twice():
+    """The first term of the gradient is the per-token KL; k1 of the token itself adds it again."""
+    world = ExactWorld()
+    use = Use(True, reward="k1", credit="to go")
+    got = world.exact_gradient(use, Divergence.REVERSE, world.current)
+    expected = world.truth[REV] + world.truth[TOK_REV]
+    torch.testing.assert_close(got, expected, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["current", "old", "ref"])
+def test_the_value_of_the_exact_kl_is_that_of_whole_sequences(name):
+    """Summed over the sampled prefixes: the reverse KL on-policy, the forward KL on the reference's
+    samples; the KL of other policies where others sample.
+    """
+    world = ExactWorld()
+    sampler = getattr(world, name)
+    kinds = ((REV, Divergence.REVERSE, "current"), (FWD, Divergence.FORWARD, "ref"))
+    for target, divergence, whose in kinds:
+        heads = (world.hidden, world.current.T, world.hidden, world.ref.T)
+        k = linear_divergence(*heads, divergence=divergence).divergence.where(world.mask, 0.0)
+        error = world.probability(sampler) @ k.sum(-1) - world.divergence(world.current, target)
+        assert abs(error) < 1e-14 if whose == name else abs(error) > 1e-3
 
 
 def test_what_is_biased_in_the_reward_is_off_by_what_the_loss_would_add(world):
