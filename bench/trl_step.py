@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from fused_rl.bench.clock import process_bytes
 from fused_rl.bench.records import MIB, Record
 from fused_rl.bench.tasks import environment
 from fused_rl.integrations import trl as integration
+from fused_rl.integrations.trl import grpo, logprobs
 from fused_rl.system.outputs import try_folder, write_json
 
 WAYS = ("TRL", "TRL, patched()", "FusedGRPOTrainer")
@@ -137,12 +139,13 @@ def count_ours() -> list[str]:
     """Grows with every call of our head by the integration."""
     calls: list[str] = []
 
-    def counted(name: str) -> Callable:
-        function = getattr(integration, name)
+    def counted(module: ModuleType, name: str) -> Callable:
+        function = getattr(module, name)
         return lambda *args, **options: calls.append(name) or function(*args, **options)
 
-    for name in [name for name in vars(integration) if name.startswith("linear_")]:
-        setattr(integration, name, counted(name))
+    for module in (grpo, logprobs):
+        for name in [name for name in vars(module) if name.startswith("linear_")]:
+            setattr(module, name, counted(module, name))
     return calls
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 import fused_rl
 from fused_rl import KLPenalty, Level, LMHead, TokenStats, linear_logprobs, ops
 from fused_rl.integrations import trl as integration
+from fused_rl.integrations.trl import grpo, logprobs
 
 V, H, T = 23, 16, 7
 EXAMPLES = re.findall(r"```python\n(.*?)```", integration.__doc__, re.DOTALL)
@@ -154,12 +155,12 @@ def fused(arguments: dict, policy_loss=OURS):
 def test_where_the_completions_are():
     """Two completions of 3 and 1 tokens in 3 columns, after prompts of 2."""
     completion = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    at, rows = integration._scored(4, completion)
+    at, rows = grpo._scored(4, completion)
     assert at.tolist() == [0, 1, 2, 3] and rows.tolist() == [0, 1, 2, 3]
-    at, rows = integration._scored(8, completion)
+    at, rows = grpo._scored(8, completion)
     assert at.tolist() == [1, 2, 3, 5] and rows.tolist() == [0, 1, 2, 3]
     with pytest.raises(RuntimeError, match="gave its head 7 tokens for 2 completions of 3"):
-        integration._scored(7, completion)
+        grpo._scored(7, completion)
 
 
 def test_what_is_logged_of_a_clip():
@@ -259,7 +260,7 @@ def test_a_sharded_head_is_theirs_whatever_is_asked_for(monkeypatch):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_what_needs_all_logits(monkeypatch, softcap, logits):
     """log sum p^2 and the mean logit, from parts of the vocabulary of any size; no gradient."""
-    monkeypatch.setattr(integration, "_LOGITS", logits)
+    monkeypatch.setattr(logprobs, "_LOGITS", logits)
     _, utils, _ = a_trl(monkeypatch, *SIGNATURES["1.16"])
     hidden, weight, bias = torch.randn(5, 4), torch.randn(9, 4), torch.randn(9)
     hidden.requires_grad_()
@@ -328,7 +329,7 @@ def test_mean_logits_without_the_logits(autocast):
     for bias in (None, torch.randn(9)):
         head = LMHead(torch.randn(9, 4), bias, 0.5)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            mean = integration._mean_logits(hidden, head)
+            mean = logprobs._mean_logits(hidden, head)
         torch.testing.assert_close(mean, head.logits(hidden).mean(-1))
 
 
@@ -660,9 +661,9 @@ def test_other_trainers_take_the_same_way(trl, model_path, tmp_path, monkeypatch
         return history(trainer)
 
     count = []
-    ours = integration.linear_top_logprobs
+    ours = logprobs.linear_top_logprobs
     monkeypatch.setattr(
-        integration, "linear_top_logprobs", lambda *a, **k: count.append(1) or ours(*a, **k)
+        logprobs, "linear_top_logprobs", lambda *a, **k: count.append(1) or ours(*a, **k)
     )
     plain = entries()
     assert not count

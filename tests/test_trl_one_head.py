@@ -14,6 +14,7 @@ from tiny_models import word_tokenizer
 
 import fused_rl
 from fused_rl.integrations import trl as integration
+from fused_rl.integrations.trl import logprobs
 
 pytest.importorskip("trl", minversion="1.15", reason="trl >= 1.15 is not installed")
 
@@ -121,9 +122,9 @@ def test_the_first_step_of_dpo_compares_equal_weights(saved, tmp_path, monkeypat
     """The trainer is made before patch(), as users do."""
     family, more = CASES[case]
     calls = []
-    ours = integration.linear_top_logprobs
+    ours = logprobs.linear_top_logprobs
     monkeypatch.setattr(
-        integration, "linear_top_logprobs", lambda *a, **k: calls.append(1) or ours(*a, **k)
+        logprobs, "linear_top_logprobs", lambda *a, **k: calls.append(1) or ours(*a, **k)
     )
     path = saved(family)
     plain = first(preference_trainer("DPO", path, tmp_path, **more))
