@@ -7,10 +7,12 @@ with patched():
     trainer.train()
 ```
 
-`patch()` and `unpatch()` do the same without a block. They replace the one function that TRL's
-fused language-model head calls, `_ChunkedLogProbFunction`, wherever TRL holds it; what is put back
-is the object itself. Which trainers call it is TRL's choice:
+`patch()` and `unpatch()` do the same without a block. They replace the function that TRL's fused
+language-model head calls, `_ChunkedLogProbFunction`, and that of its distillation,
+`ChunkedDivergenceFunction`, wherever TRL holds them; what is put back are the objects themselves.
+Which trainers call them is TRL's choice:
 
+    TRL 1.16           DistillationTrainer; GKDTrainer by way of its compute_loss, see below
     TRL 1.15, 1.16     GRPO, RLOO, KTO, DPO, SFT, asynchronous GRPO
     TRL 1.14           DPO, KTO and GRPO with use_liger_kernel=True; asynchronous GRPO
     TRL 1.12, 1.13     asynchronous GRPO
@@ -26,6 +28,21 @@ softcap (Gemma 2), takes a second pass over the weight, without gradient and in 
 `is_top1`, from which SFT and DPO take their token accuracy, compares float32 logits, where TRL's
 function compares those it rounded to the dtype of the model; and tokens that tie are all the most
 likely one, of which TRL's function counts the first.
+
+Divergences, JSD(beta) with the two KLs at its ends, are sums of terms that do not cancel: of 2e-7
+nats TRL's is off by a third to a half, ours by 2e-4 of it. The entropy has no gradient, nor has the
+teacher, as in TRL. What differs:
+
+    vocabularies of different sizes   a ValueError: TRL's function cuts a larger teacher to the
+                                      student's vocabulary in silence. Its trainers refuse such
+                                      pairs, but by what their configs say
+    entries that neither can sample   (logits of -inf) add nothing; TRL's are NaN
+    a head that ZeRO-3 has sharded    on either side: TRL's own function
+
+The experimental GKDTrainer of TRL 1.16 forms the logits of both models. Where its module is
+imported before patch(), its `compute_loss` forms the same loss from hidden states. TRL's own stays
+where outputs are asked for with the loss, where ZeRO-3 has sharded a head, and in subclasses with
+another `generalized_jsd_loss`. LMHead.from_model asks the teacher once what it does to its logits.
 
 `FusedGRPOTrainer` is TRL's GRPOTrainer with any of our losses, formed with its gradients in one
 pass, inside the model's forward:

@@ -9,53 +9,62 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from fused_rl.integrations.trl import gkd
+from fused_rl.integrations.trl.divergence import NAMES as DIVERGENCE
+from fused_rl.integrations.trl.divergence import FusedDivergence
 from fused_rl.integrations.trl.logprobs import FusedHead, with_theirs
 
-_SEAM = "_ChunkedLogProbFunction"
 _OPTIONS = ("targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
-# What its forward takes after ctx and the hidden states: TRL 1.12; 1.13 and 1.14; 1.15 and 1.16.
-_KNOWN = (
+# What the forward of the function of log-probs takes after ctx and the hidden states: TRL 1.12;
+# 1.13 and 1.14; 1.15 and 1.16.
+_OF_LOGPROBS = (
     ("weight", *_OPTIONS),
     ("weight", "bias", *_OPTIONS),
     ("weight", "bias", *_OPTIONS, "outputs"),
 )
 
-_active: FusedHead | None = None
+StandIn = FusedHead | FusedDivergence
+
+# What stands where TRL's functions stood, while patched.
+_active: list[StandIn] = []
 # (class, name of a method, TRL's own), while patched.
 _guarded: list[tuple[type, str, Callable]] = []
 
 
 def patch() -> None:
-    """Route TRL's fused head through linear_logprobs, until `unpatch`. A second call does nothing.
+    """Route TRL's fused head and its divergences through ours, until `unpatch`.
 
-    Trainers that exist already are routed too.
+    A second call does nothing. Trainers that exist already are routed too.
 
     Raises:
         ImportError: TRL is not installed.
-        RuntimeError: a TRL whose head is not called in one of the ways that we know.
+        RuntimeError: a TRL whose functions are not called in one of the ways that we know. Nothing
+            is changed then.
     """
-    global _active
-    if _active is None:
-        _active = _find_seam()
-        _swap(_active.original, _active)
-        _guard_precomputed()
+    if _active:
+        return
+    _active.extend(_found())
+    for ours in _active:
+        _swap(ours.original, ours)
+    _guard_precomputed()
+    if any(isinstance(ours, FusedDivergence) for ours in _active):
+        _route_gkd()
 
 
 def unpatch() -> None:
-    """Put TRL's own function back, the very object, wherever `patch` put ours."""
-    global _active
-    if _active is not None:
-        _swap(_active, _active.original)
-        _active = None
-        for owner, name, theirs in _guarded:
-            setattr(owner, name, theirs)
-        _guarded.clear()
+    """Put TRL's own functions back, the very objects, wherever `patch` put ours."""
+    for ours in _active:
+        _swap(ours, ours.original)
+    for owner, name, theirs in _guarded:
+        setattr(owner, name, theirs)
+    _active.clear()
+    _guarded.clear()
 
 
 @contextmanager
 def patched() -> Iterator[None]:
     """`patch` for the length of a block; within a block, or after patch(), it changes nothing."""
-    if _active is not None:
+    if _active:
         yield
         return
     patch()
@@ -65,20 +74,39 @@ def patched() -> Iterator[None]:
         unpatch()
 
 
-def _find_seam() -> FusedHead:
+def _found() -> list[StandIn]:
+    """Ours for each of TRL's functions that is there: that of divergences is from 1.16 on."""
+    module, name = "trl.trainer.utils", "_ChunkedLogProbFunction"
+    original, names = _seam(importlib.import_module(module), name)
+    if names is None or names[1:] not in _OF_LOGPROBS:
+        raise _moved(module, name, names and names[1:])
+    found: list[StandIn] = [FusedHead(original, ("hidden", *names[1:]))]
+    module, name = "trl.kernels.chunked_divergence", "ChunkedDivergenceFunction"
+    try:
+        divergences = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return found
+    original, names = _seam(divergences, name)
+    if names != DIVERGENCE:
+        raise _moved(module, name, names)
+    return [*found, FusedDivergence(original, names)]
+
+
+def _seam(module: ModuleType, name: str) -> tuple[Any, tuple[str, ...] | None]:
+    """An autograd function, and what its forward takes after ctx; None: it is not there."""
+    original = getattr(module, name, None)
+    forward = getattr(original, "forward", None)
+    return original, tuple(inspect.signature(forward).parameters)[1:] if forward else None
+
+
+def _moved(module: str, name: str, names: tuple[str, ...] | None) -> RuntimeError:
     import trl
 
-    original = getattr(importlib.import_module("trl.trainer.utils"), _SEAM, None)
-    forward = getattr(original, "forward", None)
-    names = tuple(inspect.signature(forward).parameters)[2:] if forward else None
-    if names not in _KNOWN:
-        found = "is not there" if names is None else f"takes {', '.join(names)}"
-        raise RuntimeError(
-            f"TRL {trl.__version__} is not one that fused_rl can patch: its trl.trainer.utils."
-            f"{_SEAM} {found}. Versions 1.12 to 1.16 are known to work; use one of them, or TRL "
-            "without the patch"
-        )
-    return FusedHead(original, ("hidden", *names))
+    found = "is not there" if names is None else f"takes {', '.join(names)}"
+    return RuntimeError(
+        f"TRL {trl.__version__} is not one that fused_rl can patch: its {module}.{name} {found}. "
+        "Versions 1.12 to 1.16 are known to work; use one of them, or TRL without the patch"
+    )
 
 
 def _swap(old: object, new: object) -> None:
@@ -99,9 +127,26 @@ def _guard_precomputed() -> None:
         if not hasattr(owner, "_precompute_ref_logps"):
             continue
         for method in ("_precompute_ref_logps", "_compute_loss"):
-            theirs = getattr(owner, method)
-            _guarded.append((owner, method, theirs))
-            setattr(owner, method, _by_trainer(theirs))
+            _replace(owner, method, _by_trainer)
+
+
+def _route_gkd() -> None:
+    """Where its module is imported: importing it would be for those alone who use it."""
+    module = sys.modules.get("trl.experimental.gkd.gkd_trainer")
+    owner = getattr(module, "GKDTrainer", None)
+    if owner is None:
+        return
+    names = tuple(inspect.signature(owner.compute_loss).parameters)
+    if names != gkd.NAMES:
+        unpatch()
+        raise _moved(module.__name__, "GKDTrainer.compute_loss", names)
+    _replace(owner, "compute_loss", functools.partial(gkd.compute_loss_of, owner))
+
+
+def _replace(owner: type, name: str, wrap: Callable[[Callable], Callable]) -> None:
+    theirs = getattr(owner, name)
+    _guarded.append((owner, name, theirs))
+    setattr(owner, name, wrap(theirs))
 
 
 def _by_trainer(method: Callable) -> Callable:
