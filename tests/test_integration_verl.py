@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_rl.integrations import verl
+from fused_rl.integrations.verl import kl_penalties
 
 B, T, V, H = 4, 6, 19, 8
 
@@ -177,9 +178,62 @@ def test_a_name_that_is_none(name):
         verl.kl_penalty(torch.zeros(1), torch.zeros(1), name)
 
 
+@pytest.mark.parametrize("held", [2**24, 20])
+def test_full_is_the_exact_kl_of_logits(monkeypatch, held):
+    """In one chunk and in several; by the formula, in value and in both models' gradients."""
+    monkeypatch.setattr(kl_penalties, "_LOGITS", held)
+    logits = [torch.randn(B, T, 9, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    ours = verl.kl_penalty(*logits, "full")
+    s, t = (torch.log_softmax(z, -1) for z in logits)
+    exact = (s.exp() * (s - t)).sum(-1)
+    torch.testing.assert_close(ours, exact)
+    upstream = torch.randn(B, T, dtype=torch.float64)
+    gradients = (torch.autograd.grad(x, logits, upstream) for x in (ours, exact))
+    torch.testing.assert_close(*gradients)
+
+
+def test_full_is_what_the_estimators_estimate():
+    """The mean of k1 and of k3 over the policy's own distribution, of every entry once."""
+    logits = [torch.randn(B, T, 9, dtype=torch.float64) for _ in range(2)]
+    exact = verl.kl_penalty(*logits, "full")
+    s, t = (torch.log_softmax(z, -1) for z in logits)
+    for name in ("k1", "k3"):
+        torch.testing.assert_close((s.exp() * verl.kl_penalty(s, t, name)).sum(-1), exact)
+
+
+def test_full_of_distributions_that_hardly_differ():
+    """Of 5e-7 nats in float32, to 1e-3 of itself; a sum of s (log s - log t) is off by 1e-2."""
+    logits = torch.randn(B, T, 2000)
+    other = logits + 1e-3 * torch.randn(B, T, 2000)
+    s, t = (torch.log_softmax(z.double(), -1) for z in (logits, other))
+    exact = (s.exp() * (s - t)).sum(-1)
+    plain = torch.log_softmax(logits, -1)
+    plain = (plain.exp() * (plain - torch.log_softmax(other, -1))).sum(-1)
+    errors = [
+        ((x - exact).abs() / exact).max() for x in (verl.kl_penalty(logits, other, "full"), plain)
+    ]
+    assert errors[0] < 1e-3 and errors[1] > 1e-2 and 3e-7 < exact.mean() < 7e-7
+
+
+def test_entries_that_are_ruled_out():
+    """On both sides they add nothing; where the reference alone has none, the KL is infinite."""
+    logits = torch.randn(1, 2, 5, dtype=torch.float64)
+    ruled_out = torch.tensor([0.0, 0, 0, 0, -torch.inf], dtype=torch.float64)
+    policy, ref = (logits + ruled_out).requires_grad_(), logits.flip(1) + ruled_out
+    ours = verl.kl_penalty(policy, ref, "full")
+    torch.testing.assert_close(ours, verl.kl_penalty(policy[..., :4], ref[..., :4], "full"))
+    (gradient,) = torch.autograd.grad(ours.sum(), policy)
+    assert gradient.isfinite().all() and not gradient[..., 4].any()
+    assert verl.kl_penalty(logits, ref, "full").isinf().all()
+
+
 def test_full_is_not_of_log_probs():
-    with pytest.raises(NotImplementedError, match="logits of both models"):
-        verl.kl_penalty(torch.zeros(1), torch.zeros(1), "full")
+    """Which verl's trainers give every estimator."""
+    for shapes in (((B, T), (B, T)), ((B, T, 3), (B, T, 4))):
+        with pytest.raises(ValueError, match=r"logits \[B, T, V\] of both models"):
+            verl.kl_penalty(*(torch.zeros(shape) for shape in shapes), "full")
+    with pytest.raises(ValueError, match="kl_penalty must be one of"):
+        verl.kl_penalty(torch.zeros(B, T, 3), torch.zeros(B, T, 3), "full+")
 
 
 # Policy losses.

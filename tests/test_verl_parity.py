@@ -230,6 +230,13 @@ def test_kl_penalty(algos, name, straight):
     torch.testing.assert_close(*gradients)
 
 
+def test_verl_has_the_name_full_and_no_formula(algos):
+    logits = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    with pytest.raises(NotImplementedError):
+        algos.kl_penalty(*logits, "full")
+    assert ours.kl_penalty(*logits, "full").shape == (2, 3)
+
+
 # The head.
 
 

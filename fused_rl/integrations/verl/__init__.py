@@ -21,7 +21,8 @@ and its gradient where log(ref / policy) exceeds 2.6, where verl's clamp at 10 h
 a log-ratio of 20; a log-ratio beyond 20 keeps its gradient, and GSPO's beyond 10 its value too; a
 batch without a counted token has loss 0, not NaN; a masked token may be anything; a NaN among old
 log-probs or rollout weights is a token of ratio 1 or weight 1; a vocabulary that is split over
-tensor-parallel ranks is an error.
+tensor-parallel ranks is an error. kl_penalty "full", which verl names and does not have, is the
+exact KL of logits [B, T, V].
 
 Signatures, means and metrics are those of verl 0.9.1: verl/utils/kernel/linear_cross_entropy.py,
 verl/utils/experimental/torch_functional.py and verl/trainer/ppo/core_algos.py. The tests run verl's
@@ -35,9 +36,9 @@ from fused_rl.integrations.verl.heads import (
     linear_cross_entropy,
     log_probs_from_logits,
 )
+from fused_rl.integrations.verl.kl_penalties import kl_penalty
 from fused_rl.integrations.verl.losses import (
     PolicyLossFn,
-    kl_penalty,
     policy_loss_fn,
     policy_losses,
 )

@@ -1,4 +1,4 @@
-"""verl's policy losses and KL estimators: each a composition of ours, called as verl calls it."""
+"""verl's policy losses: each a composition of ours, called as verl calls it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rl import kl
 from fused_rl.checks import require
 from fused_rl.integrations.verl import metrics as of
-from fused_rl.kl import KL
 from fused_rl.losses import named
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.means import (
@@ -25,44 +23,6 @@ from fused_rl.losses.policy import PolicyLoss
 from fused_rl.losses.surrogates import Clip
 from fused_rl.losses.trust_regions import DPPOKL, DPPOTV, ClipCov, TrustRegion
 from fused_rl.stats import TokenStats
-
-_ESTIMATORS = {
-    "kl": KL.K1,
-    "k1": KL.K1,
-    "abs": KL.ABS,
-    "mse": KL.K2,
-    "k2": KL.K2,
-    "low_var_kl": KL.K3,
-    "k3": KL.K3,
-}
-
-
-def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
-    """The KL of the policy to the reference by verl's names, per token.
-
-    Args:
-        logprob: [...]: of the policy.
-        ref_logprob: [...]: of the reference.
-        kl_penalty: "kl" or "k1", "abs", "mse" or "k2", "low_var_kl" or "k3"; with a "+" after it,
-            the same value with the gradient of k2.
-
-    Returns:
-        [...], float32, or float64 for float64 inputs.
-
-    Raises:
-        NotImplementedError: "full", which needs the whole distributions.
-        ValueError: another name.
-    """
-    if kl_penalty == "full":
-        raise NotImplementedError('kl_penalty "full" needs logits of both models, not log-probs')
-    name = kl_penalty.removesuffix("+")
-    if name not in _ESTIMATORS or kl_penalty.count("+") > 1:
-        raise ValueError(
-            f'kl_penalty must be one of {list(_ESTIMATORS)}, or that with "+", got {kl_penalty!r}'
-        )
-    grad = KL.K2 if kl_penalty.endswith("+") else None
-    return kl.kl_penalty(logprob, ref_logprob, value=_ESTIMATORS[name], grad=grad)
-
 
 PolicyLossFn = Callable[..., tuple[Tensor, dict[str, float]]]
 Mean = Callable[[TokenBatch], Tensor]
