@@ -34,7 +34,7 @@ inline void check_temperature(double temperature, int64_t n) {
 template <class T>
 struct Statistics {
   T logprob, entropy, top;
-  double lse;
+  double lse, log_sum;
 };
 
 // lse as a sum of two, from which log p = (z - high) - low keeps its digits. Logits so large that they
@@ -57,6 +57,12 @@ struct SplitLse {
   }
 };
 
+// z - lse in steps that lose no digits, however large the logits are.
+template <class T>
+T log_probability(double z, double max, double log_sum) {
+  return T((z - max) - log_sum);
+}
+
 // sum = sum_v exp(z - max), moment = sum_v exp(z - max) (z - max). A row of nothing but -inf has no
 // distribution: NaN, as in torch. top, the log-probability of the most likely token, is rounded as
 // that of the label is: the two are equal where the label has the largest logit.
@@ -67,7 +73,7 @@ Statistics<T> finish(double max, double sum, double moment, double label_logit) 
   const double nan = std::numeric_limits<double>::quiet_NaN();
   const double entropy = empty ? nan : log_sum - moment / sum;
   const double top = empty ? nan : 0.0 - log_sum;
-  return {T((label_logit - max) - log_sum), T(entropy), T(top), max + log_sum};
+  return {log_probability<T>(label_logit, max, log_sum), T(entropy), T(top), max + log_sum, log_sum};
 }
 
 }  // namespace fused_rl

@@ -154,7 +154,10 @@ struct Pass {
     A label_term[tile_tokens];
     for (int64_t n = 0; n < width; ++n) {
       const int64_t line = p.labels[n0 + n] - v0;
-      if (line >= 0 && line < rows) label_term[n] = label_gradient(n0 + n, z[line * width + n]);
+      if (line >= 0 && line < rows) {
+        label_term[n] = raw_gradient(up.dlogprobs[n0 + n], z[line * width + n],
+                                     up.inv_temperature[n0 + n], p.transform);
+      }
     }
     const Upstream<A> here{up.lse + n0,       up.lse_low + n0,  up.entropy + n0,
                            up.dlogprobs + n0, up.dentropy + n0, up.inv_temperature + n0,
@@ -196,13 +199,6 @@ struct Pass {
 
   static uint16_t* bits(const at::Tensor& tensor) {
     return static_cast<uint16_t*>(tensor.mutable_data_ptr());
-  }
-
-  A label_gradient(int64_t n, A z) const {
-    const A slope = up.dlogprobs[n] * p.transform.scale * up.inv_temperature[n];
-    if (p.transform.softcap == A(0)) return slope;
-    const A t = z / (p.transform.softcap * up.inv_temperature[n]);
-    return slope * (A(1) - t * t);
   }
 
   void weight_gradient(int64_t v0, int64_t rows, int64_t chunk0, int64_t tokens) {

@@ -64,7 +64,7 @@ TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* stored, const Picks* pic
   });
 
   TokenStatistics<T> out{std::vector<A>(p.N), std::vector<A>(p.N), std::vector<A>(p.N),
-                         std::vector<double>(p.N)};
+                         std::vector<A>(p.N), std::vector<double>(p.N), std::vector<double>(p.N)};
   for (int64_t n = 0; n < p.N; ++n) {
     A max = -std::numeric_limits<A>::infinity();
     for (int64_t s = 0; s < slabs; ++s) max = std::max(max, state[s * 3 * p.padded + n]);
@@ -83,6 +83,8 @@ TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* stored, const Picks* pic
     out.entropy[n] = s.entropy;
     out.lse[n] = s.lse;
     out.top[n] = s.top;
+    out.max[n] = max;
+    out.log_sum[n] = s.log_sum;
   }
   return out;
 }

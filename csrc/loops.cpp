@@ -288,16 +288,16 @@ static void add_scaled(const T* x, int64_t n, T factor, T* sum) {
   for (; i < n; ++i) sum[i] += x[i] * factor;
 }
 
+static FUSED_RL_INLINE Vec<float> widened(Simd<float>::half_bits half) {
+  const auto bits = __builtin_convertvector(half, Simd<float>::bits) << 16;
+  Vec<float> wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
 static void add_scaled_bfloat16(const uint16_t* x, int64_t n, float factor, float* sum) {
   constexpr int W = Simd<float>::width;
   using Half = Simd<float>::half_bits;
-  using Bits = decltype(bfloat16_bits(Vec<float>{}));
-  const auto widened = [](Half half) {
-    const Bits bits = __builtin_convertvector(half, Bits) << 16;
-    Vec<float> wide;
-    std::memcpy(&wide, &bits, sizeof(wide));
-    return wide;
-  };
   Half half;
   int64_t i = 0;
   for (; i + W <= n; i += W) {
@@ -353,6 +353,52 @@ static void narrow(const float* from, int64_t n, uint16_t* to) {
   }
 }
 
+// The sum of n products, product(i, count) giving those from i on in a vector: short sums in T, added
+// up in double.
+template <class T, class F>
+static FUSED_RL_INLINE double sum_of_products(int64_t n, const F& product) {
+  constexpr int W = Simd<T>::width;
+  constexpr int64_t step = 64 * W;
+  double total = 0;
+  for (int64_t first = 0; first < n; first += step) {
+    const int64_t last = first + step < n ? first + step : n;
+    Vec<T> sums[4] = {};
+    int64_t i = first;
+    for (; i + 4 * W <= last; i += 4 * W) {
+      for (int j = 0; j < 4; ++j) sums[j] += product(i + j * W, W);
+    }
+    for (; i < last; i += W) sums[0] += product(i, last - i < W ? int(last - i) : W);
+    const Vec<T> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int j = 0; j < W; ++j) total += double(sum[j]);
+  }
+  return total;
+}
+
+// Some of the numbers from x on, and zeros.
+template <class V, class T>
+static FUSED_RL_INLINE V load_some(const T* x, int count) {
+  V out = {};
+  std::memcpy(&out, x, count * sizeof(T));
+  return out;
+}
+
+template <class T>
+static double dot(const T* x, const T* y, int64_t n) {
+  return sum_of_products<T>(n, [&](int64_t i, int count) {
+    if (count == Simd<T>::width) return load(x + i) * load(y + i);
+    return load_some<Vec<T>>(x + i, count) * load_some<Vec<T>>(y + i, count);
+  });
+}
+
+static double dot_bfloat16(const uint16_t* x, const float* y, int64_t n) {
+  using Half = Simd<float>::half_bits;
+  return sum_of_products<float>(n, [&](int64_t i, int count) {
+    const auto half = load_some<Half>(x + i, count);
+    if (count == Simd<float>::width) return widened(half) * load(y + i);
+    return widened(half) * load_some<Vec<float>>(y + i, count);
+  });
+}
+
 // divergence_loops.cpp
 template <class T>
 void two_sums(const T*, const T*, int64_t, int64_t, int64_t, TwoLse<T>, Measure, double*, double*,
@@ -364,7 +410,8 @@ void two_gradient(const T*, const T*, int64_t, int64_t, int64_t, TwoLse<T>, Meas
 template <class T>
 static constexpr Loops<T> table() {
   return {transform<T>,    accumulate<T>, gradient<T>,   line_sums<T>,   row_statistics<T>,
-          row_gradient<T>, kl<T>,         add_scaled<T>, two_sums<T>, two_gradient<T>};
+          row_gradient<T>, kl<T>,         add_scaled<T>, dot<T>,       two_sums<T>,
+          two_gradient<T>};
 }
 
 extern const Loops<float> float_loops;
@@ -372,6 +419,7 @@ extern const Loops<double> double_loops;
 extern const BFloat16Loops bfloat16_loops;
 const Loops<float> float_loops = table<float>();
 const Loops<double> double_loops = table<double>();
-const BFloat16Loops bfloat16_loops = {pack, narrow, add_scaled_bfloat16};
+const BFloat16Loops bfloat16_loops = {pack, narrow, add_scaled_bfloat16,
+                                          dot_bfloat16};
 
 }  // namespace fused_rl::FUSED_RL_ISA

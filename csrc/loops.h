@@ -76,6 +76,7 @@ struct Loops {
   void (*kl)(const T* d, int64_t n, int64_t value_kind, int64_t slope_kind, T* value, T* slope);
   // sum += factor * x
   void (*add_scaled)(const T* x, int64_t n, T factor, T* sum);
+  double (*dot)(const T* x, const T* y, int64_t n);
   // Adds the terms of a divergence, and each side's slopes, of the logits z and zt of two heads.
   void (*two_sums)(const T* z, const T* zt, int64_t lines, int64_t columns, int64_t ld, TwoLse<T>,
                    Measure, double* total, double* g, double* teacher);
@@ -94,6 +95,7 @@ struct BFloat16Loops {
   void (*narrow)(const float* from, int64_t n, uint16_t* to);
   // sum += factor * x
   void (*add_scaled)(const uint16_t* x, int64_t n, float factor, float* sum);
+  double (*dot)(const uint16_t* x, const float* y, int64_t n);
 };
 
 template <class T>

@@ -171,6 +171,15 @@ class FormedTiles : public LogitTiles<Acc<T>> {
   const at::Tensor operand;
 };
 
+// The gradient of a raw product from dz, that of its logit z.
+template <class T>
+T raw_gradient(T dz, T z, T inv_temperature, const Transform<T>& transform) {
+  const T slope = dz * transform.scale * inv_temperature;
+  if (transform.softcap == T(0)) return slope;
+  const T t = z / (transform.softcap * inv_temperature);
+  return slope * (T(1) - t * t);
+}
+
 // Chosen pairs (token, entry), grouped by the tile in which their logit lies: a tile finds its own
 // without a search.
 struct Picks {
@@ -193,8 +202,8 @@ struct Picks {
 // One entry per token of the problem.
 template <class T>
 struct TokenStatistics {
-  std::vector<Acc<T>> logprobs, entropy, top;
-  std::vector<double> lse;
+  std::vector<Acc<T>> logprobs, entropy, top, max;
+  std::vector<double> lse, log_sum;
 };
 
 // What a filtered backward pass skips: so many vocabulary rows for one token. p.block divides it.

@@ -1,18 +1,21 @@
 """Fused log-probs, entropies, KL terms and policy losses for RL on language models.
 
 The expensive half takes hidden states and a head to numbers per token and back: linear_logprobs,
-linear_kept_logprobs, logprobs_from_logits. The cheap half makes a loss of such numbers: the named
-losses and PolicyLoss. linear_policy_loss does both at once. What a loss is composed of, and what
-comes before and after it, has a module for each kind: surrogates, trust_regions, ratios, means,
-penalties; rewards, advantages, mismatch, schedules, diagnosis, overoptimisation.
+linear_kept_logprobs, linear_logprobs_at, linear_divergence, logprobs_from_logits. The cheap half
+makes a loss of such numbers: the named losses and PolicyLoss. linear_policy_loss does both at once.
+What a loss is composed of, and what comes before and after it, has a module for each kind:
+surrogates, trust_regions, ratios, means, penalties; rewards, advantages, mismatch, schedules,
+diagnosis, overoptimisation. What else is had of hidden states is in linear.
 """
 
 import sys
 
 import torch
 
+from fused_rl import linear
 from fused_rl.divergences import Divergence
 from fused_rl.kl import KL, kl_penalty
+from fused_rl.linear.at import linear_logprobs_at
 from fused_rl.linear.divergence import linear_divergence
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.kept import KeptStats, linear_kept_logprobs
@@ -95,6 +98,7 @@ __all__ = [
     "linear_divergence",
     "linear_kept_logprobs",
     "linear_logprobs",
+    "linear_logprobs_at",
     "linear_policy_loss",
     "linear_top_logprobs",
     "logprobs_from_logits",
@@ -108,7 +112,7 @@ __all__ = [
 ]
 
 MODULES = (
-    *(advantages, diagnosis, means, mismatch, overoptimisation, penalties, ratios, rewards),
+    *(advantages, diagnosis, linear, means, mismatch, overoptimisation, penalties, ratios, rewards),
     *(schedules, surrogates, trust_regions),
 )
 """The public modules: fused_rl.advantages, and so on; what is public in each is its __all__."""

@@ -96,10 +96,10 @@ def _members(kind: type[Enum]) -> str:
     return ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
 
 
-def placed(message: str, shape: Sequence[int]) -> str:
+def placed(message: str, shape: Sequence[int], names: str = "labels|temperature") -> str:
     """What an operator says of a flat token, with its place in the caller's shape.
 
-    labels[5] is labels[1, 2] where labels are [2, 3].
+    labels[5] is labels[1, 2] where labels are [2, 3]. names: of the tensors of that shape.
     """
 
     def place(match: re.Match) -> str:
@@ -110,7 +110,7 @@ def placed(message: str, shape: Sequence[int]) -> str:
             index.insert(0, at)
         return f"{name}{index}" if index else name
 
-    return re.sub(r"\b(labels|temperature)\[(\d+)\]", place, message)
+    return re.sub(rf"\b({names})\[(\d+)\]", place, message)
 
 
 def is_callable(name: str, value: object, such_as: str) -> None:

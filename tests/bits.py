@@ -4,8 +4,9 @@
     python tests/bits.py | diff before.txt -
 
 Values and gradients of linear_logprobs, linear_top_logprobs, linear_kept_logprobs,
-linear_policy_loss, logprobs_from_logits and kl_penalty, over dtypes, heads, masks, chunks and
-ways, on this CPU. Equal lines are equal bits. Not a test: other CPUs and torches round otherwise.
+linear_logprobs_at, linear_policy_loss, logprobs_from_logits and kl_penalty, over dtypes, heads,
+masks, chunks and ways, on this CPU. Equal lines are equal bits. Not a test: other CPUs and torches
+round otherwise.
 """
 
 from __future__ import annotations
@@ -106,6 +107,11 @@ def cases() -> Iterator[tuple[str, tuple[Tensor | None, ...]]]:
             sets = kept_sets(labels)
             stats = fused_rl.linear_kept_logprobs(hidden, head, labels, *sets, temperature=0.8)
             yield f"{name} kept", (*stats, *gradients(tuple(stats), hidden, head))
+            ids = torch.stack([labels, (labels + 7).clamp(0, V - 1)], -1)
+            stats = fused_rl.linear_logprobs_at(hidden, head, ids, temperature=temperature)
+            yield f"{name} at", (*stats, *gradients(tuple(stats), hidden, head))
+            logits = fused_rl.linear.linear_logits_at(hidden, head, ids, temperature=temperature)
+            yield f"{name} logits at", (logits, *gradients((logits,), hidden, head))
             of = batch(labels)
             for loss_name, chunk_bytes in itertools.product(LOSSES, (None, 4 * V * 16)):
                 output = fused_rl.linear_policy_loss(

@@ -74,6 +74,12 @@ CALLS = {
     "linear_kept_logprobs": lambda g: f.linear_kept_logprobs(
         *(g[k] for k in ("hidden", "weight", "labels", "kept", "cu_kept"))
     ),
+    "linear_logprobs_at": lambda g: f.linear_logprobs_at(
+        g["hidden"], g["weight"], g["labels"][..., None]
+    ),
+    "linear_logits_at": lambda g: f.linear.linear_logits_at(
+        g["hidden"], g["weight"], g["labels"][..., None]
+    ),
     "logprobs_from_logits": lambda g: f.logprobs_from_logits(g["logits"], g["labels"]),
     "kl_penalty": lambda g: f.kl_penalty(g["logprobs"], g["ref"], value=KL.K3, grad=KL.K2),
     "group_mean": lambda g: f.advantages.group_mean_advantages(g["rewards"], GROUP),

@@ -20,10 +20,12 @@ from fused_rl import (
     linear_divergence,
     linear_kept_logprobs,
     linear_logprobs,
+    linear_logprobs_at,
     linear_policy_loss,
     linear_top_logprobs,
     logprobs_from_logits,
 )
+from fused_rl.linear import linear_logits_at
 from fused_rl.losses import named
 
 B, N, H, V = 3, 4, 5, 7
@@ -62,6 +64,21 @@ def kept(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return (stats.kept_logprobs * stats.entropy).sum()
 
 
+def at(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Beside an id that is ignored; lse comes in and goes out."""
+    ids = torch.stack([labels, torch.full_like(labels, -100)], -1)
+    stats = linear_logprobs_at(hidden, weight, ids)
+    logit = stats.logprobs[..., 0] + stats.lse
+    return ((logit - stats.lse) * stats.entropy).sum()
+
+
+def logits_at(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """At every entry, the label's first: a softmax over them is the whole one."""
+    logits = linear_logits_at(hidden, weight, (labels[..., None] + torch.arange(V)) % V)
+    logp = logits.log_softmax(-1)
+    return (logp[..., 0] * -(logp.exp() * logp).sum(-1)).sum()
+
+
 def from_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return product(logprobs_from_logits(hidden @ weight.T, labels))
 
@@ -79,6 +96,8 @@ SCORES = {
     "linear_top_logprobs": top,
     "linear_logprobs, filtered": filtered,
     "linear_kept_logprobs": kept,
+    "linear_logprobs_at": at,
+    "linear_logits_at": logits_at,
     "logprobs_from_logits": from_logits,
 }
 every_score = pytest.mark.parametrize("name", SCORES)

@@ -270,17 +270,11 @@ CASES: dict[str, Callable[[Numbers], list]] = {
 }
 # The other half, what only holds things, and what only takes Python's numbers.
 ELSEWHERE = {
-    *(
-        "LMHead",
-        "backends",
-        "linear_divergence",
-        "Divergence",
-        "linear_kept_logprobs",
-        "linear_logprobs",
-        "linear_policy_loss",
-    ),
+    *("Divergence", "LMHead", "backends", "linear_divergence", "linear_kept_logprobs"),
+    *("linear_logprobs", "linear_policy_loss", "linear_logits_at", "linear_logprobs_at"),
     *("linear_top_logprobs", "logprobs_from_logits", "trust_kernels"),
     *(
+        "AtStats",
         "DivergenceStats",
         "GAEOutput",
         "KeptStats",
@@ -405,6 +399,8 @@ def from_hidden_states(dtype: torch.dtype) -> list[torch.Tensor]:
         *fused_rl.linear_top_logprobs(hidden, head, labels),
         *fused_rl.linear_kept_logprobs(hidden, head, labels, kept, cu_kept)[:2],
         *fused_rl.linear_divergence(hidden, head, hidden.detach() + 1, weight, labels),
+        *fused_rl.linear_logprobs_at(hidden, head, labels[..., None], temperature=0.8),
+        fused_rl.linear.linear_logits_at(hidden, head, labels[..., None]),
         *fused_rl.logprobs_from_logits(hidden @ weight.T, labels, temperature=1.3),
         fused_rl.linear_policy_loss(hidden, head, n.batch, fused_rl.grpo(beta=0.1)).loss,
         fused_rl.linear_policy_loss(hidden, head, n.batch, fused_rl.gspo(beta=0.1)).loss,

@@ -41,6 +41,7 @@ RIGHT: dict[str, Any] = {
     "weight": torch.ones(V, H),
     "labels": LABELS,
     "logits": torch.ones(B, T, V),
+    "ids": torch.stack([LABELS, LABELS + 1], -1),
     "kept": torch.arange(V).repeat(B * T),
     "cu_kept": torch.arange(B * T + 1) * V,
     "batch": BATCH,

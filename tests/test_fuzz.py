@@ -37,6 +37,7 @@ from fused_rl import (
     TokenStats,
     linear_kept_logprobs,
     linear_logprobs,
+    linear_logprobs_at,
     linear_policy_loss,
     linear_top_logprobs,
     logprobs_from_logits,
@@ -153,6 +154,20 @@ def test_linear_top_logprobs(d: Drawn, which: str) -> None:
     right = torch.log_softmax(z, -1).amax(-1).where(case.labels != IGNORED, 0.0)
     assert_values(stats.top_logprobs, right, right, case)
     assert (stats.logprobs <= stats.top_logprobs).all()
+
+
+@short_and_long(60, d=heads(), which=UPSTREAM, K=st.integers(1, 30), place=st.integers(0, 29))
+def test_linear_logprobs_at(d: Drawn, which: str, K: int, place: int) -> None:
+    """The label stands among other ids."""
+    ids = torch.randint(len(d.case.weight), (*d.labels.shape, K))
+    ids[..., place % K] = d.labels
+    ids[d.labels == d.options.get("ignore_index", IGNORED)] = d.options.get("ignore_index", IGNORED)
+
+    def ours(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        stats = linear_logprobs_at(hidden, head_of(d, weight, bias), ids, **d.options)
+        return stats.logprobs[..., place % K], stats.entropy
+
+    judged(d, ours, 2, upstream(len(d.labels), 2, which))
 
 
 @short_and_long(60, d=heads(), which=UPSTREAM, most=st.integers(1, 30))

@@ -87,6 +87,11 @@ def test_errors_name_the_place_of_a_token_in_the_shape_it_was_given_in(place):
         fused_rl.linear_logprobs(hidden, head, labels, temperature=temperature)
     with pytest.raises(ValueError, match=r"^labels is 10, outside"):
         fused_rl.linear_logprobs(hidden[0, 0], head, torch.tensor(10))
+    for call in (fused_rl.linear_logprobs_at, fused_rl.linear.linear_logits_at):
+        with pytest.raises(ValueError, match=rf"^ids\[{b}, {t}, 1\] is 10, outside"):
+            call(hidden, head, torch.stack([labels, wrong], -1))
+        with pytest.raises(ValueError, match=rf"^temperature\[{b}, {t}\] is -2(\.0)?, and"):
+            call(hidden, head, labels[..., None], temperature=temperature)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])

@@ -248,6 +248,10 @@ ELSEWHERE = {
     "linear_kept_logprobs_backward",
     "linear_filtered_logprobs",
     "linear_filtered_logprobs_backward",
+    "linear_logits_at",
+    "linear_logits_at_backward",
+    "linear_logprobs_at",
+    "linear_logprobs_at_backward",
 }
 
 

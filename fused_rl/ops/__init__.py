@@ -6,6 +6,7 @@ native.py loads, those for CUDA (kernels/) in triton.py and triton_chunk.py.
 """
 
 from fused_rl.ops import triton, triton_chunk, trust
+from fused_rl.ops.at import AtHead, linear_logits_at, linear_logprobs_at
 from fused_rl.ops.autocast import autocasts, in_full
 from fused_rl.ops.checkout import find_kernels
 from fused_rl.ops.chunk import (
@@ -51,6 +52,7 @@ __all__ = [
     "FILTER_ROWS",
     "HAS_TRITON",
     "ONE_PASS_TOKENS",
+    "AtHead",
     "ChunkLogits",
     "Deviation",
     "Filter",
@@ -81,7 +83,9 @@ __all__ = [
     "linear_divergence_frozen",
     "linear_filtered_logprobs",
     "linear_kept_logprobs",
+    "linear_logits_at",
     "linear_logprobs",
+    "linear_logprobs_at",
     "linear_logprobs_chunk",
     "linear_logprobs_chunk_backward",
     "linear_logprobs_frozen",

@@ -5,20 +5,18 @@
 
 The kernel for CPUs (csrc/kept.cpp) takes the kept logits out of the pass over the whole vocabulary.
 Elsewhere the other two statistics come from the operators of linear_logprobs, whichever kernel
-those have, and the kept logits are formed once more from indexed rows of weight: M H work, in
-chunks of bounded memory. Sums over the pairs are in order of their index: no atomics.
+those have, and the kept logits are formed once more, as pairs.py has it.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_rl import reference
 from fused_rl.ops.chunks import gradients_like, statistics_like
 from fused_rl.ops.kept_sets import Pairs, Sets, check_offsets, wrong_tokens
 from fused_rl.ops.linear import linear_logprobs, linear_logprobs_backward
+from fused_rl.ops.pairs import add_pairs, pair_logits
 from fused_rl.ops.record import Gradients, Head, Known, Limits, Needs, Operator, Upstream
 
 
@@ -84,7 +82,7 @@ def _renormalised(head: Head, sets: Sets, limits: Limits) -> tuple[Tensor, Tenso
     V, labels = head.weight.shape[0], head.labels
     pairs = Pairs.of(sets, V)
     wrong = wrong_tokens(labels, sets.kept, pairs, V, limits.ignore_index)
-    z = _kept_logits(head, pairs, limits.chunk_bytes).double()
+    z = pair_logits(head, pairs.token, pairs.entry, limits.chunk_bytes).double()
     largest = pairs.over_sets(z, "max")
     weights = (z - largest[pairs.token]).exp()
     total = pairs.over_sets(weights, "sum")
@@ -98,25 +96,6 @@ def _renormalised(head: Head, sets: Sets, limits: Limits) -> tuple[Tensor, Tenso
     slope = (slope * (head.scale / t)).masked_fill(wrong[pairs.token], torch.nan)
     counted = labels != limits.ignore_index
     return kept_logprobs.where(counted, 0.0), slope.where(counted[pairs.token], 0.0)
-
-
-def _kept_logits(head: Head, pairs: Pairs, chunk_bytes: int) -> Tensor:  # [M]
-    hidden, weight, bias, _, temperature, scale, softcap = head
-    z = hidden.new_empty(len(pairs.entry), dtype=head.dtype)
-    for run in _runs(len(z), hidden.shape[1], head.dtype, chunk_bytes):
-        token, entry = pairs.token[run], pairs.entry[run]
-        raw = (hidden[token].to(head.dtype) * weight[entry].to(head.dtype)).sum(-1)
-        of_entry = None if bias is None else bias[entry]
-        z[run] = reference.from_products(raw, of_entry, temperature[token], scale, softcap)
-    return z
-
-
-def _runs(M: int, H: int, dtype: torch.dtype, chunk_bytes: int) -> Iterator[slice]:
-    """Runs of pairs whose rows fit into chunk_bytes: of hidden, of weight, and of their product,
-    which is summed in float64.
-    """
-    size = max(1, chunk_bytes // (H * (3 * dtype.itemsize + 8)))
-    return (slice(start, start + size) for start in range(0, M, size))
 
 
 @linear_kept_logprobs.fake
@@ -140,45 +119,8 @@ def linear_kept_logprobs_backward(
     grads = linear_logprobs_backward(Upstream(*upstream[:2]), head, limits, known, needs)
     pairs = Pairs.of(sets, head.weight.shape[0])
     up = upstream.dkept_logprobs.where(head.labels != limits.ignore_index, 0.0)[pairs.token]
-    # Only pairs with a gradient: a NaN elsewhere reaches nothing.
-    live = (up != 0).nonzero()[:, 0]
-    token, entry, draw = pairs.token[live], pairs.entry[live], (up * slope.slope)[live]
-    if needs.need_dhidden:
-        _add_products(grads.dhidden, token, draw, head.weight, entry, limits.chunk_bytes)
-    if needs.need_dweight or needs.need_dbias:
-        entry, order = entry.sort(stable=True)
-        token, draw = token[order], draw[order]
-    if needs.need_dweight:
-        _add_products(grads.dweight, entry, draw, head.hidden, token, limits.chunk_bytes)
-    if needs.need_dbias:
-        ones, first = draw.new_ones(1, 1), token * 0
-        _add_products(grads.dbias[:, None], entry, draw, ones, first, limits.chunk_bytes)
+    add_pairs(grads, head, pairs.token, pairs.entry, up * slope.slope, up != 0, limits, needs)
     return grads
-
-
-def _add_products(
-    to: Tensor,  # [R, H]
-    index: Tensor,  # [M], rising
-    draw: Tensor,  # [M]
-    rows: Tensor,  # [., H]
-    row: Tensor,  # [M]
-    chunk_bytes: int,
-) -> None:
-    """to[index[i]] += draw[i] rows[row[i]] for all i, each sum in float64 and in order.
-
-    A sum that goes on in the next run is carried there: what is written is rounded once.
-    """
-    M, carried = len(index), None
-    for run in _runs(M, rows.shape[1], draw.dtype, chunk_bytes):
-        values = (draw[run, None] * rows[row[run]].to(draw.dtype)).double()
-        at, lengths = index[run].unique_consecutive(return_counts=True)
-        sums = torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True)
-        if carried is not None:
-            sums[0] += carried
-        goes_on = run.stop < M and bool(index[run.stop] == at[-1])
-        carried = sums[-1] if goes_on else None
-        done = at[:-1] if goes_on else at
-        to[done] = (to[done] + sums[: len(done)]).to(to.dtype)
 
 
 @linear_kept_logprobs_backward.fake
