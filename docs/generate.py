@@ -1,6 +1,7 @@
 """The tables of docs/ that the code knows, written between their marks: `make docs` runs this.
 
 docs/losses.md    from the docstrings of losses/, and of the named losses
+docs/distillation.md    from the docstrings of losses/distillation.py
 docs/kl.md        the expected gradients that tests/enumeration.py finds, and exact_enumeration.py
 """
 
@@ -22,7 +23,14 @@ from exact_enumeration import ExactWorld, exact_markdown  # noqa: E402
 from reference import Page, pages  # noqa: E402
 from run import replace_block  # noqa: E402
 
-from fused_rl.losses import means, named, ratios, surrogates, trust_regions  # noqa: E402
+from fused_rl.losses import (  # noqa: E402
+    distillation,
+    means,
+    named,
+    ratios,
+    surrogates,
+    trust_regions,
+)
 from fused_rl.losses.sequences import Level  # noqa: E402
 
 
@@ -41,6 +49,20 @@ def parts(docstring: str) -> tuple[str, ...]:
     elsewhere = re.search(r"Elsewhere: (.*)\.$", text)
     names = dict(name.split(" ", 1) for name in elsewhere[1].split("; ")) if elsewhere else {}
     return f"`{formula}`", linked(source), mean, *(names.get(who, "") for who in ("TRL", "verl"))
+
+
+def distillation_losses() -> list[str]:
+    """A row for each loss of distillation that has a name."""
+    rows = []
+    for name in distillation.__all__:
+        first, _, rest = inspect.getdoc(getattr(distillation, name)).partition("\n\n")
+        text = " ".join(rest.split())
+        if samples := re.search(r"Samples: (.*?)\. ", text):
+            formula, source = " ".join(first.split()).rstrip(".").split(": ", 1)
+            elsewhere = re.search(r"Elsewhere: (.*)\.$", text)
+            names = elsewhere[1] if elsewhere else ""
+            rows.append((f"`{name}`", f"`{formula}`", linked(source), samples[1], names))
+    return table(("name", "loss", "from", "samples", "elsewhere"), rows)
 
 
 def linked(source: str) -> str:
@@ -119,6 +141,7 @@ BLOCKS = {
         "kl": lambda: markdown(World()).splitlines(),
         "exact": lambda: exact_markdown(ExactWorld()).splitlines(),
     },
+    "distillation.md": {"distillation": distillation_losses},
     "reference.md": {"names": public_names},
 }
 """page -> the name of its block -> the lines in it."""

@@ -2,10 +2,11 @@
 
 The expensive half takes hidden states and a head to numbers per token and back: linear_logprobs,
 linear_kept_logprobs, linear_logprobs_at, linear_divergence, logprobs_from_logits. The cheap half
-makes a loss of such numbers: the named losses and PolicyLoss. linear_policy_loss does both at once.
-What a loss is composed of, and what comes before and after it, has a module for each kind:
-surrogates, trust_regions, ratios, means, penalties; rewards, advantages, mismatch, schedules,
-diagnosis, overoptimisation. What else is had of hidden states is in linear.
+makes a loss of such numbers: the named losses, PolicyLoss, and those of distillation.
+linear_policy_loss does both at once. What a loss is composed of, and what comes before and after
+it, has a module for each kind: surrogates, trust_regions, ratios, means, penalties; rewards,
+advantages, mismatch, schedules, diagnosis, overoptimisation. What else is had of hidden states is
+in linear.
 """
 
 import sys
@@ -20,7 +21,7 @@ from fused_rl.linear.divergence import linear_divergence
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.kept import KeptStats, linear_kept_logprobs
 from fused_rl.linear.logprobs import linear_logprobs, linear_top_logprobs, logprobs_from_logits
-from fused_rl.losses import means, penalties, ratios, surrogates, trust_regions
+from fused_rl.losses import distillation, means, penalties, ratios, surrogates, trust_regions
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.named import (
     aspo,
@@ -112,8 +113,8 @@ __all__ = [
 ]
 
 MODULES = (
-    *(advantages, diagnosis, linear, means, mismatch, overoptimisation, penalties, ratios, rewards),
-    *(schedules, surrogates, trust_regions),
+    *(advantages, diagnosis, distillation, linear, means, mismatch, overoptimisation, penalties),
+    *(ratios, rewards, schedules, surrogates, trust_regions),
 )
 """The public modules: fused_rl.advantages, and so on; what is public in each is its __all__."""
 

@@ -138,6 +138,14 @@ CALLS = {
     "linear_policy_loss": lambda g: f.linear_policy_loss(
         g["hidden"], g["weight"], padded(g), NAMES["grpo"](beta=0.1)
     ),
+    "opd_advantages": lambda g: f.distillation.opd_advantages(g["logprobs"], g["ref"], g["mask"]),
+    "minillm_advantages": lambda g: f.distillation.minillm_advantages(
+        g["logprobs"], g["ref"], g["mask"]
+    ),
+    "distillation": lambda g: f.linear_policy_loss(
+        *(g["hidden"], g["weight"], padded(g, ref_logprobs=None), f.distillation.kd(0.3)),
+        reference=(g["hidden"], g["weight"].roll(1, 0)),
+    ),
     "a reference": lambda g: f.linear_policy_loss(
         *(g["hidden"], g["weight"], padded(g, ref_logprobs=None)),
         NAMES["grpo"](beta=0.1, kl=f.Divergence.REVERSE),

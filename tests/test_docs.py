@@ -90,6 +90,7 @@ def generated() -> ModuleType:
         *(("losses.md", name) for name in ("losses", "levels", "ratios", "surrogates", "means")),
         ("kl.md", "kl"),
         ("kl.md", "exact"),
+        ("distillation.md", "distillation"),
         ("reference.md", "names"),
     ],
 )
@@ -98,6 +99,7 @@ def test_a_generated_table_is_what_the_code_says(generated, page, name):
     assert {p: set(blocks) for p, blocks in generated.BLOCKS.items()} == {
         "losses.md": {"losses", "levels", "ratios", "surrogates", "means"},
         "kl.md": {"kl", "exact"},
+        "distillation.md": {"distillation"},
         "reference.md": {"names"},
     }
     assert block(f"docs/{page}", name) == generated.BLOCKS[page][name]()
@@ -211,7 +213,7 @@ def test_the_defaults_that_the_settings_name_are_the_peers():
 
 
 # Blocks of Python: all pages, and who runs each.
-RUN_HERE = {"docs/kl.md", "docs/losses.md", "docs/filtered-gradients.md"}
+RUN_HERE = {"docs/kl.md", "docs/losses.md", "docs/filtered-gradients.md", "docs/distillation.md"}
 
 
 def test_every_block_of_python_is_run_by_a_test():
@@ -228,12 +230,21 @@ def test_blocks_run(page):
     names |= {"loss_mask": torch.ones(2, 5, dtype=torch.bool), "advantages": torch.randn(2)}
     names |= {"ref_hidden": torch.randn(2, 5, 4), "ref_weight": torch.randn(2000, 4)}
     names["old_logprobs"] = torch.randn(2, 5)
+    names |= {"input_ids": torch.randint(199, (2, 6)), "teacher_logprobs": torch.randn(2, 5)}
+    names |= {"student": qwen2(199, seed=0), "teacher": qwen2(199, seed=1, hidden_size=32)}
     for code in python(page):
         exec(code, names)
     if page == "docs/losses.md":
         assert names["named"] == names["same"]
     elif page == "docs/filtered-gradients.md":
         assert weight.grad.isfinite().all() and weight.grad.any()
+    elif page == "docs/distillation.md":
+        assert names["student"].lm_head.weight.grad.any()
+        assert not any(p.grad is not None for p in names["teacher"].parameters())
+        s, t = (m(names["input_ids"]).logits[:, :-1] for m in (names["student"], names["teacher"]))
+        s, t = torch.log_softmax(s / 2, -1), torch.log_softmax(t / 2, -1)
+        soft = 4 * (t.exp() * (t - s)).sum(-1).mean()
+        torch.testing.assert_close(names["soft"].loss, soft)
     else:
         penalty, d = names["penalty"], names["logprobs"] - names["ref_logprobs"]
         torch.testing.assert_close(penalty, torch.expm1(-d) + d)

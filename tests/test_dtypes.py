@@ -125,10 +125,16 @@ def of_penalties(n: Numbers) -> list:
             found += [penalty(n.logprobs.reshape(-1), n.batch)]
         found += [fused_rl.kl_penalty(n.logprobs, n.ref, value=kind, weight=n.weights)]
     exact = KLPenalty(0.3, importance=Level.TOKEN, exact=fused_rl.Divergence.REVERSE)
-    stats = fused_rl.DivergenceStats(n.weights, n.logprobs, n.entropy, n.ref, n.entropy)
-    batch = dataclasses.replace(n.batch, ref_logprobs=None)
-    out = PolicyLoss(kl=exact)(stats, batch)
-    return [*found, out.loss, *out.metrics.values()]
+    return [*found, *of_divergences(PolicyLoss(kl=exact))(n)]
+
+
+def of_divergences(loss) -> Callable:
+    def case(n: Numbers) -> list:
+        stats = fused_rl.DivergenceStats(n.weights, n.logprobs, n.entropy, n.ref, n.entropy)
+        out = loss(stats, dataclasses.replace(n.batch, ref_logprobs=None))
+        return [out.loss, *out.metrics.values()]
+
+    return case
 
 
 CASES: dict[str, Callable[[Numbers], list]] = {
@@ -204,6 +210,17 @@ CASES: dict[str, Callable[[Numbers], list]] = {
     ],
     "kl_penalty": of_penalties,
     "KLPenalty": of_penalties,
+    **{
+        name: of_divergences(getattr(fused_rl.distillation, name)())
+        for name in ("DistillationLoss", "forward_kl", "gkd", "kd", "minillm", "opd")
+    },
+    "opd_advantages": lambda n: [
+        fused_rl.distillation.opd_advantages(n.logprobs, n.ref, n.mask, gamma=gamma)
+        for gamma in (0.0, 1.0)
+    ],
+    "minillm_advantages": lambda n: [
+        fused_rl.distillation.minillm_advantages(n.logprobs, n.ref, n.mask)
+    ],
     "TokenBatch": lambda n: [
         *(getattr(n.batch, x) for x in ("advantages", "old_logprobs", "ref_logprobs", "weights")),
         n.batch.sequence_sum(n.per_token.reshape(-1)),

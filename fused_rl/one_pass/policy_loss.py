@@ -16,6 +16,7 @@ from fused_rl.derivatives import transformed
 from fused_rl.divergences import Divergence
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.logprobs import named
+from fused_rl.losses import distillation
 from fused_rl.losses.batch import TokenBatch, is_batch
 from fused_rl.losses.named import NAMES
 from fused_rl.losses.policy import Loss, LossOutput
@@ -23,6 +24,8 @@ from fused_rl.losses.statistics import with_reference
 from fused_rl.one_pass.chunks import Way, needs, one_pass
 from fused_rl.one_pass.policies import flattened
 from fused_rl.stats import IGNORE_INDEX
+
+_MAKERS = (*NAMES.values(), *(getattr(distillation, name) for name in distillation.__all__))
 
 
 def linear_policy_loss(
@@ -117,7 +120,7 @@ def _are_arguments(hidden: Tensor, batch: TokenBatch, loss: Loss) -> None:
     is_batch(batch)
     checks.is_callable("loss", loss, "fused_rl.grpo()")
     checks.require(
-        not any(loss is maker for maker in NAMES.values()),
+        not any(loss is maker for maker in _MAKERS),
         lambda: f"loss must be a loss, got the function that makes one: give {loss.__name__}(...)",
     )
 
