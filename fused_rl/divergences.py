@@ -21,7 +21,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fused_rl import checks, reference
+from torch import Tensor
+
+from fused_rl import checks, ops, reference
 
 KINDS = tuple(range(reference.REVERSE, reference.TOTAL_VARIATION + 1))
 
@@ -74,6 +76,15 @@ class Divergence:
         checks.is_number("a", a)
         limits = {0.0: cls.FORWARD, 1.0: cls.REVERSE}
         return limits.get(float(a)) or cls(reference.ALPHA, float(a))
+
+    def terms(self, logs: Tensor, logt: Tensor) -> Tensor:
+        """c(s, t) of each entry, from log-probabilities of one shape and dtype, [...] each.
+
+        Differentiable in both; 0 where both are -inf, and inf with a finite gradient where a term
+        is infinite.
+        """
+        pair = ops.LogPair(logs, logt, self.kind, self.parameter, self.factor)
+        return ops.divergence_terms(pair).value
 
 
 Divergence.REVERSE = Divergence(reference.REVERSE)

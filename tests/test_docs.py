@@ -245,6 +245,7 @@ def test_blocks_run(page):
         s, t = torch.log_softmax(s / 2, -1), torch.log_softmax(t / 2, -1)
         soft = 4 * (t.exp() * (t - s)).sum(-1).mean()
         torch.testing.assert_close(names["soft"].loss, soft)
+        assert names["stats"].logprobs.shape == (2, 9, 8) and float(names["loss"].detach()) > 0
     else:
         penalty, d = names["penalty"], names["logprobs"] - names["ref_logprobs"]
         torch.testing.assert_close(penalty, torch.expm1(-d) + d)

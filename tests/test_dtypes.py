@@ -214,6 +214,12 @@ CASES: dict[str, Callable[[Numbers], list]] = {
         name: of_divergences(getattr(fused_rl.distillation, name)())
         for name in ("DistillationLoss", "forward_kl", "gkd", "kd", "minillm", "opd")
     },
+    "topk_divergence": lambda n: [
+        fused_rl.distillation.topk_divergence(
+            torch.stack([n.logprobs, n.ref], -1), torch.stack([n.ref, n.logprobs], -1), tail=tail
+        )
+        for tail in fused_rl.distillation.Tail
+    ],
     "opd_advantages": lambda n: [
         fused_rl.distillation.opd_advantages(n.logprobs, n.ref, n.mask, gamma=gamma)
         for gamma in (0.0, 1.0)

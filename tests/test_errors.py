@@ -79,8 +79,10 @@ RIGHT: dict[str, Any] = {
     "level": fused_rl.Level.PRODUCT,
     "n": 1,
     "kind": 1,
+    "logprobs_at": torch.full((B, T, 2), -1.0),
 }
 OWN: dict[str, dict[str, Any]] = {
+    "topk_divergence": {"teacher_logprobs": torch.full((B, T, 2), -1.0)},
     "fit_reward_curve": {"kl": [1.0, 2.0, 3.0, 4.0], "gold_rewards": [1.0, 2.0, 2.0, 1.0]},
     "merged": {"parts": [fused_rl.rewards.Moments.of(LOGPROBS)]},
     "discounted_returns": {"rewards": LOGPROBS},

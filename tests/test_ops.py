@@ -24,8 +24,9 @@ from fused_rl import (
     linear_top_logprobs,
     logprobs_from_logits,
     ops,
+    reference,
 )
-from fused_rl.ops import chunk, divergence, divergence_chunk, frozen, linear, logits, stored
+from fused_rl.ops import chunk, divergence, divergence_chunk, frozen, linear, logits, stored, terms
 from fused_rl.ops.kl import kl, kl_backward
 from fused_rl.ops.record import Operator
 
@@ -237,6 +238,21 @@ def _of_kl(dtype):
 def _of_kl_backward(dtype):
     if dtype in (torch.float32, torch.float64):
         yield (torch.randn(5, dtype=dtype), torch.randn(5, dtype=dtype))
+
+
+@samples_of(terms.divergence_terms)
+def _of_divergence_terms(dtype):
+    if dtype in (torch.float32, torch.float64):
+        for kind in range(reference.REVERSE, reference.TOTAL_VARIATION + 1):
+            pair = (torch.randn(5, 3, dtype=dtype, requires_grad=True) for _ in range(2))
+            yield (*pair, kind, 0.3, 2.0)
+
+
+@samples_of(terms.divergence_terms_backward)
+def _of_divergence_terms_backward(dtype):
+    if dtype in (torch.float32, torch.float64):
+        up, *pair, slope, teacher_slope = (torch.randn(5, 3, dtype=dtype) for _ in range(5))
+        yield (up, *pair, reference.JSD, 0.3, 1.0, slope, teacher_slope)
 
 
 STATIC = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -28,10 +28,12 @@ from fused_rl.losses.ratios import TokenRatio
 from fused_rl.losses.sequences import has_next, sequence_ids, suffix_scan
 from fused_rl.losses.statistics import flattened
 from fused_rl.losses.surrogates import Clip
+from fused_rl.losses.topk import Tail, topk_divergence
 from fused_rl.stats import DivergenceStats
 
 __all__ = [
     "DistillationLoss",
+    "Tail",
     "forward_kl",
     "gkd",
     "kd",
@@ -39,6 +41,7 @@ __all__ = [
     "minillm_advantages",
     "opd",
     "opd_advantages",
+    "topk_divergence",
 ]
 
 

@@ -45,6 +45,7 @@ from fused_rl.ops.logits import Rows, logits_logprobs
 from fused_rl.ops.native import native_missing
 from fused_rl.ops.record import Head, Known, Limits, Upstream
 from fused_rl.ops.stored import linear_logprobs_stored
+from fused_rl.ops.terms import LogPair, divergence_terms
 from fused_rl.ops.triton_chunk import fits_in_half
 from fused_rl.ops.two_heads import Measure, TwoHeads, TwoStatistics
 
@@ -60,6 +61,7 @@ __all__ = [
     "KeptHead",
     "Known",
     "Limits",
+    "LogPair",
     "Measure",
     "Rows",
     "Sets",
@@ -73,6 +75,7 @@ __all__ = [
     "check_tokens",
     "chunk_sizes",
     "chunk_tokens",
+    "divergence_terms",
     "fits_in_half",
     "in_full",
     "kl",
