@@ -6,7 +6,8 @@ python bench/run.py --readme RESULT.json   measures nothing: pictures and pages 
 
 A page is written between its marks, bench:begin and bench:end for the table, curves:begin and
 curves:end for the pictures. With docs/benchmarks.md goes the README's short table, summary:begin
-and summary:end. Options of `fused-rl bench` are taken as well; --out is for results.
+and summary:end. Options of `fused-rl bench` are taken as well; --out is for results. The results of
+--work divergence go into MACHINE-DTYPE-divergence-V.json, and between marks of divergence-V.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fused_rl.bench.records import (
     OURS,
     PRODUCTS,
     Content,
+    Record,
     cases_of,
     error_of,
     of_first_shape,
@@ -76,6 +78,8 @@ def measure(options: list[str], name: str | None, page: Path) -> int:
     console = Console(width=118, markup=False)
     content = measured(config, console)
     stem = Path(config.out) / f"{name or machine(content['environment'])}-{config.dtype}"
+    if config.work != "logprobs":
+        stem = stem.with_name(f"{stem.name}-{block_of(content)}")
     if "interrupted" in content:
         stem = stem.with_name(f"{stem.name}-interrupted")
     if not content["records"]:
@@ -98,8 +102,19 @@ def machine(environment: dict) -> str:
     return "-".join(w for w in re.findall(r"[a-z0-9]+", plain) if w not in NOISE)
 
 
+def block_of(content: Content) -> str:
+    """The name of the page's block: that of the work with its V, where it is not of log-probs."""
+    shape = content["shape"]
+    work = shape.get("work", "logprobs")
+    return "bench" if work == "logprobs" else f"{work}-{shape['vocabulary']}"
+
+
 def publish(content: Content, source: Path, page: Path) -> None:
     """The pictures beside the result, both blocks of the page, and the short table."""
+    if (block := block_of(content)) != "bench":
+        link = os.path.relpath(source.resolve(), page.resolve().parent)
+        replace_block(page, block, table(content, link))
+        return
     prefix = f"{source.stem}-"
     pictures = write_figures(source.parent, content["records"], prefix, "svg")
     for path in pictures:
@@ -146,11 +161,16 @@ def table(content: Content, link: str) -> list[str]:
     """The lines of the table."""
     shape, where = content["shape"], content["environment"]
     records = [{**shape, **record} for record in content["records"]]
+    of_heads = block_of(content) == "bench"
+    command = "make bench" if of_heads else f"python bench/run.py {asked_of(shape)}"
+    judged = "log-probs against float64 in the first case"
+    if not of_heads:
+        judged = "divergences against float64 where there is no gradient"
     lines = [
         f"N = {shape['tokens']} tokens, H = {shape['hidden']}, V = {shape['vocabulary']}, "
         f"{shape['dtype']}, on {where['cores']} cores of an {where['cpu']} "
         f"({where['backend']['note']}), torch {where['torch']}: [{Path(link).name}]({link}), "
-        "or `make bench` on your machine.",
+        f"or `{command}` on your machine.",
         "",
         "| | time, ms | x bare products | extra memory, MiB | error |",
         "|---|---|---|---|---|",
@@ -161,9 +181,15 @@ def table(content: Content, link: str) -> list[str]:
         *lines,
         "",
         "Medians of interleaved runs; below 1 is less time than torch's own products take. The "
-        "error is the largest of the log-probs against float64 in the first case, and in the "
+        f"error is the largest of the {judged}, and in the "
         "others the relative error of the gradients against float32 or better.",
     ]
+
+
+def asked_of(shape: Record) -> str:
+    """The options that ask for a work at a shape."""
+    sizes = (f"--{name} {shape[name]}" for name in ("tokens", "hidden", "vocabulary"))
+    return " ".join((f"--work {shape['work']}", *sizes))
 
 
 def summary(content: Content, link: str) -> list[str]:

@@ -153,6 +153,8 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
     from fused_rl.bench import peers
 
     add = bench_parser.add_argument
+    works = "log-probs and policy steps of a head, or divergences and distillation of two"
+    add("--work", choices=("logprobs", "divergence"), default="logprobs", help=works)
     add("--preset", choices=peers.PRESETS, help="the head of a model: sets H and V")
     add("--tokens", type=positive, default=1024, help="N, a multiple of 8 (default: 1024)")
     add("--hidden", type=positive, help="H (default: 1024)")
@@ -162,7 +164,7 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
     names = ", ".join(peers.PEERS)
     add("--peers", help=f"of {names}; or none (default: those found)")
     add("--rounds", type=positive, default=7, help="timed rounds (default: 7)")
-    add("--sweep", action="store_true", help="smaller N, V, H and more padding, for curves")
+    add("--sweep", action="store_true", help="smaller N, V, H and padding, for curves of logprobs")
     add("--out", metavar="DIR", default="out/bench", help="where the results go")
     actions = bench_parser.add_subparsers(metavar="compare")
     compare_parser = actions.add_parser("compare", help="what changed between two results")

@@ -146,6 +146,8 @@ def test_measured_tables_are_those_of_the_results_they_name(monkeypatch):
     assert (ROOT / "bench" / "results" / f"{card}.svg").exists()
     step, of = script("bench/trl_step.py"), "trl-epyc-turin-2c.json"
     assert block(page, "trl") == step.table(result(of), where + of)
+    rightness, of = script("bench/divergence_errors.py"), "divergence-errors.json"
+    assert block(page, "divergence-errors") == rightness.table(result(of), where + of)
     filters, of = script("bench/grad_filter.py"), "grad-filter-epyc-turin-2c.json"
     page = "docs/filtered-gradients.md"
     assert block(page, "filter") == filters.page(result(of), where + of)
@@ -156,6 +158,7 @@ def test_scripts_write_where_their_marks_are(monkeypatch):
         "run": ("bench", "curves"),
         "gpu_readme": ("gpu",),
         "trl_step": ("trl",),
+        "divergence_errors": ("divergence-errors",),
         "grad_filter": ("filter",),
     }.items():
         page = script(f"bench/{name}.py").PAGE.as_posix()

@@ -14,6 +14,12 @@ PRODUCTS = "bare products"
 # The titles of our ways begin with it.
 OURS = "fused_rl"
 MIB = 2**20
+# What a record's error is of, by the name of the field.
+ERRORS = {
+    "logprob_error": "log-prob error",
+    "divergence_error": "divergence error",
+    "gradient_error": "relative gradient error",
+}
 SHAPE = ("tokens", "hidden", "vocabulary", "dtype")
 
 Record = dict[str, Any]
@@ -26,8 +32,8 @@ def shape_of(record: Record) -> tuple[int, int, int, str]:
 
 
 def error_of(record: Record) -> float | None:
-    """Of log-probs, or of gradients: whichever the record has."""
-    return record.get("logprob_error", record.get("gradient_error"))
+    """Of log-probs, of divergences or of gradients: whichever the record has."""
+    return next((record[name] for name in ERRORS if name in record), None)
 
 
 def of_first_shape(records: list[Record]) -> list[Record]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fused_rl.bench.figures import write_bars, write_figures
 from fused_rl.bench.records import (
+    ERRORS,
     MIB,
     OURS,
     PRODUCTS,
@@ -46,7 +47,12 @@ LIGER_COLUMNS = (
     "liger_version",
 )
 # How a case's title begins -> kernel_name, kernel_operation_mode.
-KERNELS = {"log-probs": ("linear_logprobs", "forward"), "GRPO": ("grpo_step", "full")}
+KERNELS = {
+    "log-probs": ("linear_logprobs", "forward"),
+    "GRPO": ("grpo_step", "full"),
+    "divergence,": ("linear_divergence", "forward"),
+    "distillation": ("distillation_step", "full"),
+}
 
 
 def show(console: Console, content: Content) -> None:
@@ -143,8 +149,8 @@ def metrics(record: Record) -> list[tuple[str, str, tuple[float, float, float]]]
     found = [("speed", "ms", tuple(times))]
     if (peak := record.get("peak_extra_bytes")) is not None:
         found.append(("memory", "MB", (peak / MIB,) * 3))
-    kind = "log-prob" if "logprob_error" in record else "relative gradient"
-    return [*found, (f"{kind} error", "1", (error_of(record),) * 3)]
+    kind = next(said for name, said in ERRORS.items() if name in record)
+    return [*found, (kind, "1", (error_of(record),) * 3)]
 
 
 def compare(before: Content, after: Content) -> list[Record]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fused_rl.bench import report
-from fused_rl.bench.peers import PEERS, SEQUENCES, Case
+from fused_rl.bench.peers import PEERS, SEQUENCES, Case, Peer
 from fused_rl.bench.records import OURS, Content, Record
-from fused_rl.bench.tasks import KINDS, NO_GRAD, STEP, Kind, environment, head_task, measure, usable
+from fused_rl.bench.tasks import (
+    KINDS,
+    NO_GRAD,
+    STEP,
+    Kind,
+    Task,
+    environment,
+    head_task,
+    measure,
+    usable,
+)
+from fused_rl.bench.two_heads import TWO_HEAD_KINDS, TWO_HEAD_PEERS, TwoHeads, two_head_task
 from fused_rl.system import outputs
 from fused_rl.system.signals import status_of, stop_behind, stoppable, stops
 
@@ -27,9 +38,26 @@ CURVE_ROUNDS = 5
 
 
 @dataclass(frozen=True)
-class BenchConfig:
-    """What to run: sizes, dtype and device by name, names in PEERS, timed rounds, directory."""
+class Work:
+    """What is measured: kinds, of inputs that are made once for a shape, beside which peers."""
 
+    kinds: tuple[Kind, ...]
+    peers: dict[str, Peer]
+    make: Callable[..., Any]
+    task: Callable[[Any, Any], Task]
+
+
+WORKS = {
+    "logprobs": Work(KINDS, PEERS, Case.make, head_task),
+    "divergence": Work(TWO_HEAD_KINDS, TWO_HEAD_PEERS, TwoHeads.make, two_head_task),
+}
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to run: names in WORKS and PEERS, sizes, dtype and device, timed rounds, directory."""
+
+    work: str = "logprobs"
     tokens: int = 1024
     hidden: int = 1024
     vocabulary: int = 32768
@@ -62,11 +90,11 @@ class Point:
 
 def points(config: BenchConfig) -> list[Point]:
     """The shape asked for; in a sweep also an eighth, a quarter and a half of N, V and H, and a
-    quarter of the tokens within once, twice and four times as many.
+    quarter of the tokens within once, twice and four times as many. Only log-probs are swept.
     """
     N, H, V = config.tokens, config.hidden, config.vocabulary
-    found = [Point(None, N, H, V, KINDS)]
-    if not config.sweep:
+    found = [Point(None, N, H, V, WORKS[config.work].kinds)]
+    if not config.sweep or config.work != "logprobs":
         return found
     kinds = (NO_GRAD, STEP)
     parts = (8, 4, 2)
@@ -131,7 +159,7 @@ def measured(config: BenchConfig, console: Console) -> Content:
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    peers, reasons = usable(config.peers, config.device)
+    peers, reasons = usable(config.peers, config.device, WORKS[config.work].peers)
     for reason in reasons:
         console.print(f"left out: {reason}")
     config = replace(config, peers=peers)
@@ -165,16 +193,16 @@ def measured(config: BenchConfig, console: Console) -> Content:
 def collect(config: BenchConfig, progress: Any) -> Iterator[Record]:
     """The records of all points and kinds."""
     bar = progress.add_task("", total=None)
-    dtype = getattr(torch, config.dtype)
+    dtype, work = getattr(torch, config.dtype), WORKS[config.work]
     for point in points(config):
         N, H, V = point.tokens, point.hidden, point.vocabulary
-        case = Case.make(N, H, V, dtype, config.device)
+        case = work.make(N, H, V, dtype, config.device)
         axis = {"axis": point.axis} if point.axis else {}
         rounds = min(config.rounds, CURVE_ROUNDS) if axis else config.rounds
         for kind in point.kinds:
             total = len(config.peers) + 2 + rounds
             progress.reset(bar, total=total, description=f"N={N} H={H} V={V}: {kind.title}")
-            task = head_task(case, kind)
+            task = work.task(case, kind)
             tick = partial(progress.advance, bar)
             for record in measure(task, config.peers, rounds, tick):
                 yield {**record, **axis}

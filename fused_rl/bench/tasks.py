@@ -29,6 +29,7 @@ from fused_rl.bench.peers import (
     ROWS,
     Case,
     Missing,
+    Peer,
     batch_of,
     eager,
     no_grad,
@@ -269,11 +270,16 @@ def times(seconds: list[float], base: list[float]) -> Record:
     return found
 
 
-def usable(names: tuple[str, ...], device: str = "cpu") -> tuple[tuple[str, ...], list[str]]:
+def usable(
+    names: tuple[str, ...], device: str = "cpu", peers: dict[str, Peer] = PEERS
+) -> tuple[tuple[str, ...], list[str]]:
     """The peers that are to be had here, and why the others are not."""
     found, reasons = [], []
     for name in names:
-        peer = PEERS[name]
+        if name not in peers:
+            reasons.append(f"{PEERS[name].title}: has nothing of the kind")
+            continue
+        peer = peers[name]
         try:
             if peer.stats:
                 peer.load(device)
