@@ -7,6 +7,7 @@
 // gradient of the student's logits is one more reading, in the pass of linear_backward.cpp, which can
 // form them again as well. The teacher's gradients are the student's with the sides changed.
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include "labels.h"
@@ -18,9 +19,9 @@ namespace fused_rl {
 // Lines that are read of both sides before the next tile is: both stay in the first-level cache.
 static constexpr int64_t lines_at_once = 64;
 static constexpr int64_t max_slabs = 64;
-// Tokens whose logits are stored at once where nothing follows: as many as reading the heads again
-// is no cost for, so that the buffer stays in use.
-static constexpr int64_t tokens_at_once = 512;
+// What is stored at once where the buffer is used again: for so many tokens, and in so many bytes,
+// reading the heads again costs little beside the products.
+static constexpr int64_t tokens_at_once = 512, bytes_at_once = 160 << 20;
 
 // One side, as an operator is given it.
 struct Side {
@@ -149,6 +150,29 @@ void two_forward(const Problems<S, T>& p, const Measure& by, Acc<S>* z, Acc<S>* 
   }
 }
 
+// A buffer for the logits of both sides, and the tokens that it is used for in turn.
+template <class A>
+struct Turns {
+  std::vector<std::vector<int64_t>> rows;
+  at::Tensor z;
+  int64_t room;  // for one side
+
+  Turns(const std::vector<int64_t>& active, int64_t V, int64_t chunk_bytes) {
+    const int64_t fit = std::min(chunk_bytes, bytes_at_once) / int64_t(2 * V * sizeof(A));
+    const int64_t whole =
+        fit < tile_tokens ? std::max<int64_t>(fit, 1) : fit / tile_tokens * tile_tokens;
+    const int64_t most = std::min(tokens_at_once, whole), N = active.size();
+    for (int64_t n0 = 0; n0 < N; n0 += most) {
+      rows.emplace_back(active.begin() + n0, active.begin() + std::min(N, n0 + most));
+    }
+    room = V * round_up(std::min(most, N), 16);
+    z = at::empty({2 * room}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
+    prefer_huge_pages(z);
+  }
+  A* student() { return z.mutable_data_ptr<A>(); }
+  A* teacher() { return student() + room; }
+};
+
 using Tensors9 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                             at::Tensor, at::Tensor, at::Tensor>;
 using Tensors10 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
@@ -183,19 +207,10 @@ static Tensors9 linear_divergence(
     using A = Acc<S>;
     const auto dtype = c10::CppTypeToScalarType<A>::value;
     TwoStatistics out(y.numel(), dtype);
-    const int64_t V = weight.size(0), N = active.size();
-    const int64_t fit = chunk_bytes / int64_t(2 * V * sizeof(A));
-    const int64_t most = std::min(tokens_at_once, fit < tile_tokens
-                                                      ? std::max<int64_t>(fit, 1)
-                                                      : fit / tile_tokens * tile_tokens);
-    const int64_t room = V * round_up(std::min(most, N), 16);
-    const at::Tensor z = at::empty({2, room}, at::TensorOptions().dtype(dtype));
-    prefer_huge_pages(z);
-    for (int64_t n0 = 0; n0 < N; n0 += most) {
-      const std::vector<int64_t> rows(active.begin() + n0, active.begin() + std::min(N, n0 + most));
+    Turns<A> turns(active, weight.size(0), chunk_bytes);
+    for (const auto& rows : turns.rows) {
       const auto p = Problems<S, T>::of(student, teacher, y, rows);
-      A* to = z.mutable_data_ptr<A>();
-      two_forward(p, {kind, parameter, factor}, to, to + room, rows, out);
+      two_forward(p, {kind, parameter, factor}, turns.student(), turns.teacher(), rows, out);
     }
     const auto& a = out.all;
     return {a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]};
@@ -285,7 +300,7 @@ static Tensors3 student_gradients(const Side& student, const Side& teacher,
     using A = Acc<S>;
     const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
     const auto p = Problems<S, T>::of(student, teacher, labels, rows);
-    auto g = given.gathered<A>(rows, p.student.padded);
+    const auto g = given.gathered<A>(rows, p.student.padded);
     Gradients out{{}, {}, {}, false};
     if (need_dhidden) out.dhidden = at::empty({p.student.N, p.student.H}, of_A);
     if (need_dweight) {
@@ -365,7 +380,7 @@ static at::Tensor linear_divergence_chunk_backward(
       return at::zeros(hidden.sizes(), hidden.options().dtype(kept_dtype(hidden)));
     }
     const auto p = student.problem<S>(labels, rows);
-    auto g = given.gathered<A>(rows, p.padded);
+    const auto g = given.gathered<A>(rows, p.padded);
     const int64_t N = hidden.size(0), padded = round_up(N, 16), room = p.V * padded;
     const auto taken = p.N == N ? std::vector<int64_t>{} : rows;
     const A* from = z.const_data_ptr<A>();
@@ -384,8 +399,52 @@ static at::Tensor linear_divergence_chunk_backward(
   });
 }
 
+// linear_divergence, and the gradient of each divergence while the logits are there.
+static Tensors10 linear_divergence_frozen(
+    const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
+    const at::Tensor& teacher_hidden, const at::Tensor& teacher_weight, const Bias& teacher_bias,
+    const at::Tensor& labels, const at::Tensor& temperature, const at::Tensor& teacher_temperature,
+    double scale, double softcap, double teacher_scale, double teacher_softcap, int64_t kind,
+    double parameter, double factor, int64_t ignore_index, int64_t chunk_bytes) {
+  const Side student{hidden, weight, bias, temperature, scale, softcap};
+  const Side teacher{teacher_hidden,      teacher_weight, teacher_bias,
+                     teacher_temperature, teacher_scale,  teacher_softcap};
+  check_labels(labels, weight.size(0), ignore_index);
+  const at::Tensor y = labels.contiguous();
+  const auto active = counted_rows(y, ignore_index);
+  check_teacher(teacher, active);
+  return with_compute_types(student, teacher, [&](auto of_student, auto of_teacher) -> Tensors10 {
+    using S = decltype(of_student);
+    using T = decltype(of_teacher);
+    using A = Acc<S>;
+    const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
+    TwoStatistics out(y.numel(), c10::CppTypeToScalarType<A>::value);
+    const auto& a = out.all;
+    at::Tensor unit = at::zeros(hidden.sizes(), hidden.options());
+    const at::Tensor ones = at::ones({y.numel()}, of_A), zeros = at::zeros({y.numel()}, of_A);
+    const Given given{ones, zeros, zeros, a[3], a[2], a[6], a[5], a[7]};
+    const Measure by{kind, parameter, factor};
+    Turns<A> turns(active, weight.size(0), chunk_bytes);
+    for (const auto& rows : turns.rows) {
+      const auto p = Problems<S, T>::of(student, teacher, y, rows);
+      two_forward(p, by, turns.student(), turns.teacher(), rows, out);
+      const auto& q = p.student;
+      const auto g = given.gathered<A>(rows, q.padded);
+      const StoredTiles<A> stored(turns.student(), q.V, q.padded, q.N, {});
+      const StoredTiles<A> other(turns.teacher(), q.V, q.padded, q.N, {});
+      const Teacher<A> of_other = g.teacher(other, by);
+      Gradients part{at::empty({q.N, q.H}, of_A), {}, {}, false};
+      backward<S>(q, g.student.upstream(q.inv_temperature), &stored, part, nullptr, nullptr,
+                  &of_other);
+      unit.index_copy_(0, index_tensor(rows), part.dhidden.to(hidden.scalar_type()));
+    }
+    return {a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], unit};
+  });
+}
+
 TORCH_LIBRARY_IMPL(fused_rl, CPU, m) {
   m.impl("linear_divergence", &linear_divergence);
+  m.impl("linear_divergence_frozen", &linear_divergence_frozen);
   m.impl("linear_divergence_backward", &linear_divergence_backward);
   m.impl("linear_divergence_chunk", &linear_divergence_chunk);
   m.impl("linear_divergence_chunk_backward", &linear_divergence_chunk_backward);
