@@ -9,6 +9,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,31 +106,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_demo(commands: argparse._SubParsersAction) -> None:
-    """The options of the demo; their names are those of demo.DemoConfig."""
+    """The options of the demo; their names are those of DemoConfig and DistillConfig."""
     estimators = ("k1", "k2", "k3", "abs")
     demo_parser = commands.add_parser(
         "demo",
-        help="train a small model to sort digits by GRPO",
-        description="Train a transformers model by GRPO to sort digits, through the fused head. "
+        help="train a small model to sort digits by GRPO, or by a teacher",
+        description="Train a transformers model to sort digits, through the fused head: by GRPO, "
+        "or by distillation on its own answers from a larger model that has learned it. "
         "Nothing is downloaded. Writes log.json and curves.png; Ctrl-C keeps what was logged.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     add = demo_parser.add_argument
-    add("--steps", type=positive, default=400, help="rollouts to train on")
-    add("--seed", type=seed, default=0, help="the same seed gives the same run")
-    add("--beta", type=not_negative, default=0.02, help="weight of the KL penalty")
-    add("--kl", choices=estimators, default="k3", help="estimator of the KL that is logged")
+    add("--task", choices=("grpo", "distill"), default="grpo", help="(default: grpo)")
+    add("--steps", type=positive, help="rollouts to train on (default: 400; distill: 250)")
+    add("--seed", type=seed, help="the same seed gives the same run (default: 0)")
+    add("--out", metavar="DIR", help="where the log and the curves go (default: out/demo)")
+    add = demo_parser.add_argument_group("of the task grpo").add_argument
+    add("--beta", type=not_negative, help="weight of the KL penalty (default: 0.02)")
+    add("--kl", choices=estimators, help="estimator of the KL that is logged (default: k3)")
     add(
         "--kl-grad",
         choices=estimators,
-        default=argparse.SUPPRESS,
         help="estimator whose derivative trains the model (default: that of --kl)",
     )
-    add("--out", metavar="DIR", default="out/demo", help="where the log and the curves go")
     add(
         "--model",
         metavar="PATH",
-        default=argparse.SUPPRESS,
         help="directory of a transformers model and its tokenizer, to train on the same task "
         "(default: a new model of two layers)",
     )
@@ -242,12 +244,17 @@ def demo(arguments: argparse.Namespace) -> int:
     """Runs the demo, if what it needs is there."""
     if missing := missing_of(DEMO_NEEDS):
         return usage_error("demo", f'needs {missing}: pip install "fused-rl[demo]"')
+    from fused_rl.demo.distill import DistillConfig
     from fused_rl.demo.task import UnusableModel
     from fused_rl.demo.train import DemoConfig, run
 
-    options = {name: value for name, value in vars(arguments).items() if name != "command"}
+    options = {n: value for n, value in vars(arguments).items() if n not in ("command", "task")}
+    made = DistillConfig if arguments.task == "distill" else DemoConfig
+    if others := options.keys() - {field.name for field in fields(made)}:
+        option = min(others).replace("_", "-")
+        return usage_error("demo", f"--{option} is of another task than {arguments.task}")
     try:
-        return run(DemoConfig(**options))
+        return run(made(**options))
     except (outputs.UnusableFolder, UnusableModel) as error:
         return usage_error("demo", str(error))
 

@@ -12,8 +12,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from fused_rl import KL
+from fused_rl import KL, cli, gpg, linear_logprobs
 from fused_rl.demo import comparison, report, train
+from fused_rl.demo.distill import DistillConfig, batch_of, rate, states
+from fused_rl.demo.rollout import right_answers
 from fused_rl.demo.task import Problem, UnusableModel, load, reward, sample_problems, start
 from fused_rl.demo.train import DemoConfig
 
@@ -373,6 +375,99 @@ def test_summary_by_hand():
         "last_mean_reward": 18.5,
         "seconds": 10.0,
     }
+
+
+# Distillation
+
+
+@pytest.fixture
+def distil(config):
+    """A run of seconds: what the teacher knows by then is not much."""
+    return DistillConfig(steps=12, teacher_steps=20, answers=16, warmup_steps=5, out=config.out)
+
+
+def test_a_student_comes_nearer_to_its_teacher(distil, capsys):
+    assert train.run(distil) == 0
+    log = log_of(distil)
+    assert [record["step"] for record in log["steps"]] == list(range(1, 13))
+    assert set(log["steps"][0]) == {
+        *("step", "reward", "solved", "divergence", "nll", "entropy", "teacher_entropy"),
+        *("loss", "tokens", "seconds", "tokens_per_second"),
+    }
+    assert log["interrupted"] is False and log["loss_step"] is None
+    first, *_, last = log["steps"]
+    assert last["divergence"] < 0.9 * first["divergence"]
+    assert last["loss"] == last["divergence"]
+    with open(f"{distil.out}/curves.png", "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    assert "Mean reward of the teacher: 0." in capsys.readouterr().out
+
+
+def test_a_seed_repeats_a_distillation_and_another_does_not(distil):
+    runs = []
+    for seed in (1, 1, 2):
+        train.run(replace(distil, steps=2, teacher_steps=2, seed=seed))
+        runs.append([(r["loss"], r["reward"], r["entropy"]) for r in log_of(distil)["steps"]])
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_ctrl_c_keeps_the_steps_of_a_distillation(distil, monkeypatch):
+    from fused_rl.demo import distill
+
+    def record_of(step, *rest, original=distill.record_of):
+        if step == 3:
+            raise KeyboardInterrupt
+        return original(step, *rest)
+
+    monkeypatch.setattr(distill, "record_of", record_of)
+    assert train.run(replace(distil, teacher_steps=1)) == 130
+    assert len(log_of(distil)["steps"]) == 2 and log_of(distil)["interrupted"] is True
+
+
+def test_the_teacher_is_given_right_answers():
+    torch.manual_seed(0)
+    model, tokenizer = start(None, 1.0)
+    problems = [Problem((3, 1, 4, 1)), Problem((9, 0, 0, 2))]
+    rollout = right_answers(tokenizer, problems)
+    answers = [tokenizer.decode(row) for row in rollout.labels]
+    assert answers == ["1 1 3 4 <eos>", "0 0 2 9 <eos>"]
+    sampled = train.sample(model, tokenizer, problems)
+    assert torch.equal(rollout.sequences[:, :6], sampled.sequences[:, :6])
+    assert torch.equal(rollout.attention_mask, torch.ones(2, 11).long())
+    head = train.LMHead.from_model(model)
+    logprobs = linear_logprobs(states(model, rollout), head, rollout.labels).logprobs
+    batch = batch_of(rollout, 1.0)
+    loss = train.linear_policy_loss(states(model, rollout), head, batch, gpg()).loss
+    torch.testing.assert_close(loss, -logprobs.mean())
+
+
+def test_the_rate_of_a_distillation_by_hand():
+    config = DistillConfig(learning_rate=1e-2, warmup_steps=10)
+    assert [rate(step, config) for step in (1, 5, 10, 99)] == [1e-3, 5e-3, 1e-2, 1e-2]
+
+
+def test_the_task_of_the_command(monkeypatch, capsys):
+    configs = []
+    monkeypatch.setattr(train, "run", lambda config: configs.append(config) or 0)
+    assert cli.main(["demo", "--task", "distill"]) == 0
+    assert (
+        cli.main(["demo", "--task", "distill", "--steps", "7", "--seed", "3", "--out", "there"])
+        == 0
+    )
+    assert cli.main(["demo", "--task", "grpo"]) == 0
+    assert configs == [DistillConfig(), DistillConfig(7, 3, "there"), DemoConfig()]
+    assert cli.main(["demo", "--task", "distill", "--kl-grad", "k1"]) == 2
+    assert "--kl-grad is of another task than distill" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_student_learns_what_its_teacher_knows(config, seed):
+    out = DistillConfig(seed=seed, out=config.out)
+    assert train.run(out) == 0
+    summary = log_of(out)["summary"]
+    assert summary["first_mean_reward"] < 0.1 and summary["last_mean_reward"] > 0.9
+    assert log_of(out)["steps"][-1]["divergence"] < 0.2
 
 
 @pytest.mark.slow

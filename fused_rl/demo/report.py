@@ -2,12 +2,14 @@
 
 import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from rich.console import Console
 
 import fused_rl
 from fused_rl.system import outputs
@@ -16,6 +18,37 @@ FIRST_STEPS = 5
 LAST_FRACTION = 0.1
 
 Record = dict[str, float]
+
+
+class Panel(NamedTuple):
+    """A curve of the figure: a field of the records by step."""
+
+    key: str
+    title: str
+    unit: str
+    colour: str
+
+
+class Config(Protocol):
+    """What a run depends on, a dataclass, and what of it is shown.
+
+    Attributes:
+        steps, seed, out, model: options of the command.
+        panels: the curves of the figure, four.
+        shown: fields of the records that the progress bar has, and how they are written.
+        compares: whether the loss step is measured in the end.
+    """
+
+    steps: int
+    seed: int
+    out: str
+    model: str | None
+    panels: tuple[Panel, ...]
+    shown: dict[str, str]
+    compares: bool
+
+    def prepared(self, console: Console) -> Iterator[Record]:
+        """The steps of the run, once what they need is there."""
 
 
 def summarise(records: list[Record]) -> dict[str, Any]:
@@ -65,17 +98,11 @@ def running_mean(values: list[float], reach: int) -> list[float]:
     return [statistics.fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
 
 
-def write_figure(path: Path, records: list[Record], kl: str) -> None:
-    """Reward, KL, entropy and clip fraction by step, as a PNG: each value, and a running mean."""
+def write_figure(path: Path, records: list[Record], panels: tuple[Panel, ...]) -> None:
+    """Four panels by step, as a PNG: each value, and a running mean."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = (
-        ("reward", "Reward", "mean of the step's answers", "#2a6fbb"),
-        ("kl", f"KL to the initial model ({kl})", "nats per token", "#c8553d"),
-        ("entropy", "Entropy of the policy", "nats per token", "#3a8f5c"),
-        ("clip_fraction", "Clip fraction", "share of tokens", "#7a5ba8"),
-    )
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     steps = [record["step"] for record in records]

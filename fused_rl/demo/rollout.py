@@ -50,6 +50,17 @@ def sample(
     return Rollout(sequences, attention_mask, labels, loss_mask, rewards)
 
 
+def right_answers(tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> Rollout:
+    """The answer that each problem has, as if it had been sampled."""
+    encoded = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True)
+    answers = [f" {p.answer}{tokenizer.eos_token}" for p in problems]
+    labels = tokenizer(answers, return_tensors="pt", add_special_tokens=False).input_ids
+    sequences = torch.cat([encoded.input_ids, labels], -1)
+    mask = torch.ones_like(labels)
+    attention_mask = torch.cat([encoded.attention_mask, mask], -1)
+    return Rollout(sequences, attention_mask, labels, mask.bool(), torch.ones(len(problems)))
+
+
 def answer_states(model: PreTrainedModel, rollout: Rollout, rows: Tensor) -> Tensor:
     """Hidden states [b, T, H] that predict labels[rows]: each stands one place before its token."""
     attention_mask = rollout.attention_mask[rows]

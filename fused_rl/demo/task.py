@@ -76,16 +76,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """A Qwen2 of two layers; its weights come from torch's global generator."""
+def build_model(
+    tokenizer: PreTrainedTokenizerBase, *, width: int = 64, layers: int = 2
+) -> Qwen2ForCausalLM:
+    """A small Qwen2; its weights come from torch's global generator."""
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 16,
+            num_key_value_heads=width // 16,
             max_position_embeddings=64,
             tie_word_embeddings=False,
             # The usual 0.02 is made for wide layers; at this width attention would start uniform.
@@ -156,6 +158,13 @@ def start(
     else:
         model, tokenizer = load(path)
     tokenizer.padding_side = "left"
+    return ready(model, tokenizer, temperature), tokenizer
+
+
+def ready(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float
+) -> PreTrainedModel:
+    """The model without dropout, set to plain sampling of answers."""
     answer = Problem((9,) * DIGITS).answer
     length = len(tokenizer(f" {answer}", add_special_tokens=False).input_ids)
     # A generation config of its own: top-k or a repetition penalty that came with the model would
@@ -169,4 +178,4 @@ def start(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return model.eval(), tokenizer
+    return model.eval()

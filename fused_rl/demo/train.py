@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fused_rl import KL, LMHead, LossOutput, PolicyLoss, TokenBatch, grpo, linear_policy_loss
 from fused_rl.demo.comparison import compare_loss_steps, print_comparison
-from fused_rl.demo.report import Record, summarise, write_figure, write_log
+from fused_rl.demo.report import Config, Panel, Record, summarise, write_figure, write_log
 from fused_rl.demo.rollout import Rollout, answer_logprobs, answer_states, sample, try_out
 from fused_rl.demo.task import sample_problems, start
 from fused_rl.rollouts.advantages import group_zscore_advantages
@@ -68,6 +68,32 @@ class DemoConfig:
     minibatches: int = 2
     temperature: float = 1.0
     max_grad_norm: float = 1.0
+
+    compares: ClassVar = True
+    shown: ClassVar = {
+        "reward": "reward {:.3f}",
+        "kl": "KL {:.2f}",
+        "entropy": "entropy {:.2f}",
+        "clip_fraction": "clip {:.3f}",
+        "tokens_per_second": "{:.0f} tok/s",
+    }
+
+    @property
+    def panels(self) -> tuple[Panel, ...]:
+        """The curves."""
+        return (
+            Panel("reward", "Reward", "mean of the step's answers", "#2a6fbb"),
+            Panel("kl", f"KL to the initial model ({self.kl})", "nats per token", "#c8553d"),
+            Panel("entropy", "Entropy of the policy", "nats per token", "#3a8f5c"),
+            Panel("clip_fraction", "Clip fraction", "share of tokens", "#7a5ba8"),
+        )
+
+    def prepared(self, console: Console) -> Iterator[Record]:
+        """The steps of the training, once the model is there."""
+        model, tokenizer = start(self.model, self.temperature)
+        if self.model:
+            try_out(model, tokenizer, self.model, self.temperature)
+        return train(model, tokenizer, self)
 
     def policy_loss(self) -> PolicyLoss:
         """GRPO with the KL that was asked for."""
@@ -153,35 +179,27 @@ def record_of(step: int, rollout: Rollout, outputs: list[LossOutput], seconds: f
     }
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar with the numbers of the last step."""
-    numbers = (
-        "reward {task.fields[reward]:.3f} KL {task.fields[kl]:.2f} "
-        "entropy {task.fields[entropy]:.2f} clip {task.fields[clip_fraction]:.3f} "
-        "{task.fields[tokens_per_second]:.0f} tok/s"
-    )
+def progress_bar(console: Console, shown: dict[str, str]) -> Progress:
+    """A bar with numbers of the last step: fields of its record, and how they are written."""
+    numbers = " ".join(text.replace("{", f"{{task.fields[{name}]") for name, text in shown.items())
     columns = (BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn(numbers))
     return Progress(*columns, console=console, expand=True)
 
 
 def train_with_progress(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DemoConfig,
-    console: Console,
-    records: list[Record],
+    steps: Iterator[Record], config: Config, console: Console, records: list
 ) -> None:
     """Appends to records as it goes, so that they outlive whatever ends it."""
-    fields = dict.fromkeys(("reward", "kl", "entropy", "clip_fraction", "tokens_per_second"), 0.0)
-    with progress_bar(console) as progress:
-        task = progress.add_task("", total=config.steps, **fields)
-        for record in train(model, tokenizer, config):
+    with progress_bar(console, config.shown) as progress:
+        task = progress.add_task("", total=config.steps, **dict.fromkeys(config.shown, 0.0))
+        for record in steps:
             records.append(record)
-            progress.update(task, advance=1, **{name: record[name] for name in fields})
+            progress.update(task, advance=1, **{name: record[name] for name in config.shown})
 
 
-def run(config: DemoConfig) -> int:
-    """Trains; writes log.json and curves.png into config.out; compares the loss step, in a table.
+def run(config: Config) -> int:
+    """Trains; writes log.json and curves.png into config.out; compares the loss step, in a table,
+    where the config says so.
 
     Ctrl-C, SIGTERM and SIGHUP end what is going on; the steps done until then are written.
 
@@ -210,16 +228,14 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def train_and_report(config: DemoConfig, console: Console) -> int:
+def train_and_report(config: Config, console: Console) -> int:
     """What run does; returns the exit status."""
     torch.manual_seed(config.seed)
-    model, tokenizer = start(config.model, config.temperature)
-    if config.model:
-        try_out(model, tokenizer, config.model, config.temperature)
+    steps = config.prepared(console)
     records: list[Record] = []
     stop = None
     try:
-        train_with_progress(model, tokenizer, config, console, records)
+        train_with_progress(steps, config, console, records)
         stops.held = True
     except BaseException as error:
         stops.held = True
@@ -233,6 +249,8 @@ def train_and_report(config: DemoConfig, console: Console) -> int:
     say(config, console, records)
     if stop:
         return status_of(stop)
+    if not config.compares:
+        return 0
     try:
         stops.release()
         with console.status("Measuring the loss step at a vocabulary of 150k tokens"):
@@ -247,20 +265,20 @@ def train_and_report(config: DemoConfig, console: Console) -> int:
     return 0
 
 
-def save(config: DemoConfig, records: list[Record]) -> None:
+def save(config: Config, records: list[Record]) -> None:
     """Writes the log and the curves."""
     save_log(config, records)
-    write_figure(Path(config.out) / CURVES, records, config.kl)
+    write_figure(Path(config.out) / CURVES, records, config.panels)
 
 
-def save_log(config: DemoConfig, records: list[Record], comparison: Any = None) -> None:
+def save_log(config: Config, records: list[Record], comparison: Any = None) -> None:
     """Writes the log; the run is over if it has all its steps."""
     interrupted = len(records) < config.steps
     path = Path(config.out) / LOG
     write_log(path, config, records, interrupted=interrupted, loss_step=comparison)
 
 
-def say(config: DemoConfig, console: Console, records: list[Record]) -> None:
+def say(config: Config, console: Console, records: list[Record]) -> None:
     """How the rewards went, and where the files are."""
     if records:
         summary = summarise(records)
