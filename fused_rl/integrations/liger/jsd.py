@@ -4,10 +4,22 @@ Liger has an autograd function of one name in two places, with different argumen
 is here LigerFusedLinearJSDFunction, that of its chunked losses ChunkedJSDFunction.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
 import torch
 from torch import Tensor
 
-from fused_rl import Divergence, DivergenceStats, LMHead, linear_divergence, linear_logprobs
+from fused_rl import (
+    Divergence,
+    DivergenceStats,
+    LMHead,
+    LossOutput,
+    TokenBatch,
+    linear_divergence,
+    linear_logprobs,
+    linear_policy_loss,
+)
 from fused_rl.checks import require
 from fused_rl.stats import IGNORE_INDEX
 
@@ -48,10 +60,9 @@ class LigerFusedLinearJSDFunction:
         Raises:
             ValueError: vocabularies of different sizes; as linear_divergence raises.
         """
-        heads = LMHead(student_weight), LMHead(teacher_weight)
-        given = (student_input, heads[0], teacher_input, heads[1], shift_labels)
-        stats = _divergences(*given, jsd_beta, ignore_index, temperature)
-        return _mean(stats.divergence, shift_labels, ignore_index)
+        pair = _Pair.of(student_input, student_weight, None, teacher_input, teacher_weight, None)
+        tokens = _Tokens.of(pair, shift_labels, ignore_index)
+        return pair.loss(tokens, _Mean(Divergence.JSD(jsd_beta), tokens.count()), temperature)
 
 
 class LigerFusedLinearJSD(torch.nn.Module):
@@ -130,17 +141,16 @@ class ChunkedJSDFunction:
         Raises:
             ValueError: vocabularies of different sizes; as linear_divergence raises.
         """
-        student = LMHead(student_weight, student_bias)
-        heads = (student_input, student, teacher_input, LMHead(teacher_weight, teacher_bias))
-        stats = _divergences(*heads, true_labels, beta, ignore_index, temperature)
-        soft = _mean(stats.divergence, true_labels, ignore_index)
-        if not (weight_hard_loss or return_soft_hard_loss):
-            return weight_soft_loss * soft
-        logprobs = stats.logprobs
-        if temperature != 1:
-            given = (student_input, student, true_labels)
-            logprobs = linear_logprobs(*given, ignore_index=ignore_index).logprobs
-        hard = _mean(-logprobs, true_labels, ignore_index)
+        student = (student_input, student_weight, student_bias)
+        pair = _Pair.of(*student, teacher_input, teacher_weight, teacher_bias)
+        tokens = _Tokens.of(pair, true_labels, ignore_index)
+        weights = (weight_hard_loss, weight_soft_loss)
+        mean = _Mean(Divergence.JSD(beta), tokens.count(), *weights)
+        if not return_soft_hard_loss and (temperature == 1 or not weight_hard_loss):
+            return pair.loss(tokens, mean, temperature)
+        soft = pair.divergences(tokens, mean.divergence, temperature).sum() / mean.count
+        hard = -linear_logprobs(student_input, pair.head, tokens.ignored()).logprobs.sum()
+        hard = hard / mean.count
         loss = weight_hard_loss * hard + weight_soft_loss * soft
         return (loss, soft, hard) if return_soft_hard_loss else loss
 
@@ -198,35 +208,85 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
         )
 
 
-def _divergences(
-    hidden: Tensor,
-    head: LMHead,
-    teacher_hidden: Tensor,
-    teacher_head: LMHead,
-    labels: Tensor | None,
-    beta: float,
-    ignore_index: int,
-    temperature: float,
-) -> DivergenceStats:
-    """JSD(beta) per token; no gradient reaches the teacher."""
-    V, of_teacher = len(head.weight), len(teacher_head.weight)
-    require(
-        of_teacher == V,
-        lambda: (
-            f"student_weight has {V} vocabulary entries and teacher_weight {of_teacher}: where the "
-            f"first {min(V, of_teacher)} are the same tokens, give weight[:{min(V, of_teacher)}]"
-        ),
-    )
-    bias = None if teacher_head.bias is None else teacher_head.bias.detach()
-    teacher = (teacher_hidden.detach(), LMHead(teacher_head.weight.detach(), bias))
-    options = {"temperature": temperature, "ignore_index": ignore_index}
-    return linear_divergence(
-        hidden, head, *teacher, labels, divergence=Divergence.JSD(beta), **options
-    )
+class _Tokens(NamedTuple):
+    labels: Tensor  # [N] int64
+    counted: Tensor  # [N] bool
+
+    @classmethod
+    def of(cls, pair: "_Pair", labels: Tensor | None, ignore_index: int) -> "_Tokens":
+        """Without labels every token counts."""
+        if labels is None:
+            labels = torch.zeros(len(pair.hidden), dtype=torch.int64, device=pair.hidden.device)
+            return cls(labels, torch.ones_like(labels, dtype=torch.bool))
+        return cls(labels, labels != ignore_index)
+
+    def count(self) -> Tensor:
+        """[]: at least 1."""
+        return self.counted.sum().clamp(min=1)
+
+    def ignored(self) -> Tensor:
+        """labels, IGNORE_INDEX where they do not count."""
+        return self.labels.where(self.counted, IGNORE_INDEX)
 
 
-def _mean(values: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
-    """Over the tokens that count, which alone are not 0; 0 where there are none."""
-    if labels is None:
-        return values.sum() / max(len(values), 1)
-    return values.sum() / (labels != ignore_index).sum().clamp(min=1)
+@dataclass(frozen=True)
+class _Mean:
+    """hard * cross-entropy + soft * divergence, the mean over `count` tokens."""
+
+    divergence: Divergence
+    count: Tensor
+    hard: float = 0.0
+    soft: float = 1.0
+    token_separable: ClassVar = True
+
+    def __call__(self, stats: DivergenceStats, batch: TokenBatch) -> LossOutput:
+        losses = self.soft * stats.divergence - self.hard * stats.logprobs
+        return LossOutput(losses.sum() / self.count, {})
+
+
+class _Pair(NamedTuple):
+    """The student's states and head, and the teacher's, which get no gradient."""
+
+    hidden: Tensor
+    head: LMHead
+    teacher_hidden: Tensor
+    teacher_head: LMHead
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        teacher_bias: Tensor | None,
+    ) -> "_Pair":
+        V, of_teacher = len(weight), len(teacher_weight)
+        least = min(V, of_teacher)
+        require(
+            of_teacher == V,
+            lambda: (
+                f"student_weight has {V} vocabulary entries and teacher_weight {of_teacher}: where "
+                f"the first {least} are the same tokens, give weight[:{least}]"
+            ),
+        )
+        teacher_bias = None if teacher_bias is None else teacher_bias.detach()
+        teacher = LMHead(teacher_weight.detach(), teacher_bias)
+        return cls(hidden, LMHead(weight, bias), teacher_hidden.detach(), teacher)
+
+    def loss(self, tokens: _Tokens, mean: _Mean, temperature: float) -> Tensor:
+        """[]: in one pass, where that pays."""
+        batch = TokenBatch.padded(
+            tokens.labels[None],
+            tokens.counted[None],
+            torch.zeros_like(tokens.counted).float()[None],
+        )
+        reference = (self.teacher_hidden[None], self.teacher_head)
+        given = (self.hidden[None], self.head, batch, mean)
+        return linear_policy_loss(*given, temperature=temperature, reference=reference).loss
+
+    def divergences(self, tokens: _Tokens, divergence: Divergence, temperature: float) -> Tensor:
+        """[N], for any loss."""
+        options = {"divergence": divergence, "temperature": temperature}
+        return linear_divergence(*self, tokens.ignored(), **options).divergence
