@@ -105,8 +105,9 @@ def page(rows: list[dict], link: str) -> list[str]:
         "where all that can be is divisible by 16. Instructions per logit where all is divisible / "
         "sizes are not / nothing is: of the epilogue, outside the loop over H, or of a row "
         "kernel's loop; for merge and sums per part of a row, for again per row, for split per "
-        "number, for kl per token. Shared memory in KiB. LDG.128 counts loads of 16 bytes or more, "
-        "LDGSTS among them. Softcap and bias are off here; the file has them on, too.",
+        "number, for kl per token, for a divergence, by its kind, per pair of logits. Shared "
+        "memory in KiB. LDG.128 counts loads of 16 bytes or more, LDGSTS among them. Softcap and "
+        "bias are off here; the file has them on, too.",
         "",
         "| " + " | ".join(["kernel", "target", *columns, "shared", "counted"]) + " |",
         "|" + "---|" * (4 + len(columns)),

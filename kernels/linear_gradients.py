@@ -10,6 +10,8 @@ logits that a chunk of tokens already has: 6 NHV.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -125,21 +127,14 @@ def bwd(
     entropy: Tensor,  # [N] fp32
     needs: tuple[bool, bool, bool],  # dhidden, dweight, dbias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dhidden [N, H] fp32, dweight [V, H] in summed_dtype of weight, dbias [V] fp32.
-
-    Chunks of the vocabulary for all tokens: a row of dweight is one product, rounded once.
-    """
-    (N, H), V = hidden.shape, weight.shape[0]
-    dhidden = hidden.new_zeros(N, H, dtype=torch.float32) if needs[0] else None
-    dweight = hidden.new_empty(V, H, dtype=summed_dtype(weight)) if needs[1] else None
-    dbias = hidden.new_empty(V, dtype=torch.float32) if needs[2] else None
+    """dhidden [N, H] fp32, dweight [V, H] in summed_dtype of weight, dbias [V] fp32."""
+    N, V = len(hidden), len(weight)
     of_draw = torch.promote_types(hidden.dtype, weight.dtype)
-    per_column = max(N, 1) * bytes_per_logit(of_draw.itemsize)
-    columns = max(128, chunk_bytes // per_column // 128 * 128)
+    columns = block_columns(N, bytes_per_logit(of_draw.itemsize), chunk_bytes)
     raw = logits_room(N, min(columns, V), torch.float32, hidden.device)
-    for v0 in range(0, V, columns):
-        v1 = min(v0 + columns, V)
-        draw = logits_gradient(
+
+    def draw_of(v0: int, v1: int) -> Tensor:
+        return logits_gradient(
             (dlogprobs, dentropy),
             product(hidden, weight[v0:v1].T, raw[:, : v1 - v0]),
             (None if bias is None else bias[v0:v1], labels, temperature, scale, softcap),
@@ -147,6 +142,33 @@ def bwd(
             of_draw,
             v0,
         )
+
+    return by_blocks(draw_of, columns, hidden, weight, needs)
+
+
+def block_columns(tokens: int, per_logit: int, chunk_bytes: int) -> int:
+    """Vocabulary entries of a block for all tokens: as many as fit into chunk_bytes, or 128."""
+    return max(128, chunk_bytes // (max(tokens, 1) * per_logit) // 128 * 128)
+
+
+def by_blocks(
+    draw_of: Callable[[int, int], Tensor],  # the gradient of the raw logits of some entries
+    columns: int,
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    needs: tuple[bool, bool, bool],  # dhidden, dweight, dbias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dhidden [N, H] fp32, dweight [V, H] in summed_dtype of weight, dbias [V] fp32.
+
+    Blocks of the vocabulary for all tokens: a row of dweight is one product, rounded once.
+    """
+    (N, H), V = hidden.shape, weight.shape[0]
+    dhidden = hidden.new_zeros(N, H, dtype=torch.float32) if needs[0] else None
+    dweight = hidden.new_empty(V, H, dtype=summed_dtype(weight)) if needs[1] else None
+    dbias = hidden.new_empty(V, dtype=torch.float32) if needs[2] else None
+    for v0 in range(0, V, columns):
+        v1 = min(v0 + columns, V)
+        draw = draw_of(v0, v1)
         if needs[0]:
             add_product_(dhidden, draw, weight[v0:v1], hidden.dtype)
         if needs[1]:
@@ -184,6 +206,18 @@ def chunk_bwd(
     """dhidden of a chunk of tokens; its share of dweight and dbias."""
     of_draw = torch.promote_types(hidden.dtype, weight.dtype)
     draw = logits_gradient(upstream, raw, transform, known, of_draw)
+    return products(draw, hidden, weight, dweight, dbias, accumulate)
+
+
+def products(
+    draw: Tensor,  # [N, V]
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    dweight: Tensor | None,  # [V, H], written or added to
+    dbias: Tensor | None,  # [V], written or added to
+    accumulate: bool,
+) -> Tensor:  # [N, H] fp32
+    """dhidden from the gradient of a chunk's raw logits; its share of dweight and dbias."""
     if dweight is not None and accumulate:
         add_product_(dweight, draw.T, hidden, weight.dtype)
     elif dweight is not None:

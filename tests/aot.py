@@ -15,7 +15,8 @@ the latter; instructions of the kernel; what machine_code.COUNTED counts in it; 
 instructions per logit that a thread has of one tile: with tensor cores those of the loop over
 vocabulary tiles outside the loop over H, elsewhere those of the main loop or of a kernel without a
 loop (machine_code.main_loop says which way through it). For the merge a logit is one part of one
-row, for split one number, for kl one token.
+row, for split one number, for kl one token, for a divergence (its number is that of reference.py)
+one logit of each side.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from triton.runtime import JITFunction
 
 from fused_rl.kernels import (
     configs,
+    divergences,
     hopper_kernels,
     kl,
     linear_exponentials,
@@ -66,15 +68,18 @@ TYPES = {
     **dict.fromkeys(("N", "V", "H", "first_column", "columns_per_split"), "i32"),
     **dict.fromkeys(("splits", "group", "ignore_index"), "i32"),
     **dict.fromkeys(("rows", "columns", "part_stride", "part_row_stride"), "i32"),
-    **dict.fromkeys(("scale", "softcap"), "fp32"),
+    **dict.fromkeys(("scale", "softcap", "teacher_scale", "teacher_softcap"), "fp32"),
+    **dict.fromkeys(("parameter", "factor"), "fp32"),
     **dict.fromkeys(("row_stride", "draw_row_stride", "f_row_stride"), "i64"),
+    "teacher_row_stride": "i64",
     **dict.fromkeys(("hidden_row_stride", "weight_row_stride"), "i64"),
     **dict.fromkeys(("hidden", "weight", "hidden_ptr", "weight_ptr", "bias_ptr"), "*bf16"),
+    "teacher_bias_ptr": "*bf16",
     **dict.fromkeys(("draw_ptr", "exponentials", "exponentials_ptr"), "*bf16"),
     **dict.fromkeys(("f_ptr", "scaled_ptr", "parts_ptr"), "*bf16"),
     "again_ptr": "*i32",
     "labels_ptr": "*i64",
-    "lse_ptr": "*fp64",
+    **dict.fromkeys(("lse_ptr", "teacher_lse_ptr"), "*fp64"),
 }
 # Divisible by 16 whatever the shapes are, and where they are.
 ALWAYS_DIVISIBLE = {"columns_per_split"}
@@ -101,6 +106,7 @@ def cases(major: int) -> Iterator[Case]:
         for name in ("statistics", "gradient"):
             kernel = getattr(logprobs, f"_{name}_kernel")
             yield from with_flags(f"{name} {dtype}", kernel, rows, logits_ptr=f"*{dtype}")
+    yield from of_divergences()
     for config in configs.configs(major):
         yield from fused(config, major)
     yield from around_exponentials()
@@ -115,6 +121,18 @@ def cases(major: int) -> Iterator[Case]:
     for kind in (1, 2, 3, 4):
         constants = {"VALUE": kind, "SLOPE": kind, "BLOCK": kl.BLOCK, **FOUR_WARPS}
         yield from with_flags(f"kl {kind}", kl._kl_kernel, constants)
+
+
+def of_divergences() -> Iterator[Case]:
+    """Their row kernels, one for each kind. Flags are those of both sides, and on for the kind with
+    the most instructions alone: they end where the slopes begin.
+    """
+    sums, gradient = divergences._divergence_sums_kernel, divergences._divergence_gradient_kernel
+    for kind in (1, 2, 3, 4, 5):
+        settings = {"BLOCK_V": divergences.BLOCK_V, "num_warps": divergences.NUM_WARPS}
+        settings |= {"KIND": kind, "transforms": kind == 3}
+        yield from with_flags(f"divergence {kind}, sums", sums, settings, partial_ptr="*fp64")
+        yield from with_flags(f"divergence {kind}, gradient", gradient, settings)
 
 
 def fused(config: configs.Config, major: int) -> Iterator[Case]:
@@ -175,6 +193,7 @@ def with_flags(
     for on in TOGETHER:
         if own.issuperset(on):
             known = {**settings, **{flag: flag in on for flag in FLAGS}}
+            known |= {flag.replace("HAS_", "HAS_TEACHER_"): flag in on for flag in FLAGS}
             yield Case(
                 ", ".join([name, *(flag.removeprefix("HAS_").lower() for flag in on)]),
                 kernel,

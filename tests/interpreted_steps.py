@@ -1,4 +1,4 @@
-"""Whole steps through the public functions with exponentials for logits, interpreted on a CPU.
+"""Whole steps through the public functions, most with exponentials for logits, interpreted.
 
 test_exponentials.py runs this file. The operators of a GPU take the place of those of the CPU, as
 bench/interpreted.py puts them there, and the way that no GPU has run is turned on.
@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import interpreted
 
 import fused_rl
-from fused_rl import LMHead, TokenBatch, linear_logprobs, linear_policy_loss, one_pass, ops
+from fused_rl import LMHead, TokenBatch, linear_logprobs, linear_policy_loss, ops
 from fused_rl.kernels import configs
+from fused_rl.one_pass import chunks as one_pass_chunks
 
 TILE = configs.Config(16, 32, 16, 4, 2, False, exp2=True)
 # The interpreter cuts off what does not fit into bfloat16, where a GPU rounds.
@@ -154,6 +155,65 @@ def test_a_policy_loss_in_one_pass(chunk_bytes, entropy_coef, trained, monkeypat
         assert (a.double() - b).norm() <= BUDGET * b.norm()
 
 
+def other_side():
+    """A teacher's hidden states and head, of another hidden size, in float32."""
+    torch.manual_seed(1)
+    return torch.randn(N, 40) / 40**0.5, LMHead(torch.randn(V, 40), torch.randn(V), scale=0.9)
+
+
+def double(hidden, head):
+    return hidden.double(), LMHead(head.weight.double(), head.bias.double(), scale=0.9)
+
+
+@pytest.mark.parametrize("objective", ["all", "divergence"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_divergence_and_any_loss(trained, objective):
+    """In two passes; with a frozen head in one, and in three chunks."""
+
+    def run(hidden, head, labels, leaves, teacher):
+        options = {"divergence": fused_rl.Divergence.JSD(0.3), "temperature": 1.3}
+        options["chunk_bytes"] = 16 * V * 8
+        stats = fused_rl.linear_divergence(hidden, head, *teacher, labels, **options)
+        value = (stats.divergence * torch.linspace(-1, 1, N)).sum()
+        if objective == "all":
+            value = value + stats.logprobs[::2].sum() + stats.entropy[::3].sum()
+        return stats, torch.autograd.grad(value, leaves)
+
+    ours, teacher = case(trained, bias=True), other_side()
+    (stats, found), (exact_stats, exact) = (
+        run(*ours, teacher),
+        run(*in_float64(*ours[:3]), double(*teacher)),
+    )
+    for a, b in zip(stats, exact_stats, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=2e-5)
+    for a, b in zip(found, exact, strict=True):
+        assert (a.double() - b).norm() <= BUDGET * b.norm()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_policy_loss_beside_a_reference(trained, monkeypatch):
+    """In one pass, in chunks."""
+    monkeypatch.setattr(ops, "one_pass_pays", lambda *_: True)
+
+    def run(hidden, head, labels, leaves, reference):
+        shape = (8, 6)
+        mask = (labels != -100).reshape(shape)
+        batch = TokenBatch.padded(labels.reshape(shape), mask, torch.linspace(-1, 1, 8))
+        loss = fused_rl.grpo(beta=0.2, kl=fused_rl.Divergence.REVERSE)
+        shaped = hidden.reshape(*shape, H)
+        beside = (reference[0].reshape(*shape, 40), reference[1])
+        options = {"reference": beside, "chunk_bytes": 16 * V * 8}
+        output = linear_policy_loss(shaped, head, batch, loss, **options)
+        return output.loss, *torch.autograd.grad(output.loss, leaves)
+
+    ours, reference = case(trained, bias=True), other_side()
+    found = run(*ours, reference)
+    exact = run(*in_float64(*ours[:3]), double(*reference))
+    torch.testing.assert_close(found[0].double(), exact[0].double(), atol=2e-5, rtol=2e-6)
+    for a, b in zip(found[1:], exact[1:], strict=True):
+        assert (a.double() - b).norm() <= BUDGET * b.norm()
+
+
 @pytest.fixture
 def waits(monkeypatch):
     """Counts what would wait for a GPU: sizes and numbers that the host asks for."""
@@ -206,7 +266,7 @@ def test_how_often_a_step_waits_for_the_device(name, exponentials, waits, monkey
     monkeypatch.setattr(ops, "fits_in_half", lambda *_: exponentials)
     for module in (ops, ops.frozen):
         monkeypatch.setattr(module, "check_tokens", lambda *_: None)
-    monkeypatch.setattr(one_pass, "scale_", lambda *_: None)
+    monkeypatch.setattr(one_pass_chunks, "scale_", lambda *_: None)
     monkeypatch.setattr(ops, "one_pass_pays", lambda *_: True)
     trained, made, forward, backward = WAITS[name]
     hidden, head, labels, leaves = case(trained)

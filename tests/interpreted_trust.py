@@ -12,22 +12,25 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from interpreted_kernels import small_and_on_cpu  # noqa: F401 - a fixture
 
-from fused_rl import ops
+from fused_rl import ops, reference
 from fused_rl.kernels import configs, linear_logprobs, logprobs
 from fused_rl.ops import Head, Known, Limits, Rows, Sums, Upstream, first_use, trust
 from fused_rl.ops import triton as on_cuda
 from fused_rl.ops import triton_chunk as on_cuda_chunk
+from fused_rl.ops import two_heads_triton as on_cuda_two
 from fused_rl.ops.chunk import (
     linear_logprobs_chunk,
     linear_logprobs_chunk_backward,
     linear_logprobs_chunk_unit,
 )
+from fused_rl.ops.divergence import TwoNeeds, linear_divergence_backward
 from fused_rl.ops.frozen import Given
 from fused_rl.ops.kl import Deviation
 from fused_rl.ops.linear import linear_logprobs_backward
 from fused_rl.ops.logits import logits_logprobs_backward
 from fused_rl.ops.record import Needs
 from fused_rl.ops.stored import Stored, linear_logprobs_stored_backward
+from fused_rl.ops.two_heads import TwoUpstream
 
 CPU = torch.device("cpu")
 LIMITS = Limits(-100, 2**20)
@@ -97,6 +100,25 @@ def every_operator():
         ops.logits_logprobs: (rows,),
         logits_logprobs_backward: (up, rows, Known(of_rows.lse, of_rows.entropy)),
         ops.kl: (Deviation(torch.randn(20), 3, 2),),
+        **of_two_heads(),
+    }
+
+
+def of_two_heads():
+    """Those of a divergence."""
+    heads, measure = ops.TwoHeads.of(head(), head()), ops.Measure(reference.REVERSE, 0.0, 1.0)
+    stats = ops.linear_divergence.plain(heads, measure, LIMITS)
+    known, up = ops.known_of(stats), TwoUpstream(*torch.ones(5, 20))
+    needs = TwoNeeds(True, True, False, True, True, False)
+    *_, z = on_cuda_two.linear_divergence_chunk(heads, measure, INTERPRETED)
+    sums = Sums(torch.empty(70, 24), torch.empty(0), False)
+    of_student = ops.StudentUpstream(*up[:3])
+    backward = (ops.ChunkLogits(z), of_student, heads, measure, known, sums)
+    return {
+        ops.linear_divergence: (heads, measure, LIMITS),
+        linear_divergence_backward: (up, heads, measure, LIMITS, known, needs),
+        ops.linear_divergence_chunk: (heads, measure),
+        ops.linear_divergence_chunk_backward: backward,
     }
 
 
@@ -215,6 +237,14 @@ def test_dtypes_and_options_are_checked_each(place):
     for of in (head(), head(dtype=torch.float16), head(bias=True), head()):
         on_cuda.served(ops.linear_logprobs, (of, LIMITS), CPU, place)
     assert [v.kernel for v in trust.verdicts()].count("linear_logprobs") == 3
+
+
+def test_each_divergence_is_checked(place):
+    heads = ops.TwoHeads.of(head(), head())
+    for kind in (reference.REVERSE, reference.FORWARD, reference.REVERSE):
+        records = (heads, ops.Measure(kind, 0.0, 1.0), LIMITS)
+        on_cuda.served(ops.linear_divergence, records, CPU, place)
+    assert [v.kernel for v in trust.verdicts()].count("linear_divergence") == 2
 
 
 def test_the_check_can_be_turned_off(place, taken):

@@ -41,6 +41,10 @@ def test_kernels_in_the_interpreter(tmp_path):
     assert_passes("interpreted_kernels.py", tmp_path)
 
 
+def test_two_heads_in_the_interpreter(tmp_path):
+    assert_passes("interpreted_divergences.py", tmp_path)
+
+
 def test_products_by_parts_in_the_interpreter(tmp_path):
     assert_passes("interpreted_split.py", tmp_path)
 
@@ -55,7 +59,7 @@ def check(row: dict) -> None:
     if row["kernel"].startswith("fused"):
         assert counts.get(TENSOR_CORES[row["arch"]], 0) > 0, name
         assert ("UTMALDG" in counts) == ("pointers" not in row["kernel"]), name
-    if row["kernel"].split()[0] in ("statistics", "gradient"):
+    if row["kernel"].split()[0] in ("statistics", "gradient", "divergence"):
         vectors = {"LDG.128", "load.128"} & counts.keys()
         assert len(vectors) == (row["variant"] == "vector"), name
 

@@ -2,10 +2,10 @@
 
 record.py says how one is written, and each family has its file. What has no kernel for the device
 at hand runs in plain torch. The kernels for CPUs (csrc/) are registered by the library that
-native.py loads, those for CUDA (kernels/) in triton.py and triton_chunk.py.
+native.py loads, those for CUDA (kernels/) in triton.py, triton_chunk.py and two_heads_triton.py.
 """
 
-from fused_rl.ops import triton, triton_chunk, trust
+from fused_rl.ops import triton, triton_chunk, trust, two_heads_triton
 from fused_rl.ops.at import AtHead, linear_logits_at, linear_logprobs_at
 from fused_rl.ops.autocast import autocasts, in_full
 from fused_rl.ops.checkout import find_kernels
@@ -102,6 +102,7 @@ __all__ = [
     "triton",
     "triton_chunk",
     "trust",
+    "two_heads_triton",
     "waiting_dtype",
 ]
 

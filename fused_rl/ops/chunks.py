@@ -53,7 +53,7 @@ def chunk_tokens(hidden: Tensor, weight: Tensor, chunk_bytes: int | None) -> int
     """Tokens whose logits a chunk may hold."""
     scratch = scratch_bytes(hidden.device, chunk_bytes)
     dtype = acc_dtype(hidden, weight)
-    if not (hidden.is_cuda and HAS_TRITON and dtype == torch.float32):
+    if not _has_kernels(hidden, dtype):
         return chunk_rows(weight.shape[0], dtype, scratch)
     from fused_rl.kernels import linear_gradients
 
@@ -61,6 +61,33 @@ def chunk_tokens(hidden: Tensor, weight: Tensor, chunk_bytes: int | None) -> int
     V, H = weight.shape
     per_logit = bytes_per_logit(hidden, weight, place)
     return linear_gradients.chunk_tokens(V, H, per_logit, scratch, place.multiprocessors)
+
+
+def pair_tokens(hidden: Tensor, weight: Tensor, dtype: torch.dtype, chunk_bytes: int) -> int:
+    """Tokens whose logits by two heads a chunk may hold.
+
+    Args:
+        hidden, weight: of the head that may have a gradient; on a GPU there is room for it, too.
+        dtype: of the logits.
+    """
+    V, H = weight.shape
+    if not _has_kernels(hidden, dtype):
+        return chunk_rows(2 * V, dtype, chunk_bytes)
+    from fused_rl.kernels import linear_divergences, linear_gradients
+
+    per_logit = linear_divergences.bytes_per_logit(_product_width(hidden, weight))
+    multiprocessors = _place(hidden.device).multiprocessors
+    return linear_gradients.chunk_tokens(V, H, per_logit, chunk_bytes, multiprocessors)
+
+
+def _has_kernels(hidden: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits of that dtype are formed by kernels for GPUs."""
+    return hidden.is_cuda and HAS_TRITON and dtype == torch.float32
+
+
+def _product_width(hidden: Tensor, weight: Tensor) -> int:
+    """Bytes of a number in their products."""
+    return hidden.element_size() if hidden.dtype == weight.dtype else 4
 
 
 def _place(device: torch.device) -> Any:
@@ -76,8 +103,7 @@ def bytes_per_logit(hidden: Tensor, weight: Tensor, place: Any) -> int:
 
     if configs.chosen((hidden, weight, None, None, None, 1.0, 0.0), place, stores=True):
         return 2
-    width = hidden.element_size() if hidden.dtype == weight.dtype else 4
-    return linear_gradients.bytes_per_logit(width)
+    return linear_gradients.bytes_per_logit(_product_width(hidden, weight))
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, chunk_bytes: int) -> int:

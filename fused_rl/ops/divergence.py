@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rl.ops.chunks import check_tokens, chunk_rows, gradients_like
+from fused_rl.ops.chunks import check_tokens, gradients_like, pair_tokens
 from fused_rl.ops.formulas import add_products, at
 from fused_rl.ops.record import Gradients, Limits, Needs, Operator
 from fused_rl.ops.two_heads import (
@@ -47,7 +47,7 @@ class TwoGradients(NamedTuple):
 
 def pair_rows(heads: TwoHeads, chunk_bytes: int) -> int:
     """Tokens whose logits, the student's and the teacher's, fit into chunk_bytes."""
-    return chunk_rows(2 * len(heads.weight), heads.dtype, chunk_bytes)
+    return pair_tokens(heads.hidden, heads.weight, heads.dtype, chunk_bytes)
 
 
 def check_two(heads: TwoHeads, ignore_index: int) -> None:

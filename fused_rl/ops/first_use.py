@@ -7,24 +7,30 @@ serves the call, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_rl.ops import chunk, linear, logits, stored
+from fused_rl import reference
+from fused_rl.ops import chunk, divergence, divergence_chunk, linear, logits, stored
 from fused_rl.ops.chunk import ChunkLogits, Sums
+from fused_rl.ops.divergence import TwoNeeds
+from fused_rl.ops.divergence_chunk import StudentUpstream, known_of
 from fused_rl.ops.frozen import Given
 from fused_rl.ops.kl import Deviation
 from fused_rl.ops.logits import Rows
 from fused_rl.ops.record import Head, Known, Limits, Needs, Operator, Upstream
 from fused_rl.ops.stored import Stored
+from fused_rl.ops.two_heads import Measure, TwoHeads, TwoKnown, TwoStatistics, TwoUpstream
 
 # Of a norm, between a kernel and float64. Loose: a wrong kernel is wrong by more, and products in
 # float32 may be TF32 by the caller's own setting.
 BOUND = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 LIMITS = Limits(-100, 2**24)
+# Where there is no call: a divergence whose slopes take all that others' do.
+MEASURE = Measure(reference.JSD, 0.3, 1.0)
 
 
 def wrong(
@@ -44,11 +50,11 @@ def _size(like: int, divisible: int) -> int:
     return divisible if like % 16 == 0 else divisible - 1
 
 
-def small_head(head: Head) -> Head:
+def small_head(head: Head, seed: int = 0) -> Head:
     """A head of the same kind, with 48 tokens and a vocabulary of 640, or one less each."""
     hidden, weight, bias, labels, _, scale, softcap = head
     N, V, H = _size(len(labels), 48), _size(len(weight), 640), hidden.shape[1]
-    noise = torch.Generator(hidden.device).manual_seed(0)
+    noise = torch.Generator(hidden.device).manual_seed(seed)
     where = {"generator": noise, "device": hidden.device}
     return Head(
         (2 * torch.randn(N, H, **where) / max(1, H) ** 0.5 / (abs(scale) or 1.0)).to(hidden.dtype),
@@ -61,15 +67,21 @@ def small_head(head: Head) -> Head:
     )
 
 
-def example(operator: Operator, device: torch.device) -> tuple:
+def example(operator: Operator, device: torch.device) -> tuple[tuple, ...]:
     """What small cases of an operator are made like, where there is no call: bfloat16, plain."""
     bf16 = torch.empty(64, 64, dtype=torch.bfloat16, device=device)
     labels, ones = torch.zeros(64, dtype=torch.int64, device=device), torch.ones(64, device=device)
+    head = Head(bf16, bf16, None, labels, ones, 1.0, 0.0)
     if operator.records[0] is Deviation:
-        return Deviation(ones, 3, 2)
-    if Rows in operator.records:
-        return Rows(bf16, labels, ones, -100)
-    return Head(bf16, bf16, None, labels, ones, 1.0, 0.0)
+        return (Deviation(ones, 3, 2),)
+    if TwoHeads in operator.records:
+        return TwoHeads.of(head, head), MEASURE
+    return (Rows(bf16, labels, ones, -100),) if Rows in operator.records else (head,)
+
+
+def small_heads(heads: TwoHeads) -> TwoHeads:
+    """Two of the same kind, with as many tokens and entries, and other numbers."""
+    return TwoHeads.of(small_head(heads.student()), small_head(heads.teacher(), 1))
 
 
 def exactly(record: tuple) -> tuple:
@@ -118,15 +130,18 @@ def difference(operator: Operator, records: tuple, run: Callable[..., Any]) -> s
     """Of an operator's kernel on a small case of such records; run(operator, *records) runs it."""
     if isinstance(records[0], Deviation):
         return _of_kl(operator, records[0], run)
-    given = next(r for r in records if isinstance(r, (Head, Rows)))
+    given = next(r for r in records if isinstance(r, (Head, Rows, TwoHeads)))
     if isinstance(given, Rows):
         return _of_rows(operator, given, run)
+    if isinstance(given, TwoHeads):
+        measure = next(r for r in records if isinstance(r, Measure))
+        return _of_two_heads(operator, small_heads(given), measure, run)
     return _of_head(operator, small_head(given), run)
 
 
-def _upstream(like: Tensor) -> Upstream:
+def _upstream(like: Tensor, count: int = 2) -> Tensor:  # [count, N]
     noise = torch.Generator(like.device).manual_seed(1)
-    return Upstream(*torch.randn(2, len(like), generator=noise, device=like.device))
+    return torch.randn(count, len(like), generator=noise, device=like.device)
 
 
 def _of_head(operator: Operator, head: Head, run: Callable[..., Any]) -> str | None:
@@ -134,7 +149,7 @@ def _of_head(operator: Operator, head: Head, run: Callable[..., Any]) -> str | N
     if operator is linear.linear_logprobs:
         stats = linear.linear_logprobs.plain(exactly(head), LIMITS)
         return wrong(run(operator, head, LIMITS), stats, dtype)
-    upstream, needs = _upstream(head.labels), Needs(True, True, head.bias is not None)
+    upstream, needs = Upstream(*_upstream(head.labels)), Needs(True, True, head.bias is not None)
     stats = linear.linear_logprobs.plain(exactly(head), LIMITS)
     known = Known(stats.lse, stats.entropy.float())
     given = (exactly(upstream), exactly(head), LIMITS, exactly(known), needs)
@@ -182,7 +197,7 @@ def _of_rows(operator: Operator, like: Rows, run: Callable[..., Any]) -> str | N
     stats = logits.logits_logprobs.plain(exactly(given))
     if operator is logits.logits_logprobs:
         return wrong(run(operator, given), stats, rows.dtype)
-    upstream, known = _upstream(given.labels), Known(stats.lse, stats.entropy.float())
+    upstream, known = Upstream(*_upstream(given.labels)), Known(stats.lse, stats.entropy.float())
     exact = operator.plain(exactly(upstream), exactly(given), exactly(known))
     return wrong([run(operator, upstream, given, known)], [exact], rows.dtype)
 
@@ -191,3 +206,54 @@ def _of_kl(operator: Operator, like: Deviation, run: Callable[..., Any]) -> str 
     d = torch.linspace(-3.0, 3.0, 300, dtype=like[0].dtype, device=like[0].device)
     given = like._replace(**{like._fields[0]: d})
     return wrong(run(operator, given), operator.plain(exactly(given)), torch.float32)
+
+
+def _of_two_heads(
+    operator: Operator, heads: TwoHeads, measure: Measure, run: Callable[..., Any]
+) -> str | None:
+    dtypes = {heads.hidden.dtype, heads.weight.dtype}
+    dtypes |= {heads.teacher_hidden.dtype, heads.teacher_weight.dtype}
+    dtype = max(dtypes, key=BOUND.__getitem__)
+    stats = divergence.linear_divergence.plain(exactly(heads), measure, LIMITS)
+    if operator is divergence.linear_divergence:
+        found = run(operator, heads, measure, LIMITS)
+        return wrong(_with_both_slopes(found), _with_both_slopes(stats), dtype)
+    upstream = TwoUpstream(*_upstream(heads.labels, 5))
+    known = known_of(stats)
+    lse = {name: getattr(known, name) for name in ("lse", "teacher_lse")}
+    known = TwoKnown(*(t.float() for t in known))._replace(**lse)
+    biases = (heads.bias is not None, heads.teacher_bias is not None)
+    needs = TwoNeeds(True, True, biases[0], True, True, biases[1])
+    if operator is divergence.linear_divergence_backward:
+        exact = operator.plain(
+            *map(exactly, (upstream, heads)), measure, LIMITS, exactly(known), needs
+        )
+        return wrong(run(operator, upstream, heads, measure, LIMITS, known, needs), exact, dtype)
+    return wrong(*_of_two_halves(heads, measure, upstream, (stats, known), run), dtype)
+
+
+def _of_two_halves(
+    heads: TwoHeads,
+    measure: Measure,
+    upstream: TwoUpstream,
+    forward: tuple[TwoStatistics, TwoKnown],
+    run: Callable[..., Any],
+) -> tuple[tuple, tuple]:
+    """Of a chunk: what was found, what is right."""
+    stats, known = forward
+    *found, z = run(divergence_chunk.linear_divergence_chunk, heads, measure)
+    given = StudentUpstream(*upstream[:3])
+    needs = TwoNeeds(True, True, heads.bias is not None, False, False, False)
+    args = (exactly(given.among()), exactly(heads), measure, LIMITS, exactly(known), needs)
+    exact = divergence.linear_divergence_backward.plain(*args)
+    dweight = torch.empty(heads.weight.shape, device=heads.weight.device)
+    sums = Sums(dweight, dweight.new_empty(exact.dbias.shape), False)
+    backward = divergence_chunk.linear_divergence_chunk_backward
+    dhidden = run(backward, ChunkLogits(z), given, heads, measure, known, sums)
+    ours, right = _with_both_slopes(found), _with_both_slopes(stats)
+    return (*ours, dhidden, *sums[:2]), (*right, *exact[:3])
+
+
+def _with_both_slopes(stats: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """As one result: the sum of one side's slopes may be 0 but for rounding, never both."""
+    return (*stats[:-2], torch.stack([*stats[-2:]]))

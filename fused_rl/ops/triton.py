@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rl.ops import chunk, first_use, linear, logits, stored, trust
+from fused_rl.ops import chunk, divergence_chunk, first_use, linear, logits, stored, trust
 from fused_rl.ops.chunks import HAS_TRITON
 from fused_rl.ops.formulas import at, live
 from fused_rl.ops.kl import Deviation, Estimate
@@ -31,6 +31,7 @@ from fused_rl.ops.record import (
     Statistics,
     Upstream,
 )
+from fused_rl.ops.two_heads import Measure, TwoHeads
 
 # The operators that have a kernel, and the kernel: a function of the same records and the device.
 OPERATORS: dict[Operator, Callable] = {}
@@ -39,7 +40,12 @@ CONTINUES = {
     chunk.linear_logprobs_chunk_backward: chunk.linear_logprobs_chunk,
     chunk.linear_logprobs_chunk_unit: chunk.linear_logprobs_chunk,
     stored.linear_logprobs_stored_backward: stored.linear_logprobs_stored,
+    divergence_chunk.linear_divergence_chunk_backward: divergence_chunk.linear_divergence_chunk,
 }
+
+
+# The records that all of those that share a layout are given.
+SHARED = (Head, TwoHeads, Measure)
 
 
 def on_cuda(operator: Operator) -> Callable[[Callable], Callable]:
@@ -101,7 +107,7 @@ def is_right(operator: Operator, like: Sequence[tuple], device: torch.device, pl
     # Those that share a layout all run, or none does.
     judged = CONTINUES.get(operator, operator)
     shared = judged in CONTINUES.values()
-    kind = trust.kind_of([r for r in like if isinstance(r, Head)] if shared else like)
+    kind = trust.kind_of([r for r in like if isinstance(r, SHARED)] if shared else like)
     name = judged.__name__
     return trust.passes(device, name, kind, lambda: first_use.difference(judged, like, run))
 
@@ -118,12 +124,14 @@ def check_every_kernel(
     device = device or torch.device("cuda", torch.cuda.current_device())
     place = place or place_of(device)
     for operator in (o for o in OPERATORS if o not in CONTINUES):
-        is_right(operator, (first_use.example(operator, device),), device, place)
+        is_right(operator, first_use.example(operator, device), device, place)
     return trust.verdicts()
 
 
 def in_float64(records: Sequence[tuple]) -> bool:
-    """Whether the first two tensors say so: an lse, further on, is in float64 always."""
+    """Whether both heads say so, or the first two tensors: an lse is in float64 always."""
+    if any(isinstance(r, TwoHeads) and r.dtype == torch.float64 for r in records):
+        return True
     tensors = [a for a in chain.from_iterable(records) if isinstance(a, Tensor)]
     return any(t.dtype == torch.float64 for t in tensors[:2])
 
@@ -206,14 +214,13 @@ def linear_logprobs(head: Head, limits: Limits, device: Any) -> Statistics:
 FLOAT16_POWER = 11
 
 
-def power_of_two(head: Head, upstream: Upstream) -> Tensor | None:
-    """For float16, what brings the largest gradient of a log-prob to 2^FLOAT16_POWER."""
-    dlogprobs, dentropy = upstream
-    if head.hidden.dtype != torch.float16 or not dlogprobs.numel():
+def power_of_two(head: Head, upstream: tuple[Tensor, ...]) -> Tensor | None:
+    """For float16, what brings the largest of gradients [N] to 2^FLOAT16_POWER."""
+    if head.hidden.dtype != torch.float16 or not head.labels.numel():
         return None
     # What the chain rule makes of the upstream gradients.
     slope = head.scale / head.temperature
-    largest = (torch.maximum(dlogprobs.abs(), dentropy.abs()) * slope.abs()).max()
+    largest = (torch.stack(upstream).abs().amax(0) * slope.abs()).max()
     power = torch.exp2((FLOAT16_POWER - largest.log2()).floor().clamp(max=126.0))
     return power.where(largest.isfinite(), 1.0)
 
@@ -224,13 +231,25 @@ def linear_logprobs_backward(
 ) -> Gradients:
     from fused_rl.kernels import linear_gradients as kernel
 
-    hidden, weight, bias, *_ = head
     rows = taking_part(live(upstream, head.labels, limits.ignore_index))
     upstream, taken, known = picked(rows, upstream, head, known)
     power = power_of_two(taken, upstream)
     if power is not None:
         upstream = Upstream(*(g * power for g in upstream))
-    dhidden, dweight, dbias = kernel.bwd(*upstream, *taken, *limits, *known, tuple(needs))
+    found = kernel.bwd(*upstream, *taken, *limits, *known, tuple(needs))
+    return gradients_of(rows, found, power, head, needs)
+
+
+def gradients_of(
+    rows: Tensor | None,
+    found: tuple[Tensor | None, ...],
+    power: Tensor | None,
+    head: Head,
+    needs: Needs,
+) -> Gradients:
+    """What a kernel found of some tokens, as the operator gives it; power: what it is times."""
+    hidden, weight, bias, *_ = head
+    dhidden, dweight, dbias = found
     if power is not None:
         for sum_ in (dhidden, dweight, dbias):
             if sum_ is not None:

@@ -5,6 +5,7 @@ Which of the two a chunk has is the dtype of its z. triton.py says how operators
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def linear_logprobs_chunk_backward(
     logits: ChunkLogits, upstream: Upstream, head: Head, known: Known, sums: Sums, device: Any
 ) -> Tensor:
     rows = taking_part((upstream.dlogprobs != 0) | (upstream.dentropy != 0))
-    rows = _worth_a_copy(rows, head.labels)
+    rows = worth_a_copy(rows, head.labels)
     dhidden = _chunk_gradients(rows, logits, upstream, head, known, sums)
     return put_back(rows, dhidden, head.hidden, waiting_dtype(head.hidden))
 
@@ -97,23 +98,30 @@ def _chunk_gradients(
     from fused_rl.kernels import exponentials_gradients
     from fused_rl.kernels import linear_gradients as kernel
 
-    into = [None if not t.numel() else t for t in (sums.dweight, sums.dbias)]
     if logits.z.dtype == torch.bfloat16:
         given = _of_exponentials(rows, logits, upstream, head, known)
-        return exponentials_gradients.bwd(*given, *into, sums.accumulate)
+        return exponentials_gradients.bwd(*given, *_asked(sums), sums.accumulate)
     N, V = head.hidden.shape[0], head.weight.shape[0]
-    raw = _rows_of(logits.z.view(N, kernel.row_stride(V)), rows)[:, :V]
+    raw = rows_of(logits.z.view(N, kernel.row_stride(V)), rows)[:, :V]
     upstream, taken, known = picked(rows, upstream, head, known)
     power = power_of_two(taken, upstream)
     if power is not None:
         upstream = Upstream(*(g * power for g in upstream))
+    left, right, *tokens = taken
+    given = (upstream, raw, left, right, tokens, (-1, *known))
+    return with_shares(power, sums, lambda *into: kernel.chunk_bwd(*given, *into))
+
+
+def _asked(sums: Sums) -> list[Tensor | None]:
+    return [None if not t.numel() else t for t in (sums.dweight, sums.dbias)]
+
+
+def with_shares(power: Tensor | None, sums: Sums, run: Callable[..., Tensor]) -> Tensor:
+    """dhidden = run(dweight, dbias, accumulate), which gives all of it `power` times too large."""
+    into = _asked(sums)
     # Shares that are still scaled cannot be added where the sum is.
     shares = into if power is None else [None if t is None else t.float() * 0 for t in into]
-    accumulate = sums.accumulate and power is None
-    left, right, *tokens = taken
-    dhidden = kernel.chunk_bwd(
-        upstream, raw, left, right, tokens, (-1, *known), *shares, accumulate
-    )
+    dhidden = run(*shares, sums.accumulate and power is None)
     if power is not None:
         dhidden.div_(power)
         for to, share in zip(into, shares, strict=True):
@@ -122,7 +130,7 @@ def _chunk_gradients(
     return dhidden
 
 
-def _rows_of(tensor: Tensor, rows: Tensor | None) -> Tensor:
+def rows_of(tensor: Tensor, rows: Tensor | None) -> Tensor:
     """Some of them, as far apart as they were; all, if None."""
     return tensor if rows is None else tensor[rows]
 
@@ -134,7 +142,7 @@ def _of_exponentials(
     from fused_rl.kernels.exponentials_gradients import Known as OfExponentials
 
     e, kept = _exponentials_of(logits.z, len(head.labels), len(head.weight))
-    e = _rows_of(e, rows)[:, : len(head.weight)]
+    e = rows_of(e, rows)[:, : len(head.weight)]
     kept = kept if rows is None else kept[:, rows]
     upstream, taken, known = picked(rows, upstream, head, known)
     hidden, weight, *tokens = taken
@@ -176,7 +184,7 @@ def linear_logprobs_stored_backward(
     upstream, head, known = picked(rows, upstream, head, known)
     # A second choice: of the tokens that count, those that have a gradient.
     some = taking_part((upstream.dlogprobs != 0) | (upstream.dentropy != 0))
-    some = _worth_a_copy(some, head.labels)
+    some = worth_a_copy(some, head.labels)
     dweight = weight.new_empty(weight.shape if needs.need_dweight else 0)
     dbias = known.entropy.new_empty(len(weight) if needs.need_dbias else 0)
     args = (some, ChunkLogits(of_logits.z), upstream, head, known)
@@ -194,7 +202,7 @@ def linear_logprobs_stored_backward(
     )
 
 
-def _worth_a_copy(rows: Tensor | None, logits: Tensor) -> Tensor | None:
+def worth_a_copy(rows: Tensor | None, logits: Tensor) -> Tensor | None:
     """Those of the tokens that take part, unless nearly all do: the others' products then cost less
     than a copy of the logits without them.
     """

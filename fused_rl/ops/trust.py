@@ -163,8 +163,11 @@ def kind_of_call(call: tuple) -> Hashable:
 
 def kind_of(records: Iterable[tuple]) -> Hashable:
     """What the code of a kernel depends on, of the records that it is given."""
-    return tuple(
-        v.dtype if isinstance(v, torch.Tensor) else (v is None or v == 0)
-        for record in records
-        for v in record
-    )
+    return tuple(_kind_of_field(*field) for record in records for field in record._asdict().items())
+
+
+def _kind_of_field(name: str, value: Any) -> Hashable:
+    """A tensor's dtype; which of several kinds; whether there is anything."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    return value if name == "kind" else value is None or value == 0
