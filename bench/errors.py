@@ -20,8 +20,9 @@ CHECKED = {"few tokens": (40, 96, 5003), "many tokens": (520, 40, 300)}
 
 def correctness(device: torch.device) -> tuple[Record, dict[str, str]]:
     """dtype, size -> errors of logprobs, entropy (largest) and dhidden, dweight, dbias (relative);
-    of logprobs, entropy and dlogits for rows of logits. And what was over its budget or raised, by
-    name: a wrong case is a result, and the others are still to be seen.
+    of logprobs, entropy and dlogits for rows of logits; of a divergence, an entropy and gradients
+    for two heads. And what was over its budget or raised, by name: a wrong case is a result, and
+    the others are still to be seen.
     """
     found: Record = {}
     wrong: dict[str, str] = {}
@@ -50,6 +51,7 @@ def _checks(dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], 
     # In float32, and for logits, they are the same kernels.
     others = {} if dtype == torch.float32 else found
     found |= {name + UNPROVEN: unproven(run) for name, run in others.items()}
+    found |= {"two heads": partial(divergence_errors, dtype, device)}
     return found | {"logits": partial(logits_errors, dtype, device)}
 
 
@@ -68,6 +70,23 @@ def head_errors(
         t = temperature.to(leaves[0].device, torch.promote_types(leaves[0].dtype, torch.float32))
         here = labels.to(leaves[0].device)
         return fused_rl.linear_logprobs(leaves[0], head, here, temperature=t)
+
+    return errors_of(stats, inputs, device)
+
+
+def divergence_errors(dtype: torch.dtype, device: torch.device) -> list[float]:
+    """Of a divergence and the teacher's entropy, and of their gradients on both sides."""
+    torch.manual_seed(2)
+    N, H, V = 10, 40, 5003
+    inputs = [(torch.randn(n, H) / s).to(dtype) for n, s in ((N, 4), (V, 1), (N, 4), (V, 1))]
+    labels = torch.randint(0, V, (N,)).where(torch.rand(N) < 0.8, -100)
+
+    def stats(leaves: list[torch.Tensor]) -> fused_rl.TokenStats:
+        hidden, weight, teacher_hidden, teacher_weight = leaves
+        of = fused_rl.Divergence.JSD(0.3)
+        heads = (hidden, weight, teacher_hidden, teacher_weight)
+        found = fused_rl.linear_divergence(*heads, labels.to(hidden.device), divergence=of)
+        return fused_rl.TokenStats(found.divergence, found.teacher_entropy)
 
     return errors_of(stats, inputs, device)
 

@@ -63,7 +63,7 @@ def test_the_kernels_that_ran_are_tritons(run):
     expected = "Triton" if torch.cuda.is_available() else "Triton, interpreted"
     assert run["kernels"] == expected
     names = {name.split("._")[0] for name in run["launches"]}
-    assert {"kl", "linear_logprobs", "logprobs"} <= names
+    assert {"divergences", "kl", "linear_logprobs", "logprobs"} <= names
     assert min(run["launches"].values()) > 0
     assert run["never launched"] == []
 
@@ -177,7 +177,7 @@ def errors(monkeypatch) -> ModuleType:
 def test_correctness_goes_on_after_what_is_wrong(errors, monkeypatch):
     """A case over its budget, one that raises, NaN: each is named, and the others are measured."""
     found, wrong = errors.correctness(torch.device("cpu"))
-    assert wrong == {} and [len(of) for of in found.values()] == [3, 5, 7]
+    assert wrong == {} and [len(of) for of in found.values()] == [4, 6, 8]
     own = errors.head_errors
 
     def broken(dtypes, device, N, H, V):
@@ -199,7 +199,7 @@ def test_correctness_goes_on_after_what_is_wrong(errors, monkeypatch):
         f"bfloat16, {few}, unproven",
     }
     assert "no kernel image" in wrong[f"float16, {few}"]
-    assert list(found["float16"]) == ["logits"] and len(found["float32"]) == 3
+    assert list(found["float16"]) == ["two heads", "logits"] and len(found["float32"]) == 4
 
 
 @pytest.mark.parametrize("part", ["wrong", "failed", "never launched"])
