@@ -26,7 +26,8 @@ def names():
     input_ids = torch.randint(0, 61, (8, 6))
     given = {"model": model, "input_ids": input_ids, "rewards": torch.rand(8)}
     given["loss_mask"] = torch.ones(8, 5, dtype=torch.bool)
-    return given | {"ref_logprobs": torch.rand(8, 5) - 4}
+    reference = {"ref_hidden": torch.randn(8, 5, 16), "ref_head": torch.randn(61, 16)}
+    return given | reference | {"ref_logprobs": torch.rand(8, 5) - 4}
 
 
 def test_the_example_runs(names):
@@ -39,6 +40,11 @@ def test_the_example_runs(names):
     plain = logp.gather(-1, names["labels"][..., None])[..., 0]
     torch.testing.assert_close(names["logprobs"], plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(names["entropy"], -(logp.exp() * logp).sum(-1), atol=1e-5, rtol=1e-5)
+    # Of the model at temperature 1, from the reference.
+    other = (names["ref_hidden"] @ names["ref_head"].T).log_softmax(-1)
+    own = (logits * 0.8).log_softmax(-1)
+    kl = (own.exp() * (own - other)).sum(-1)
+    torch.testing.assert_close(names["exact"], kl, atol=1e-5, rtol=1e-5)
     # The step of eager torch, on-policy: r = 1, and k2's gradient is d.
     d = (plain - names["ref_logprobs"]).detach()
     advantages = fused_rl.advantages.group_zscore_advantages(names["rewards"], group_size=8)
