@@ -2,16 +2,29 @@
 
 import liger_kernel.chunked_loss as chunked
 import liger_kernel.chunked_loss.functional as functional
+import liger_kernel.ops as ops
+import liger_kernel.transformers as modules
+import liger_kernel.transformers.functional as by_name
 import liger_kernel.transformers.grpo_loss as logits
+from liger_kernel.chunked_loss import jsd_loss
 from swap import swap
 
 from fused_rl.integrations import liger
+from fused_rl.integrations.liger.jsd import ChunkedJSDFunction
 
 PAIRS = (
     (chunked.LigerFusedLinearGRPOLoss, liger.LigerFusedLinearGRPOLoss),
     (functional.liger_fused_linear_grpo, liger.liger_fused_linear_grpo),
     (logits.triton_grpo_loss, liger.triton_grpo_loss),
     (logits.fused_selective_log_softmax, liger.fused_selective_log_softmax),
+    (chunked.LigerFusedLinearJSDLoss, liger.LigerFusedLinearJSDLoss),
+    (jsd_loss.LigerFusedLinearJSDFunction, ChunkedJSDFunction),
+    (functional.liger_fused_linear_jsd, ChunkedJSDFunction.apply),
+    (modules.LigerFusedLinearJSD, liger.LigerFusedLinearJSD),
+    (ops.LigerFusedLinearJSDFunction, liger.LigerFusedLinearJSDFunction),
+    (modules.LigerFusedLinearKLDivLoss, liger.LigerFusedLinearKLDivLoss),
+    (ops.LigerFusedLinearKLDivFunction, liger.LigerFusedLinearKLDivFunction),
+    (by_name.liger_fused_linear_kl_div, liger.liger_fused_linear_kl_div),
 )
 for theirs, ours in PAIRS:
     swap("liger_kernel", theirs, ours)

@@ -51,6 +51,7 @@ class Suite:
 ON_CPU = (('"cuda"', '"cpu"'), ("not torch.cuda.is_available()", "False"))
 SMALL = (("151936", "1000"), ("64000", "1000"))
 LUSPO = "luspo: the mean of token sums; theirs averages over padding"
+COUNTED = "whether torch's nll_loss is called, which is not called here"
 FAR = "k3 of models more than 20 nats apart, held there"
 
 SUITES = {
@@ -81,6 +82,25 @@ SUITES = {
         "ours_in_liger",
         ("test/transformers/test_fused_linear_scaled_cross_entropy.py",),
         select="test_frontend_fallback",
+    ),
+    "Liger: JSD, hard and soft": Suite(
+        "liger-kernel",
+        "ours_in_liger",
+        ("test/chunked_loss/test_jsd_loss.py",),
+        select="not 8-128-1024-4096",
+        expected={r"hard_loss_computed_only_when_used\[.*-True\]$": COUNTED},
+    ),
+    "Liger: JSD of two heads, its op": Suite(
+        "liger-kernel",
+        "ours_in_liger",
+        ("test/transformers/test_fused_linear_jsd.py",),
+        select="not 8-128-1024-4096",
+    ),
+    "Liger: KL to given probabilities": Suite(
+        "liger-kernel",
+        "ours_in_liger",
+        ("test/transformers/test_fused_linear_kl_div.py",),
+        select="not 8-128-1024-4096",
     ),
     "verl: losses, means, rollout correction": Suite(
         "verl",
