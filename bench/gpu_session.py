@@ -32,6 +32,14 @@ from fused_rl.bench.tasks import (
     head_task,
     judged,
     times,
+    usable,
+)
+from fused_rl.bench.two_heads import (
+    TWO_HEAD_KINDS,
+    TWO_HEAD_PEERS,
+    TwoHeadKind,
+    TwoHeads,
+    two_head_task,
 )
 
 # Every part, in the order in which they run.
@@ -45,6 +53,7 @@ PARTS = {
     "graph": "a step in a CUDA graph",
     "rows": "the row kernels: GB/s beside a copy",
     "peers": "every kind of case of the first presets with the peers that are here",
+    "divergences": "two heads, the first preset, beside the peers that are here",
     "compile": "the first preset with torch.compile, which takes as long as all the rest",
 }
 COMPILED = (NO_GRAD, STEP)
@@ -52,7 +61,7 @@ COMPILER = "compile"
 # Seconds that are kept for what cannot stop in the middle.
 RESERVE = 15.0
 # What fails in these parts may be a peer's fault, and ours are judged by their records.
-OF_PEERS = ("peers", "compile")
+OF_PEERS = ("peers", "divergences", "compile")
 Part = tuple[str, Callable[[], None]]
 
 
@@ -159,6 +168,11 @@ class Session:
             title = f"{shape}: {gpu_peers.SUM.title}, with peers"
             yield title, functools.partial(self.measure_sum, shape)
 
+    def parts_of_divergences(self) -> Iterator[Part]:
+        shape = self.first[0]
+        for kind in TWO_HEAD_KINDS:
+            yield f"{shape}: {kind.title}", functools.partial(self.measure_two_heads, shape, kind)
+
     def parts_of_compile(self) -> Iterator[Part]:
         # The compiled peer beside all the others, whose rounds are then the same.
         if self.device.type == "cuda":
@@ -219,6 +233,12 @@ class Session:
         task, missing = gpu_peers.sum_task(self.case(shape))
         self.content["missing"] += missing
         self.measure(shape, task, ())
+
+    def measure_two_heads(self, shape: str, kind: TwoHeadKind) -> None:
+        heads = TwoHeads.make(*self.shapes[shape], torch.bfloat16, self.device.type)
+        names = (*TWO_HEAD_PEERS,) if self.device.type == "cuda" else ("eager",)
+        peers, _ = usable(names, self.device.type, TWO_HEAD_PEERS)
+        self.measure(shape, two_head_task(heads, kind), peers)
 
     def measure(self, shape: str, task: Task, peers: tuple[str, ...]) -> None:
         """Judges every provider, then times the right ones in turns with the bare products. What

@@ -16,6 +16,7 @@ from gpu_session import PARTS
 from interpreter import child
 
 from fused_rl.bench.tasks import KINDS
+from fused_rl.bench.two_heads import TWO_HEAD_KINDS
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -77,7 +78,8 @@ def test_the_small_cases_are_right_and_nothing_else_ran(core):
 def test_every_case_is_there_and_ours_are_right(small):
     content, out = small
     assert content["failed"] == {} and content["left out"] == []
-    assert {r["case"] for r in content["records"]} == {kind.title for kind in (*KINDS, SUM)}
+    kinds = (*KINDS, SUM, *TWO_HEAD_KINDS)
+    assert {r["case"] for r in content["records"]} == {kind.title for kind in kinds}
     assert content["parts"] == list(PARTS)
     for kind in KINDS:
         here = {r["provider"]: r for r in content["records"] if r["case"] == kind.title}
@@ -162,7 +164,8 @@ def test_some_parts_alone(tmp_path):
 @pytest.mark.slow
 def test_what_does_not_fit_the_budget_is_left_out_and_named(tmp_path):
     content, out = result(tmp_path, "--small", "--budget", "0")
-    assert content["records"] == [] and len(content["left out"]) == 2 * len(KINDS) + 8
+    pieces = 2 * len(KINDS) + len(TWO_HEAD_KINDS) + 8
+    assert content["records"] == [] and len(content["left out"]) == pieces
     assert_small_cases_are_right(content)
     assert "small: forwards" in out
 
