@@ -150,11 +150,18 @@ class Pair(NamedTuple):
 
     @classmethod
     def of(cls, logs: Tensor, logt: Tensor, d: Tensor | None = None) -> "Pair":
-        """d: the log-ratio, where more is known of it than logs - logt."""
-        s, t = logs.exp(), logt.exp()
+        """d: the log-ratio, where more is known of it than logs - logt.
+
+        The smaller comes from the larger: an error of either's normalisation is then one of both,
+        and cancels between slopes.
+        """
         d = logs - logt if d is None else d
         d = d.where((logs != logt) | (logs != -torch.inf), 0.0)
-        delta = torch.where(d < 0, t * torch.expm1(d), -s * torch.expm1(-d))
+        below = d < 0
+        larger, apart = torch.where(below, logt, logs).exp(), -d.abs()
+        smaller, between = larger * apart.exp(), larger * torch.expm1(apart)
+        s, t = torch.where(below, smaller, larger), torch.where(below, larger, smaller)
+        delta = torch.where(below, between, -between)
         return cls(s, t, d, delta)
 
 

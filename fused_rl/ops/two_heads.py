@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fused_rl import reference
-from fused_rl.ops.chunks import statistics_like
 from fused_rl.ops.formulas import of_product, softmax_gradient, statistics
 from fused_rl.ops.record import Head, Upstream
 
@@ -127,11 +126,10 @@ class TwoKnown(NamedTuple):
 
 def two_statistics_like(heads: TwoHeads) -> TwoStatistics:
     """Room for the statistics of N tokens."""
-    operands = (heads.hidden.to(heads.dtype), heads.weight)
-    logprobs, entropy, lse, top = statistics_like(*operands)
-    first = (torch.empty_like(top), logprobs, entropy, lse)
-    of_teacher = (torch.empty_like(t) for t in (logprobs, entropy, lse))
-    return TwoStatistics(*first, *of_teacher, torch.empty_like(top), torch.empty_like(top))
+    N = heads.hidden.shape[:1]
+    wide = ("lse", "teacher_lse")
+    dtypes = (torch.float64 if n in wide else heads.dtype for n in TwoStatistics._fields)
+    return TwoStatistics(*(heads.hidden.new_empty(N, dtype=dtype) for dtype in dtypes))
 
 
 def pair_of(z: Tensor, teacher_z: Tensor) -> reference.Pair:
