@@ -181,10 +181,11 @@ def test_a_kernel_made_wrong_on_purpose_gives_way_to_plain_torch(name, fault, pl
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         on_cuda.served(operator, call_of(name)[1], CPU, place)
-    # What goes on from a chunk's logits spends them.
+    # What goes on from a chunk's logits spends them. Plain torch reads them in its own layout, and
+    # so what lies between a kernel's rows, which may be anything.
     exact = operator.plain(*copies)
     for a, b in zip(tensors(ours), tensors(exact), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
     assert [v.kernel for v in trust.verdicts() if v.error] == [judged]
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -501,16 +502,16 @@ def test_a_run_in_which_ours_is_wrong_fails(tmp_path, monkeypatch):
 
 def stop_at(monkeypatch, kinds, *numbers):
     """Signals reach the process once so many kinds have been measured."""
-    begun = []
+    begun, work = [], run.WORKS["logprobs"]
 
-    def head_task(case, kind, original=run.head_task):
+    def head_task(case, kind, original=work.task):
         if len(begun) == kinds:
             for number in numbers:
                 os.kill(os.getpid(), number)
         begun.append(kind)
         return original(case, kind)
 
-    monkeypatch.setattr(run, "head_task", head_task)
+    monkeypatch.setitem(run.WORKS, "logprobs", replace(work, task=head_task))
 
 
 @pytest.mark.parametrize(

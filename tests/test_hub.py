@@ -301,7 +301,7 @@ def test_imports_and_operators_are_rewritten_and_nothing_else():
     assert hub.rewritten(source, "frlabcde") == (
         '"""Use: from fused_rl import kl; fused_rl::kl."""\n'
         "from . import checks, ops\n"
-        "from .head import (\n    LMHead,\n)\n"
+        "from .linear.head import (\n    LMHead,\n)\n"
         "def f():\n"
         "    'é'; from .kernels import kl as kernel\n"
         '    """\n    from fused_rl import this_is_text\n    """\n'
