@@ -54,7 +54,9 @@ class Cut(NamedTuple):
 class Stored(NamedTuple):
     """What the storing variant works on beside the head."""
 
-    exponentials: Tensor  # [N, V] bf16, written; its rows begin at multiples of 16 bytes
+    # [N, V] bf16, written; rows begin at multiples of 16 bytes, and what a row leaves of its last
+    # 16 bytes becomes 0.
+    exponentials: Tensor
     reference: Tensor  # [N] fp32, in the units of the logits
     again: Tensor | None = None  # [tiles] int32: those to form; what is not wanted is not touched
 

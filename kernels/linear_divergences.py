@@ -79,7 +79,9 @@ def statistics(
         stats += of_head
     sums = divergences.sums(*sides, *measure, multiprocessors)
     sums = sums.where(student.labels != ignore_index, 0.0).float()
-    return (sums[0], *stats, *sums[1:])
+    # No operator may return views of one tensor.
+    divergence, *slopes = (t.clone() for t in sums)
+    return (divergence, *stats, *slopes)
 
 
 def bwd(

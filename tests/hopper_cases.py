@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_rl import reference
+
+
+def aligned(x: Tensor) -> Tensor:
+    """A copy whose rows begin at multiples of 16 bytes."""
+    return F.pad(x, (0, -x.shape[1] % 8))[:, : x.shape[1]]
 
 
 class Case:
     """A head whose rows are padded to 16 bytes, so that any H can be described for TMA."""
 
     def __init__(self, N, H, V, dtype=torch.bfloat16, *, bias=False, softcap=0.0, spread=1.0):
-        def rows(count):
-            return torch.randn(count, -(-H // 8) * 8).to(dtype)[:, :H]
-
-        self.hidden, self.weight = rows(N), rows(V)
+        self.hidden, self.weight = (aligned(torch.randn(rows, H).to(dtype)) for rows in (N, V))
         self.bias = torch.randn(V).to(dtype) if bias else None
         # Some belong to no token of the vocabulary, one of them only in int64.
         self.labels = torch.randint(0, V, (N,))
@@ -30,6 +33,8 @@ class Case:
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(device))
+        # A copy to a device closes the gaps between rows.
+        self.hidden, self.weight = aligned(self.hidden), aligned(self.weight)
         return self
 
     @property
@@ -43,9 +48,17 @@ class Case:
         wide = (None if t is None else t.double().cpu() for t in tensors)
         return reference.logits(*wide, self.scale, self.softcap)
 
-    def exact(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest logit, lse and entropy, and the label's logit or 0."""
-        z = self.logits()
+    def exact(self) -> Tensor:
+        """The largest logit, lse and entropy, and the label's logit or 0: [4, N] fp64."""
+        return self.statistics(self.logits())
+
+    def of_products(self) -> Tensor:
+        """The same from the vendor's product in float32, of a head without bias and softcap."""
+        raw = torch.mm(self.hidden, self.weight.T, out_dtype=torch.float32).double()
+        return self.statistics((raw * self.scale / self.temperature[:, None]).cpu())
+
+    def statistics(self, z: Tensor) -> Tensor:
+        """Those of logits."""
         labels = self.labels.cpu()
         lse = z.logsumexp(-1)
         p = (z - lse[:, None]).exp()

@@ -301,3 +301,14 @@ def test_exponentials_are_kept_where_they_fit_and_were_right(place, monkeypatch)
     trust.trust_kernels(unproven=True)
     with pytest.warns(RuntimeWarning, match="linear_logprobs_stored is not used"):
         assert not keeps(head(), LIMITS, CPU, place)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_share_no_memory(name, place):
+    """torch refuses an operator whose results are views of one tensor, or of what it was given."""
+    operator, records = call_of(name)
+    found = on_cuda.served(operator, records, CPU, place)
+    given = [t for record in records for t in record if isinstance(t, torch.Tensor)]
+    places = [t.untyped_storage().data_ptr() for t in tensors(found) if t.numel()]
+    assert len(set(places)) == len(places)
+    assert not set(places) & {t.untyped_storage().data_ptr() for t in given}

@@ -65,7 +65,10 @@ def test_many_parts_in_many_waves_in_groups():
     case = Case(6000, 4096, 2500).to("cuda")
     parts = hopper.cut(6000, 2500, 4096, device().multiprocessors, CONFIG)
     assert parts.group < parts.tiles and parts.programs > device().multiprocessors
-    check(case)
+    # Over 4096 products the accumulators of the tensor cores themselves are off by more.
+    exact = case.exact()
+    of_products = (case.of_products() - exact).abs().amax(1)
+    assert ((statistics(case) - exact).abs().amax(1) <= 1.1 * of_products + 1e-6).all()
 
 
 def test_the_same_bits_each_time():
@@ -117,7 +120,8 @@ def test_exponentials_are_two_to_the_logit_less_the_reference(dtype, bias, softc
     e = stored.exponentials.double().cpu()
     # Half a unit in the last place, and what fp32 logits are off by.
     assert ((e / exact - 1).abs() <= 2**-8 * 1.01).all()
-    assert (memory[:, V:] == 7.0).all()
+    # Stores end with a whole number of 16 bytes: what is beyond V in the last is 0.
+    assert (memory[:, V : V + -V % 8] == 0.0).all() and (memory[:, V + -V % 8 :] == 7.0).all()
     moment = (exact * exact.log2()).sum(-1)
     torch.testing.assert_close(s.sum(0), exact.sum(-1), atol=0, rtol=2e-5)
     torch.testing.assert_close(t.sum(0), moment, atol=2e-5 * exact.sum(-1).max(), rtol=2e-5)

@@ -72,7 +72,8 @@ def test_a_product_errs_no_more_than_that_of_float32(N, H, V, add):
         before = total.double() if add else 0.0
         exact = before + a.double() @ b.double()
         usual = in_full(lambda a=a, b=b, c=total: torch.addmm(c, a.float(), b.float(), beta=add))
-        halves = a.to(BF16), b.to(BF16)
+        # Where rows are aligned other kernels serve, whose accumulators err more.
+        halves = split.parts(a.float(), 1)[0], split.parts(b.float(), 1)[0]
         alone = torch.mm(*halves, out_dtype=FP32)
         of_cores = error(alone, halves[0].double() @ halves[1].double())
         split.product(a, b, total, add)
