@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import Pools
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +54,11 @@ def exported(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "parent" / "export"
     assert cli.main(["export-hub", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Pools]:
+    """Processes that form a group: `ranks(2).run("cases_of_something", "name", **options)`."""
+    pools = Pools()
+    yield pools
+    pools.stop()
