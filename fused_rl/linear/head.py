@@ -5,7 +5,7 @@ z = softcap(scale * (hidden . weight^T + bias))        softcap(x) = c * tanh(x /
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -14,34 +14,63 @@ from torch import Tensor
 from fused_rl import checks, reference
 from fused_rl.models import asked, parts
 from fused_rl.ops import in_full
+from fused_rl.parallel.collectives import rank_in, ranks_of
+from fused_rl.parallel.placed import is_placed, rows_of, states_of
+from fused_rl.parallel.spread import Spread
+from fused_rl.parallel.states import Hidden
 
 
 @dataclass(frozen=True, eq=False)
 class LMHead:
     """The language-model head: a weight, and what the model does to its product.
 
+    With a group the vocabulary is spread over its ranks: each has some of the rows, and a call that
+    every rank makes with the same labels gives every rank the numbers of the whole vocabulary.
+    linear_logprobs, linear_top_logprobs, linear_kept_logprobs and linear_policy_loss take such a
+    head; collectives are in those calls and in their backward passes, none is in this constructor.
+    The gradients of weight and bias are those of this rank's rows, complete.
+
     Args:
-        weight: [V, H], any floating dtype, any strides.
-        bias: [V] or None; may hold -inf for tokens that are never to be sampled.
+        weight: [V, H], any floating dtype, any strides. With a group this rank's rows, [V_r, H],
+            perhaps none, or a DTensor [V, H] that is cut along the vocabulary (Shard(0)) over that
+            group.
+        bias: [V] or None; may hold -inf for tokens that are never to be sampled. With a group as
+            weight is.
         scale: multiplies the raw logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
         softcap: c of c * tanh(x / c) (Gemma's final_logit_softcapping), or None.
+        group: the torch.distributed.ProcessGroup whose ranks share the vocabulary, or None.
+        start: the vocabulary entry of this rank's first row; None: every rank has as many rows.
+        vocabulary: V, entries of all ranks; rows beyond it, with which Megatron fills the last
+            ranks up, take no part. None: the rows of all ranks, where start is None.
+        hidden: how hidden states lie on the ranks. Those that are a DTensor say it themselves.
 
     Raises:
         ValueError: a shape, dtype or value that is not as above; a weight without elements, as
-            sharded training leaves it when the parameter is not gathered; a DTensor or a quantised
-            tensor.
+            sharded training leaves it when the parameter is not gathered; a DTensor without a
+            group, or a quantised tensor; a start without a vocabulary, or any option of a group
+            without one.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    _: KW_ONLY
+    group: Any = None
+    start: int | None = None
+    vocabulary: int | None = None
+    hidden: Hidden = Hidden.REPLICATED
 
     def __post_init__(self) -> None:
+        self._place()
         checks.is_floating("weight", self.weight)
         parts.is_whole("weight", self.weight)
         checks.require(
-            self.weight.dim() == 2 and self.weight.numel() > 0,
+            self.weight.dim() == 2 and self.weight.shape[1] > 0,
+            lambda: f"weight must be [V, H] with elements, got {list(self.weight.shape)}",
+        )
+        checks.require(
+            self.group is not None or self.weight.shape[0] > 0,
             lambda: (
                 f"weight must be [V, H] with elements, got {list(self.weight.shape)}; "
                 "a sharded parameter must be gathered first"
@@ -64,6 +93,84 @@ class LMHead:
                 ),
             )
             checks.same_device(weight=self.weight, bias=self.bias)
+
+    def _place(self) -> None:
+        """This rank's rows, cut to the vocabulary, with start and vocabulary found."""
+        checks.is_one_of("hidden", self.hidden, Hidden)
+        if self.group is None:
+            given = {n: getattr(self, n) for n in ("start", "vocabulary")}
+            named = [n for n, value in given.items() if value is not None]
+            named += [] if self.hidden is Hidden.REPLICATED else ["hidden"]
+            checks.require(
+                not named, lambda: f"{' and '.join(named)} need a group, whose ranks share the rows"
+            )
+            return
+        found = {n: getattr(self, n) for n in ("weight", "bias", "start", "vocabulary")}
+        for name in ("weight", "bias"):
+            if is_placed(found[name]):
+                rows = rows_of(name, found[name])
+                checks.require(
+                    rows.group == self.group,
+                    lambda name=name: f"{name} is a DTensor on the mesh of another group",
+                )
+                found |= {name: rows.local, "start": rows.start}
+                found["vocabulary"] = found["vocabulary"] or rows.size
+        checks.require(
+            isinstance(found["weight"], Tensor) and found["weight"].dim() == 2,
+            lambda: f"weight must be [V_r, H], got {checks.shown(found['weight'])}",
+        )
+        count = found["weight"].shape[0]
+        if found["start"] is None:
+            found["start"] = rank_in(self.group) * count
+            found["vocabulary"] = found["vocabulary"] or ranks_of(self.group) * count
+        checks.require(
+            found["vocabulary"] is not None,
+            lambda: f"start is {found['start']}, and vocabulary must be given beside it",
+        )
+        for name in ("start", "vocabulary"):
+            checks.is_integer(name, found[name])
+            checks.at_least(name, found[name], 0)
+        # Rows of padding must not enter the softmax.
+        left = max(0, found["vocabulary"] - found["start"])
+        if left < count:
+            found |= {n: None if found[n] is None else found[n][:left] for n in ("weight", "bias")}
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
+    def spread(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Spread | None]:
+        """This rank's hidden states, and how they and the vocabulary lie; None without a group.
+
+        Raises:
+            ValueError: hidden states that fit labels neither as they lie nor otherwise.
+        """
+        if self.group is None:
+            return hidden, None
+        how, dim = self.hidden, 0
+        if is_placed(hidden):
+            hidden, how, dim = states_of(hidden, self.group)
+        leading = tuple(hidden.shape[:-1])
+        if how is Hidden.SEQUENCE_SHARDED:
+            whole = list(leading)
+            whole[dim : dim + 1] = [n * ranks_of(self.group) for n in leading[dim : dim + 1]]
+            checks.require(
+                list(labels.shape) == whole,
+                lambda: (
+                    f"labels are those of all tokens, {whole} for hidden {list(hidden.shape)} cut "
+                    f"over {ranks_of(self.group)} ranks, got labels {list(labels.shape)}"
+                ),
+            )
+        return hidden, Spread(self.group, self.start, self.vocabulary, how, leading, dim)
+
+    def is_here(self, name: str) -> None:
+        """ValueError, naming what was called, for a vocabulary that is spread over ranks."""
+        checks.require(
+            self.group is None,
+            lambda: (
+                f"{name} needs the whole vocabulary on one rank, and this head's is spread over "
+                f"{ranks_of(self.group)}: linear_logprobs, linear_top_logprobs, "
+                "linear_kept_logprobs and linear_policy_loss take it"
+            ),
+        )
 
     @property
     def requires_grad(self) -> bool:
@@ -134,7 +241,11 @@ class LMHead:
 
         They are materialised: for tests, and for the few tokens one wants to look at. Under
         torch.autocast they are those of float32 operands.
+
+        Raises:
+            ValueError: a head whose vocabulary is spread over ranks.
         """
+        self.is_here("logits")
         flat = hidden.reshape(-1, hidden.shape[-1])
         ones = torch.ones(flat.shape[0], dtype=torch.float64, device=flat.device)
         options = (ones, self.scale, self.softcap or 0.0)

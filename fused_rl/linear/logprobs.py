@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from fused_rl import checks, ops
 from fused_rl.derivatives import transformed
 from fused_rl.linear.head import LMHead
+from fused_rl.parallel import two_passes
+from fused_rl.parallel.spread import Spread
+from fused_rl.parallel.states import Hidden
 from fused_rl.reference import acc_dtype
 from fused_rl.stats import IGNORE_INDEX, TokenStats, TopStats
 
@@ -112,11 +115,11 @@ def linear_top_logprobs(
         ValueError: as for linear_logprobs.
     """
     head = LMHead.of(head)
-    flat = flat_arguments(hidden, head, labels, temperature)
+    flat, spread = spread_arguments(hidden, head, labels, temperature)
     checks.is_integer("ignore_index", ignore_index)
     checks.chunk_bytes_is_positive(chunk_bytes)
     checks.grad_filter_is_possible(grad_filter, hidden.device)
-    options = (ignore_index, chunk_bytes, grad_filter)
+    options = (ignore_index, chunk_bytes, grad_filter, spread)
     stats = named(flat_top_logprobs, flat, *options, shape=labels.shape)
     return TopStats(*(x.reshape(labels.shape) for x in stats))
 
@@ -166,10 +169,30 @@ def flat_arguments(
 
     whose: what the arguments' names begin with, for the errors.
     """
-    name = f"{whose}hidden"
-    checks.is_floating(name, hidden)
+    head.is_here("this function")
     checks.is_labels(labels)
-    checks.leading_shape(name, hidden, labels)
+    checks.leading_shape(f"{whose}hidden", hidden, labels)
+    return _flattened(hidden, head, labels, temperature, whose)
+
+
+def spread_arguments(
+    hidden: Tensor, head: LMHead, labels: Tensor, temperature: float | Tensor
+) -> tuple[ops.Head, Spread | None]:
+    """flat_arguments of heads whose vocabulary may be spread over ranks; hidden is this rank's."""
+    if head.group is None:
+        return flat_arguments(hidden, head, labels, temperature), None
+    checks.is_floating("hidden", hidden)
+    checks.is_labels(labels)
+    hidden, spread = head.spread(hidden, labels)
+    if spread.hidden is not Hidden.SEQUENCE_SHARDED:
+        checks.leading_shape("hidden", hidden, labels)
+    return _flattened(hidden, head, labels, temperature, ""), spread
+
+
+def _flattened(
+    hidden: Tensor, head: LMHead, labels: Tensor, temperature: float | Tensor, whose: str
+) -> ops.Head:
+    name = f"{whose}hidden"
     checks.require(
         hidden.shape[-1] == head.weight.shape[1],
         lambda: (
@@ -189,12 +212,22 @@ def flat_arguments(
 
 
 def flat_top_logprobs(
-    head: ops.Head, ignore_index: int, chunk_bytes: int | None, grad_filter: float | None
+    head: ops.Head,
+    ignore_index: int,
+    chunk_bytes: int | None,
+    grad_filter: float | None,
+    spread: Spread | None = None,
 ) -> TopStats:
-    """linear_top_logprobs of what flat_arguments returns, [N] each."""
+    """linear_top_logprobs of what spread_arguments returns, [N] each."""
     hidden, weight, bias, *_ = head
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     limits = ops.Limits(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes))
+    if spread is not None:
+        checks.require(
+            grad_filter is None,
+            lambda: f"grad_filter is for heads on one rank, got {grad_filter} and a group",
+        )
+        return TopStats(*two_passes.statistics(head, limits, spread))
     op, options = ops.linear_logprobs, ()
     if grad_filter is not None and torch.is_grad_enabled():
         op, options = ops.linear_filtered_logprobs, (ops.Filter(grad_filter),)

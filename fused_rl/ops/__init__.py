@@ -40,10 +40,10 @@ from fused_rl.ops.frozen import linear_logprobs_frozen
 from fused_rl.ops.kept import KeptHead, linear_kept_logprobs
 from fused_rl.ops.kept_sets import Sets
 from fused_rl.ops.kl import Deviation, kl
-from fused_rl.ops.linear import linear_logprobs
+from fused_rl.ops.linear import linear_logprobs, linear_logprobs_backward
 from fused_rl.ops.logits import Rows, logits_logprobs
 from fused_rl.ops.native import native_missing
-from fused_rl.ops.record import Head, Known, Limits, Upstream
+from fused_rl.ops.record import Head, Known, Limits, Needs, Statistics, Upstream
 from fused_rl.ops.stored import linear_logprobs_stored
 from fused_rl.ops.terms import LogPair, divergence_terms
 from fused_rl.ops.triton_chunk import fits_in_half
@@ -63,8 +63,10 @@ __all__ = [
     "Limits",
     "LogPair",
     "Measure",
+    "Needs",
     "Rows",
     "Sets",
+    "Statistics",
     "StudentUpstream",
     "Sums",
     "TwoHeads",
@@ -89,6 +91,7 @@ __all__ = [
     "linear_logits_at",
     "linear_logprobs",
     "linear_logprobs_at",
+    "linear_logprobs_backward",
     "linear_logprobs_chunk",
     "linear_logprobs_chunk_backward",
     "linear_logprobs_frozen",

@@ -1,0 +1,102 @@
+"""Cases of heads whose vocabulary is spread over ranks; the oracle is the whole head."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_rl import LMHead, linear_logprobs
+from fused_rl.parallel.states import Hidden
+
+GROUP = dist.group.WORLD
+
+
+def cut(V, rank, world, uneven=False):
+    """This rank's rows."""
+    sizes = [len(c) for c in torch.arange(V).tensor_split(world)]
+    if uneven:
+        # All but the first have little, the last has nothing.
+        sizes = [V - (world - 2), *[1] * (world - 2), 0] if world > 2 else [V, 0]
+    start = sum(sizes[:rank])
+    return slice(start, start + sizes[rank])
+
+
+@dataclass
+class Problem:
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    temperature: Tensor
+    softcap: float | None
+
+    @classmethod
+    def drawn(cls, N=23, H=16, V=97, dtype=torch.float64, bias=True, softcap=None, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+        labels = torch.randint(0, V, (N,), generator=g)
+        labels[1::6] = -100
+        return cls(
+            draw(N, H).to(dtype),
+            (draw(V, H) / 2).to(dtype),
+            draw(V).to(dtype) if bias else None,
+            labels,
+            torch.rand(N, generator=g, dtype=torch.float64) + 0.5,
+            softcap,
+        )
+
+    def leaves(self, rows=slice(None), trained=True):
+        given = (self.hidden, self.weight[rows], None if self.bias is None else self.bias[rows])
+        needs = (True, trained, trained)
+        return [
+            None if t is None else t.clone().requires_grad_(n)
+            for t, n in zip(given, needs, strict=True)
+        ]
+
+
+def part(problem, rank, world, uneven=False, hidden=Hidden.REPLICATED, trained=True):
+    """This rank's hidden states, weight, bias, and head."""
+    V = len(problem.weight)
+    rows = cut(V, rank, world, uneven)
+    h, w, b = problem.leaves(rows, trained)
+    options = {"group": dist.group.WORLD, "start": rows.start, "vocabulary": V, "hidden": hidden}
+    return rows, (h, w, b), LMHead(w, b, softcap=problem.softcap, **options)
+
+
+def relative(found, exact):
+    """The largest difference over the largest number; inf where one is NaN."""
+    if exact.numel() == 0:
+        return 0.0
+    gap = (found.double() - exact.double()).abs().max() / exact.double().abs().max()
+    return torch.inf if gap.isnan() else gap.item()
+
+
+def upstream(N):
+    g = torch.Generator().manual_seed(5)
+    return torch.randn(2, N, generator=g, dtype=torch.float64)
+
+
+def objective(stats, with_entropy=True):
+    a, b = upstream(len(stats.logprobs))
+    total = (a * stats.logprobs).sum()
+    return total + (b * stats.entropy).sum() if with_entropy else total
+
+
+def two_passes(rank, world, dtype="float64", uneven=False, trained=True, with_entropy=True, **of):
+    """The largest relative differences of values and of gradients from those of the whole head."""
+    problem = Problem.drawn(dtype=getattr(torch, dtype), **of)
+    h0, w0, b0 = problem.leaves(trained=trained)
+    whole = LMHead(w0, b0, softcap=problem.softcap)
+    options = {"temperature": problem.temperature, "chunk_bytes": 8 * 97 * 8}
+    exact = linear_logprobs(h0, whole, problem.labels, **options)
+    objective(exact, with_entropy).backward()
+    rows, (h, w, b), head = part(problem, rank, world, uneven, trained=trained)
+    stats = linear_logprobs(h, head, problem.labels, **options)
+    objective(stats, with_entropy).backward()
+    values = max(relative(x, y) for x, y in zip(stats, exact, strict=True))
+    gradients = [relative(h.grad, h0.grad)]
+    if trained:
+        gradients.append(relative(w.grad, w0.grad[rows]))
+        gradients += [relative(b.grad, b0.grad[rows])] if b is not None else []
+    return values, max(gradients)
