@@ -6,7 +6,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_rl import LMHead, linear_logprobs
+from fused_rl import (
+    LMHead,
+    LossOutput,
+    TokenBatch,
+    dapo,
+    grpo,
+    linear_logprobs,
+    linear_policy_loss,
+)
 from fused_rl.parallel.states import Hidden
 
 GROUP = dist.group.WORLD
@@ -100,3 +108,57 @@ def two_passes(rank, world, dtype="float64", uneven=False, trained=True, with_en
         gradients.append(relative(w.grad, w0.grad[rows]))
         gradients += [relative(b.grad, b0.grad[rows])] if b is not None else []
     return values, max(gradients)
+
+
+def batch_of(problem, **options):
+    """Of sequences of several lengths, packed."""
+    g = torch.Generator().manual_seed(3)
+    N = len(problem.labels)
+    draw = lambda: torch.randn(N, generator=g, dtype=torch.float64)  # noqa: E731
+    labels = problem.labels.clone()
+    mask = labels != -100
+    cu_seqlens = torch.tensor([0, N // 3, N // 2, N])
+    old = -1 - draw().abs() + (draw() > 0) * 2.0
+    return TokenBatch.packed(
+        labels, cu_seqlens, draw(), loss_mask=mask, old_logprobs=old, ref_logprobs=old + draw() / 9
+    )
+
+
+LOSSES = {
+    "grpo": lambda: grpo(beta=0.1),
+    # Not separable: two passes.
+    "function": lambda: (
+        lambda stats, batch: LossOutput(
+            (stats.logprobs * batch.advantages * stats.entropy).mean(), {}
+        )
+    ),
+    "dapo": lambda: dapo(),
+}
+
+
+def policy_loss(rank, world, dtype="float64", loss="grpo", chunk=None, uneven=False, **of):
+    """The largest relative differences of the loss and of the gradients."""
+    trained, hidden = of.pop("trained", True), Hidden[of.pop("hidden", "REPLICATED")]
+    problem = Problem.drawn(N=24, dtype=getattr(torch, dtype), **of)
+    h0, w0, b0 = problem.leaves(trained=trained)
+    batch, formed = batch_of(problem), LOSSES[loss]()
+    options = {"temperature": problem.temperature, "chunk_bytes": chunk}
+    whole = LMHead(w0, b0, softcap=problem.softcap)
+    exact = linear_policy_loss(h0, whole, batch, formed, **options).loss
+    (3 * exact).backward()
+    rows, (h, w, b), head = part(problem, rank, world, uneven, hidden, trained)
+    mine = slice(None)
+    if hidden is Hidden.SEQUENCE_SHARDED:
+        mine = slice(rank * 24 // world, (rank + 1) * 24 // world)
+        h = h.detach()[mine].requires_grad_()
+    found = linear_policy_loss(h, head, batch, formed, **options).loss
+    (3 * found).backward()
+    gradient = h.grad
+    if hidden is Hidden.PARTIAL:
+        gradient = h.grad.clone()
+        dist.all_reduce(gradient)
+    gradients = [relative(gradient, h0.grad[mine])]
+    if trained:
+        gradients.append(relative(w.grad, w0.grad[rows]))
+        gradients += [relative(b.grad, b0.grad[rows])] if b is not None else []
+    return relative(found, exact), max(gradients)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_rl import checks, reference
 from fused_rl.models import asked, parts
 from fused_rl.ops import in_full
-from fused_rl.parallel.collectives import rank_in, ranks_of
+from fused_rl.parallel.collectives import is_group, rank_in, ranks_of
 from fused_rl.parallel.placed import is_placed, rows_of, states_of
 from fused_rl.parallel.spread import Spread
 from fused_rl.parallel.states import Hidden
@@ -65,12 +65,10 @@ class LMHead:
         self._place()
         checks.is_floating("weight", self.weight)
         parts.is_whole("weight", self.weight)
+        # A rank may have no rows, and has no other reason for an empty weight.
+        has_elements = self.weight.numel() > 0 or (self.group is not None and len(self.weight) == 0)
         checks.require(
-            self.weight.dim() == 2 and self.weight.shape[1] > 0,
-            lambda: f"weight must be [V, H] with elements, got {list(self.weight.shape)}",
-        )
-        checks.require(
-            self.group is not None or self.weight.shape[0] > 0,
+            self.weight.dim() == 2 and has_elements,
             lambda: (
                 f"weight must be [V, H] with elements, got {list(self.weight.shape)}; "
                 "a sharded parameter must be gathered first"
@@ -105,6 +103,13 @@ class LMHead:
                 not named, lambda: f"{' and '.join(named)} need a group, whose ranks share the rows"
             )
             return
+        checks.require(
+            is_group(self.group),
+            lambda: (
+                "group must be a torch.distributed.ProcessGroup (of a DeviceMesh: its get_group()), "
+                f"got {checks.shown(self.group)}"
+            ),
+        )
         found = {n: getattr(self, n) for n in ("weight", "bias", "start", "vocabulary")}
         for name in ("weight", "bias"):
             if is_placed(found[name]):

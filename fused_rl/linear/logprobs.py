@@ -170,6 +170,7 @@ def flat_arguments(
     whose: what the arguments' names begin with, for the errors.
     """
     head.is_here("this function")
+    checks.is_floating(f"{whose}hidden", hidden)
     checks.is_labels(labels)
     checks.leading_shape(f"{whose}hidden", hidden, labels)
     return _flattened(hidden, head, labels, temperature, whose)

@@ -44,28 +44,29 @@ class Way(NamedTuple):
             batch: the tokens.
             needs: which gradients, of hidden, weight and bias.
         """
-        hidden, weight, bias, *_ = heads
+        whole = self.policies.gathered(heads)
+        hidden, weight, bias, *_ = whole
         need_hidden, need_weight, need_bias = needs
         counted = Counted.of(batch.loss_mask, self.most)
         evaluation = Evaluation(self.loss, batch, counted)
         of_sum = heads.dtype if len(counted.chunks) > 1 else ops.waiting_dtype(weight)
         allocate = weight.new_empty if counted.chunks else weight.new_zeros
-        dhidden = None
+        total = self.policies.total(heads, counted)
         dweight = allocate(weight.shape if need_weight else 0, dtype=of_sum)
         dbias = allocate(weight.shape[0] if need_bias else 0, dtype=of_sum)
         for i, chunk in enumerate(counted.chunks):
-            stats, backward = self.policies.chunk(heads.at(chunk))
+            stats, backward = self.policies.chunk(whole.at(chunk))
             sums = ops.Sums(dweight, dbias, i > 0)
             of_chunk = backward(evaluation.gradients(stats, chunk), sums)
             del backward
-            dhidden = counted.add(dhidden, of_chunk, chunk) if need_hidden else None
+            if need_hidden:
+                total.add(of_chunk, chunk)
         if not counted.chunks:
             none = hidden.new_empty(0, dtype=heads.dtype)
             stats = self.policies.stats
             evaluation.gradients(stats(*[none] * len(stats._fields)), slice(0))
-            dhidden = hidden.new_zeros(hidden.shape, dtype=ops.waiting_dtype(hidden))
         gradients = HeadGradients(
-            dhidden if need_hidden else None,
+            total.result() if need_hidden else None,
             dweight.to(ops.waiting_dtype(weight)) if need_weight else None,
             dbias.to(ops.waiting_dtype(bias)) if need_bias else None,
         )

@@ -2,6 +2,7 @@
 
                           NHV in one pass: logits, gradient      statistics
     Alone                 2, 4                                   TokenStats
+    Spread                2, 4 over all ranks                    TokenStats
     BesideReference       4, 4                                   DivergenceStats
 
 Each says how a chunk of tokens is formed and how its gradient is; the rest of the pass is one code.
@@ -17,7 +18,9 @@ from fused_rl import checks, ops
 from fused_rl.divergences import Divergence
 from fused_rl.linear.divergence import Side, flat_divergence, two_heads
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import flat_arguments, flat_top_logprobs
+from fused_rl.linear.logprobs import flat_top_logprobs, spread_arguments
+from fused_rl.one_pass.evaluation import Counted
+from fused_rl.parallel import spread
 from fused_rl.stats import IGNORE_INDEX, DivergenceStats, TokenStats
 
 Heads = ops.Head | ops.TwoHeads
@@ -28,8 +31,36 @@ Backward = Callable[[tuple[Tensor, ...], ops.Sums], Tensor]
 for dweight and dbias -> dhidden. It is called once, and holds the logits until it is dropped."""
 
 
+class Here:
+    """What all of one rank do alike."""
+
+    def gathered(self, heads: Heads) -> Heads:
+        """With the hidden states of all tokens: they are here."""
+        return heads
+
+    def total(self, heads: Heads, counted: Counted) -> "Placed":
+        """Where dhidden of the chunks is put together."""
+        return Placed(heads.hidden, counted)
+
+
+class Placed:
+    """dhidden of all tokens, from that of the chunks."""
+
+    def __init__(self, like: Tensor, counted: Counted) -> None:
+        self.like, self.counted, self.dhidden = like, counted, None
+
+    def add(self, part: Tensor, chunk: slice | Tensor) -> None:
+        self.dhidden = self.counted.add(self.dhidden, part, chunk)
+
+    def result(self) -> Tensor:
+        """[N, H]; zeros where no token counts."""
+        if self.dhidden is not None:
+            return self.dhidden
+        return self.like.new_zeros(self.like.shape, dtype=ops.waiting_dtype(self.like))
+
+
 @dataclass(frozen=True)
-class Alone:
+class Alone(Here):
     """The policy's own head."""
 
     heads: ClassVar = ops.Head
@@ -59,7 +90,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class BesideReference:
+class BesideReference(Here):
     """The policy's head, the reference's, and the divergence between the two."""
 
     divergence: Divergence
@@ -93,7 +124,45 @@ class BesideReference:
         return flat_divergence(heads, self.divergence, ops.Limits(IGNORE_INDEX, scratch))
 
 
-Policies = Alone | BesideReference
+@dataclass(frozen=True)
+class Spread:
+    """The policy's head, its vocabulary spread over ranks that all have the same batch and loss."""
+
+    how: spread.Spread
+    heads: ClassVar = ops.Head
+    stats: ClassVar = TokenStats
+
+    def chunk_tokens(self, head: ops.Head, chunk_bytes: int | None) -> int:
+        """As of Alone; the same on every rank."""
+        return self.how.chunk_tokens(head, chunk_bytes)
+
+    def gathered(self, head: ops.Head) -> ops.Head:
+        """With the hidden states of all tokens."""
+        return self.how.gathered(head)
+
+    def total(self, head: ops.Head, counted: Counted) -> spread.Total:
+        """Where dhidden of the chunks is added up over ranks."""
+        dtype = ops.waiting_dtype(head.hidden)
+        return spread.Total(self.how, head.hidden, counted.tokens, dtype)
+
+    def chunk(self, head: ops.Head) -> tuple[TokenStats, Backward]:
+        """As of Alone; dhidden is this rank's summand."""
+        stats, of_chunk = spread.chunk(head, self.how)
+
+        def backward(gradients: tuple[Tensor, ...], sums: ops.Sums) -> Tensor:
+            return of_chunk(ops.Upstream(*gradients), sums)
+
+        return TokenStats(stats.logprobs, stats.entropy), backward
+
+    def two_passes(
+        self, head: ops.Head, chunk_bytes: int | None, grad_filter: float | None
+    ) -> TokenStats:
+        """As of Alone."""
+        options = (IGNORE_INDEX, chunk_bytes, grad_filter, self.how)
+        return TokenStats(*flat_top_logprobs(head, *options)[:2])
+
+
+Policies = Alone | BesideReference | Spread
 
 
 def flattened(
@@ -106,7 +175,9 @@ def flattened(
 ) -> tuple[Heads, Policies]:
     """linear_policy_loss's arguments, checked and flat [N, ...]; the reference without gradient."""
     if reference is None:
-        return flat_arguments(hidden, head, labels, temperature), Alone()
+        flat, how = spread_arguments(hidden, head, labels, temperature)
+        return flat, Alone() if how is None else Spread(how)
+    head.is_here("linear_policy_loss with a reference")
     checks.require(
         isinstance(reference, tuple) and len(reference) == 2,
         lambda: f"reference must be (ref_hidden, ref_head), got {checks.shown(reference)}",

@@ -94,8 +94,9 @@ def linear_policy_loss(
     in_one = trained and separable and grad_filter is None and not transformed()
     if in_one and checks.has_values(hidden):
         most = policies.chunk_tokens(heads, chunk_bytes)
-        if ops.one_pass_pays(len(heads.hidden), most, hidden.device, head.requires_grad):
-            tokens = (heads.labels, heads.temperature, len(heads.weight), IGNORE_INDEX)
+        if ops.one_pass_pays(len(heads.labels), most, hidden.device, head.requires_grad):
+            V = len(heads.weight) if head.vocabulary is None else head.vocabulary
+            tokens = (heads.labels, heads.temperature, V, IGNORE_INDEX)
             _named(ops.check_tokens, *tokens, shape=batch.shape)
             return one_pass(heads, batch, Way(loss, policies, most))
     stats = _named(policies.two_passes, heads, chunk_bytes, grad_filter, shape=batch.shape)

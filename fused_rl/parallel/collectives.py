@@ -8,6 +8,12 @@ from typing import Any
 from torch import Tensor
 
 
+def is_group(thing: object) -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and isinstance(thing, dist.ProcessGroup)
+
+
 def ranks_of(group: Any) -> int:
     import torch.distributed as dist
 
