@@ -76,8 +76,9 @@ def relative(found, exact):
     """The largest difference over the largest number; inf where one is NaN."""
     if exact.numel() == 0:
         return 0.0
-    gap = (found.double() - exact.double()).abs().max() / exact.double().abs().max()
-    return torch.inf if gap.isnan() else gap.item()
+    gap = (found.double() - exact.double()).abs().max()
+    size = exact.double().abs().max().clamp(min=1e-300)
+    return torch.inf if gap.isnan() else (gap / size).item()
 
 
 def upstream(N):

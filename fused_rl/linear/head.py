@@ -106,7 +106,7 @@ class LMHead:
         checks.require(
             is_group(self.group),
             lambda: (
-                "group must be a torch.distributed.ProcessGroup (of a DeviceMesh: its get_group()), "
+                "group must be a torch.distributed.ProcessGroup (of a mesh: its get_group()), "
                 f"got {checks.shown(self.group)}"
             ),
         )

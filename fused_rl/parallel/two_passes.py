@@ -24,7 +24,9 @@ def statistics(head: ops.Head, limits: ops.Limits, spread: Spread) -> tuple[Tens
             rank, before any collective.
         NotImplementedError: torch.func, forward mode; at the backward pass, a second derivative.
     """
-    ops.check_tokens(head.labels, head.temperature, spread.size, limits.ignore_index)
+    # What is traced has no values: there a label outside has a log-prob of NaN.
+    if not torch.compiler.is_compiling():
+        ops.check_tokens(head.labels, head.temperature, spread.size, limits.ignore_index)
     if transformed():
         raise NotImplementedError(
             "a head that is spread over ranks has no torch.func transforms and no forward mode: "

@@ -1,0 +1,117 @@
+"""Heads whose vocabulary is spread over ranks, against the whole head on one rank."""
+
+import pytest
+
+FLOAT64, FLOAT32 = 1e-14, 3e-6
+WORLDS = pytest.mark.parametrize("world", [2, 4])
+HIDDEN = ["REPLICATED", "SEQUENCE_SHARDED", "PARTIAL"]
+# A case costs a tenth of a second: what differs in code has one, not every combination.
+ANY_LOSS = [
+    {},
+    {"uneven": True},
+    {"V": 9, "uneven": True},
+    {"softcap": 3.0, "bias": False},
+    {"trained": False},
+    {"trained": False, "with_entropy": False},
+    {"trained": False, "uneven": True, "softcap": 3.0},
+]
+KNOWN_LOSS = [
+    {},
+    {"uneven": True, "softcap": 3.0},
+    {"trained": False, "chunk": 97 * 8 * 7},
+    {"loss": "dapo", "V": 1003},
+    {"loss": "function"},
+]
+
+
+def named(options):
+    return ", ".join(f"{k} {v}" for k, v in options.items()) or "plain"
+
+
+def largest(found):
+    """Of all ranks: the largest difference of values, and of gradients."""
+    return [max(column) for column in zip(*found, strict=True)]
+
+
+@WORLDS
+@pytest.mark.parametrize("options", ANY_LOSS, ids=named)
+def test_two_passes(ranks, world, options):
+    values, gradients = largest(ranks(world).run("cases_spread", "two_passes", **options))
+    assert values <= FLOAT64 and gradients <= FLOAT64
+
+
+@WORLDS
+@pytest.mark.parametrize("options", KNOWN_LOSS, ids=named)
+def test_policy_losses(ranks, world, options):
+    values, gradients = largest(ranks(world).run("cases_spread", "policy_loss", **options))
+    assert values <= FLOAT64 and gradients <= FLOAT64
+
+
+@WORLDS
+@pytest.mark.parametrize("loss", ["grpo", "function"])
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_hidden_states_as_they_lie(ranks, world, hidden, loss):
+    options = {"hidden": hidden, "loss": loss, "chunk": 97 * 8 * 20}
+    values, gradients = largest(ranks(world).run("cases_spread", "policy_loss", **options))
+    assert values <= FLOAT64 and gradients <= FLOAT64
+
+
+@pytest.mark.parametrize("case", ["two_passes", "policy_loss"])
+def test_float32(ranks, case):
+    values, gradients = largest(ranks(4).run("cases_spread", case, dtype="float32", V=1003))
+    assert values <= FLOAT32 and gradients <= FLOAT32
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits(ranks, world, dtype):
+    """The same on all ranks, run to run, and for a token alone, in a batch and elsewhere in it."""
+    assert ranks(world).run("cases_spread_bits", "bits", dtype=dtype) == [(True,) * 4] * world
+
+
+@WORLDS
+def test_the_most_likely_token_is_known(ranks, world):
+    assert ranks(world).run("cases_spread_bits", "most_likely") == [(True, True)] * world
+
+
+@WORLDS
+def test_extremes(ranks, world):
+    """A NaN poisons its row alone; a part at -inf has no mass; logits may be of 1e30."""
+    for poisoned, *differences in ranks(world).run("cases_spread_bits", "extremes"):
+        assert poisoned == [5] and max(differences) <= FLOAT64
+
+
+def test_a_wrong_label_is_an_error_on_every_rank(ranks):
+    said = ranks(4).run("cases_spread_bits", "labels_are_checked_on_every_rank")
+    assert (
+        said == ["labels[3] is 97, outside the vocabulary [0, 97) and not ignore_index (-100)"] * 4
+    )
+
+
+def test_a_batch_without_counted_tokens(ranks):
+    assert ranks(4).run("cases_spread_bits", "masked_altogether") == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("hidden", "of_dhidden", "of_hidden"), [("REPLICATED", 6, 0), ("SEQUENCE_SHARDED", 4, 2)]
+)
+def test_traffic(ranks, hidden, of_dhidden, of_hidden):
+    """Bytes that a rank receives: 32 from each per token, 4 + 2 per number of dhidden."""
+    for world in (2, 4):
+        found = ranks(world).run("cases_spread_bits", "traffic", hidden=hidden)
+        assert found == [(32 * world, of_dhidden, of_hidden)] * world
+
+
+@pytest.mark.parametrize("options", [{}, {"trained": False}], ids=named)
+def test_torch_compile(ranks, options):
+    found = ranks(2).run("cases_spread_bits", "compiled", 90, **options)
+    values, gradients = largest(found)
+    assert values <= FLOAT64 and gradients <= FLOAT64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden", ["SEQUENCE_SHARDED", "PARTIAL"])
+def test_torch_compile_by_inductor(ranks, hidden):
+    options = {"backend": "inductor", "hidden": hidden}
+    values, _ = largest(ranks(2).run("cases_spread_bits", "compiled", 300, **options))
+    assert values <= FLOAT64
