@@ -52,6 +52,7 @@ from fused_rl.losses.sequences import Level
 from fused_rl.one_pass.policy_loss import linear_policy_loss
 from fused_rl.ops.backends import Backend, backends
 from fused_rl.ops.trust import trust_kernels
+from fused_rl.parallel.states import Hidden
 from fused_rl.rollouts import (
     advantages,
     diagnosis,
@@ -69,6 +70,7 @@ __all__ = [
     "KL",
     "Divergence",
     "DivergenceStats",
+    "Hidden",
     "KLPenalty",
     "KeptStats",
     "LMHead",

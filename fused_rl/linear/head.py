@@ -9,13 +9,14 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_rl import checks, reference
 from fused_rl.models import asked, parts
+from fused_rl.models.placed import is_placed, rows_of, states_of
+from fused_rl.models.recipes import Recipe
 from fused_rl.ops import in_full
 from fused_rl.parallel.collectives import is_group, rank_in, ranks_of
-from fused_rl.parallel.placed import is_placed, rows_of, states_of
 from fused_rl.parallel.spread import Spread
 from fused_rl.parallel.states import Hidden
 
@@ -152,7 +153,9 @@ class LMHead:
             return hidden, None
         how, dim = self.hidden, 0
         if is_placed(hidden):
-            hidden, how, dim = states_of(hidden, self.group)
+            hidden, cut = states_of(hidden, self.group)
+            how = Hidden.REPLICATED if cut is None else Hidden.SEQUENCE_SHARDED
+            dim = cut or 0
         leading = tuple(hidden.shape[:-1])
         if how is Hidden.SEQUENCE_SHARDED:
             whole = list(leading)
@@ -239,7 +242,20 @@ class LMHead:
         """
         recipe = asked.answer(model, ask=ask).recipe
         layer = parts.output_layer(parts.unwrap(model))
-        return cls(*recipe.parts(layer.weight, layer.bias))
+        if not is_placed(layer.weight):
+            return cls(*recipe.parts(layer.weight, layer.bias))
+        return cls._of_rows(recipe, layer)
+
+    @classmethod
+    def _of_rows(cls, recipe: Recipe, layer: nn.Linear) -> LMHead:
+        """This rank's part of a tensor-parallel output layer."""
+        rows = rows_of("weight", layer.weight)
+        bias = None if layer.bias is None else rows_of("bias", layer.bias).local
+        local, bias, scale, softcap = recipe.of_rows(rows.local, bias, rows.start)
+        options = {"group": rows.group, "start": rows.start, "vocabulary": rows.size}
+        if recipe.tokens is not None:
+            options["vocabulary"] = recipe.tokens
+        return cls(local, bias, scale, softcap, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [..., V] at temperature 1, in float32 (float64 for float64 inputs).

@@ -28,6 +28,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.functional import linear
 
 from fused_rl.models import parts, recipes
+from fused_rl.models.placed import is_placed, whole
 from fused_rl.models.recipes import Recipe
 from fused_rl.models.watched import Reads, Seen, at_least_float, undisturbed, watched
 
@@ -151,7 +152,7 @@ def _ask(model: Any, inner: Any, layer: nn.Linear, within: bool) -> Answer:
         run = model.forward if within else model._call_impl
         with reads, watched(layer, body, reads, put) as seen:
             output = run(**accepted(inner, inputs))
-        seen.logits = output.logits if hasattr(output, "logits") else output[0]
+        seen.logits = whole(output.logits if hasattr(output, "logits") else output[0])
         return seen
 
     try:
@@ -159,10 +160,10 @@ def _ask(model: Any, inner: Any, layer: nn.Linear, within: bool) -> Answer:
             plain = own()
             wide = own(recipes.wide_numbers(plain.product)) if plain.calls == 1 else None
             with Answer(hint, plain.autocast).around(device):
-                hidden = body(**accepted(body, inputs)).last_hidden_state
+                hidden = whole(body(**accepted(body, inputs)).last_hidden_state)
                 recipe, proved = _recipe(layer, wide, hidden, hint)
                 y = (recipe.before * hidden).to(layer.weight.dtype)
-                y = linear(y, layer.weight, layer.bias)
+                y = product(y, layer.weight, layer.bias)
             gap, allowed = recipes.difference(recipe.logits(at_least_float(y)), plain.logits)
     except Exception as error:
         raise ValueError(
@@ -181,13 +182,23 @@ def _ask(model: Any, inner: Any, layer: nn.Linear, within: bool) -> Answer:
     return Answer(recipe, plain.autocast)
 
 
+def product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden @ weight.T + bias; of a tensor-parallel weight the columns of all ranks."""
+    if not is_placed(weight):
+        return linear(hidden, weight, bias)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    of_all = DTensor.from_local(hidden, weight.device_mesh, [Replicate()])
+    return linear(of_all, weight, bias).full_tensor()
+
+
 def _recipe(
     layer: nn.Linear, wide: Seen | None, hidden: Tensor, hint: Recipe
 ) -> tuple[Recipe, bool]:
     """The recipe that the wide numbers show, or the hint; and whether they prove it."""
     if wide is None:
         return hint, True
-    before = recipes.factor(hidden if wide.hidden is None else wide.hidden, wide.into)
+    before = recipes.factor(hidden if wide.hidden is None else whole(wide.hidden), wide.into)
     shown = recipes.found(wide.product, wide.logits)
     if before is None or shown is None:
         return hint, False
@@ -196,13 +207,9 @@ def _recipe(
         replace(shown, before=before), hint, layer.weight.shape[0], 1e-5 if exact else 1e-2
     )
     # What a hook does need not be what it does tomorrow: with one there, only the config's recipe.
-    if has_hooks(layer) and shown != hint:
+    if parts.has_hooks(layer) and shown != hint:
         return hint, False
     return shown, recipes.agrees(shown, wide.product, wide.logits)
-
-
-def has_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 def _tokens(inner: Any, layer: nn.Linear) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_rl.checks import require
+from fused_rl.models.placed import is_placed
 from fused_rl.models.recipes import Recipe
 
 
@@ -74,6 +75,11 @@ def _learns_prompts(peft: Any) -> bool:
     return any(getattr(peft.peft_config[name], "is_prompt_learning", False) for name in active)
 
 
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether there is more to its call than its class's forward."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+
+
 def output_layer(model: Any) -> nn.Linear:
     """The linear layer that gives the logits, if its weight is all there is to it.
 
@@ -103,8 +109,22 @@ def output_layer(model: Any) -> nn.Linear:
             "device): keep that layer on a device, by device_map"
         ),
     )
-    is_whole(f"the output embeddings' weight of {type(model).__name__}", layer.weight)
+    if not is_tensor_parallel(model, layer):
+        is_whole(f"the output embeddings' weight of {type(model).__name__}", layer.weight)
     return layer
+
+
+def is_tensor_parallel(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether the layer's weight is cut along the vocabulary over ranks that share their tokens.
+
+    The weight of an FSDP unit looks alike while it is sharded: its ranks have tokens of their own.
+    A plan leaves hooks, or a forward, that bring the columns together.
+    """
+    if not is_placed(layer.weight) or len(layer.weight.placements) != 1 or not has_hooks(layer):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return not any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _way_out(layer: object) -> str:

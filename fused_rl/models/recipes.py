@@ -37,11 +37,20 @@ class Recipe:
         if self.tokens is not None:
             weight = weight[: self.tokens]
             bias = None if bias is None else bias[: self.tokens]
+        return self.of_rows(weight, bias, 0)
+
+    def of_rows(
+        self, weight: Tensor, bias: Tensor | None, start: int
+    ) -> tuple[Tensor, Tensor | None, float, float | None]:
+        """The same of some rows, from the vocabulary entry `start` on; those kept are not cut."""
         if bias is not None and self.before != 1.0:
             bias = bias / self.before
+        # Every rank that has a part of the vocabulary has a bias, or none has.
         if self.never:
             bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-            bias = bias.index_fill(0, torch.tensor(self.never, device=weight.device), -math.inf)
+            here = [v - start for v in self.never if start <= v < start + len(weight)]
+            at = torch.tensor(here, dtype=torch.int64, device=weight.device)
+            bias = bias.index_fill(0, at, -math.inf)
         return weight, bias, self.before * self.after, self.softcap
 
     def logits(self, y: Tensor) -> Tensor:

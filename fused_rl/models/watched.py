@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fused_rl.models.placed import placed_like, whole
+
 # Elements: counters, statistics and tables of positions, but not weights that are kept as buffers.
 _SMALL = 2**20
 
@@ -53,14 +55,14 @@ def watched(layer: nn.Linear, body: nn.Module, reads: Reads, put: Tensor | None)
     def receives(module: nn.Module, args: tuple) -> tuple | None:
         if not args:
             return None
-        seen.into = args[0]
+        seen.into = whole(args[0])
         return args[0].to(layer.weight.dtype), *args[1:]
 
     def makes(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         seen.calls += 1
-        seen.product = output if put is None else put
+        seen.product = whole(output) if put is None else put
         # The model may write into it.
-        return seen.product.clone()
+        return placed_like(seen.product, output).clone()
 
     handles = [
         body.register_forward_hook(gives),

@@ -7,12 +7,26 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fused_rl.checks import require
-from fused_rl.parallel.states import Hidden
 
 
 def is_placed(tensor: object) -> bool:
     """Whether it is a DTensor. torch.distributed.tensor need not be imported to know."""
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: Any) -> Any:
+    """A DTensor's numbers, all of them; anything else as it is. For few tokens, not for weights."""
+    return tensor.full_tensor() if is_placed(tensor) else tensor
+
+
+def placed_like(tensor: Tensor, like: Any) -> Tensor:
+    """A tensor that every rank has alike, as a DTensor that lies as `like` does, if that is one."""
+    if not is_placed(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    here = DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
+    return here.redistribute(placements=like.placements)
 
 
 class Rows(NamedTuple):
@@ -49,11 +63,10 @@ def rows_of(name: str, tensor: Any) -> Rows:
 
 
 class States(NamedTuple):
-    """This rank's hidden states, and how they lie; dim: the dimension that is cut."""
+    """This rank's hidden states; cut: the dimension along which they are, None: they are whole."""
 
     local: Tensor
-    hidden: Hidden
-    dim: int
+    cut: int | None
 
 
 def states_of(hidden: Any, group: Any) -> States:
@@ -71,7 +84,7 @@ def states_of(hidden: Any, group: Any) -> States:
     )
     at = placements[0]
     if at == Replicate():
-        return States(hidden.to_local(), Hidden.REPLICATED, 0)
+        return States(hidden.to_local(), None)
     cut = at.dim % hidden.dim() if isinstance(at, Shard) else hidden.dim() - 1
     require(
         cut < hidden.dim() - 1 and hidden.shape[cut] % mesh.size() == 0,
@@ -80,4 +93,4 @@ def states_of(hidden: Any, group: Any) -> States:
             "or cut along its tokens into equal parts"
         ),
     )
-    return States(hidden.to_local(), Hidden.SEQUENCE_SHARDED, cut)
+    return States(hidden.to_local(), cut)
