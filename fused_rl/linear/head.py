@@ -57,7 +57,7 @@ class LMHead:
     scale: float = 1.0
     softcap: float | None = None
     _: KW_ONLY
-    group: Any = None
+    group: torch.distributed.ProcessGroup | None = None
     start: int | None = None
     vocabulary: int | None = None
     hidden: Hidden = Hidden.REPLICATED
