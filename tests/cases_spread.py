@@ -12,6 +12,7 @@ from fused_rl import (
     TokenBatch,
     dapo,
     grpo,
+    linear_kept_logprobs,
     linear_logprobs,
     linear_policy_loss,
 )
@@ -163,3 +164,33 @@ def policy_loss(rank, world, dtype="float64", loss="grpo", chunk=None, uneven=Fa
         gradients.append(relative(w.grad, w0.grad[rows]))
         gradients += [relative(b.grad, b0.grad[rows])] if b is not None else []
     return relative(found, exact), max(gradients)
+
+
+def kept_sets(rank, world, uneven=False, only_kept=False, **of):
+    """The largest relative differences of the three statistics and of the gradients."""
+    problem = Problem.drawn(N=24, **of)
+    V, g = len(problem.weight), torch.Generator().manual_seed(9)
+    sets = []
+    for label in problem.labels.tolist():
+        entries = torch.randperm(V, generator=g)[: int(torch.randint(1, 12, (), generator=g))]
+        entries = entries[entries != label]
+        sets.append(torch.cat([entries, torch.tensor([label])]) if label >= 0 else entries * 1000)
+    cu_kept = torch.tensor([0, *map(len, sets)]).cumsum(0)
+    options = {"temperature": problem.temperature, "chunk_bytes": 97 * 8 * 7}
+
+    def total(stats):
+        a, b = upstream(24)
+        kept = (torch.linspace(-1, 2, 24) * stats.kept_logprobs).sum()
+        return kept if only_kept else kept + (a * stats.logprobs + b * stats.entropy).sum()
+
+    h0, w0, b0 = problem.leaves()
+    given = (problem.labels, torch.cat(sets), cu_kept)
+    whole = LMHead(w0, b0, softcap=problem.softcap)
+    exact = linear_kept_logprobs(h0, whole, *given, **options)
+    total(exact).backward()
+    rows, (h, w, b), head = part(problem, rank, world, uneven)
+    found = linear_kept_logprobs(h, head, *given, **options)
+    total(found).backward()
+    gradients = [relative(h.grad, h0.grad), relative(w.grad, w0.grad[rows])]
+    gradients += [relative(b.grad, b0.grad[rows])] if b is not None else []
+    return max(map(relative, found, exact)), max(gradients)

@@ -56,6 +56,16 @@ def test_hidden_states_as_they_lie(ranks, world, hidden, loss):
     assert values <= FLOAT64 and gradients <= FLOAT64
 
 
+@WORLDS
+@pytest.mark.parametrize(
+    "options", [{}, {"only_kept": True, "uneven": True}, {"softcap": 3.0, "bias": False}], ids=named
+)
+def test_kept_sets(ranks, world, options):
+    """Sets that lie on several ranks, on one, or on none but the label's."""
+    values, gradients = largest(ranks(world).run("cases_spread", "kept_sets", **options))
+    assert values <= FLOAT64 and gradients <= FLOAT64
+
+
 @pytest.mark.parametrize("case", ["two_passes", "policy_loss"])
 def test_float32(ranks, case):
     values, gradients = largest(ranks(4).run("cases_spread", case, dtype="float32", V=1003))

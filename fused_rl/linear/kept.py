@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fused_rl import checks, ops
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import flat_arguments, named
+from fused_rl.linear.logprobs import named, spread_arguments
+from fused_rl.parallel.kept import kept_statistics
 from fused_rl.stats import IGNORE_INDEX
 
 
@@ -67,14 +68,19 @@ def linear_kept_logprobs(
             for wrong offsets).
     """
     head = LMHead.of(head)
-    flat = flat_arguments(hidden, head, labels, temperature)
+    flat, spread = spread_arguments(hidden, head, labels, temperature)
     checks.is_integer("ignore_index", ignore_index)
     checks.chunk_bytes_is_positive(chunk_bytes)
     _check_sets(kept, cu_kept, labels)
+    sets = ops.Sets(kept.long(), cu_kept.long())
+    limits = ops.Limits(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes))
+    if spread is not None:
+        stats = named(kept_statistics, flat, sets, limits, spread, shape=labels.shape)
+        return KeptStats(*(x.reshape(labels.shape) for x in stats))
     logprobs, entropy, _, kept_logprobs, _ = named(
         ops.linear_kept_logprobs,
-        ops.KeptHead.of(flat, ops.Sets(kept.long(), cu_kept.long())),
-        ops.Limits(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes)),
+        ops.KeptHead.of(flat, sets),
+        limits,
         shape=labels.shape,
     )
     return KeptStats(*(x.reshape(labels.shape) for x in (logprobs, entropy, kept_logprobs)))

@@ -24,6 +24,16 @@ def statistics(head: ops.Head, limits: ops.Limits, spread: Spread) -> tuple[Tens
             rank, before any collective.
         NotImplementedError: torch.func, forward mode; at the backward pass, a second derivative.
     """
+    check(head, limits, spread)
+    trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    frozen = torch.is_grad_enabled() and head.hidden.requires_grad and not trained
+    # To form the gradient with the values takes chunks of the tokens that count.
+    with_unit = frozen and not torch.compiler.is_compiling()
+    return _Statistics.apply(*head, limits, spread, with_unit)
+
+
+def check(head: ops.Head, limits: ops.Limits, spread: Spread) -> None:
+    """What statistics raises, before any collective."""
     # What is traced has no values: there a label outside has a log-prob of NaN.
     if not torch.compiler.is_compiling():
         ops.check_tokens(head.labels, head.temperature, spread.size, limits.ignore_index)
@@ -32,11 +42,6 @@ def statistics(head: ops.Head, limits: ops.Limits, spread: Spread) -> tuple[Tens
             "a head that is spread over ranks has no torch.func transforms and no forward mode: "
             "take backward"
         )
-    trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-    frozen = torch.is_grad_enabled() and head.hidden.requires_grad and not trained
-    # To form the gradient with the values takes chunks of the tokens that count.
-    with_unit = frozen and not torch.compiler.is_compiling()
-    return _Statistics.apply(*head, limits, spread, with_unit)
 
 
 class _Statistics(torch.autograd.Function):
@@ -50,7 +55,7 @@ class _Statistics(torch.autograd.Function):
         if with_unit:
             stats, unit = _with_unit(whole, limits, spread)
         else:
-            stats = _values(whole, limits, spread)
+            stats = values(whole, limits, spread)
         ctx.save_for_backward(*head[:5], stats.lse, stats.entropy, unit)
         ctx.options = (*head[5:], limits, spread)
         ctx.mark_non_differentiable(stats.top)
@@ -76,11 +81,11 @@ class _Statistics(torch.autograd.Function):
         elif torch.compiler.is_compiling():
             found = _at_once(head, limits, spread, upstream, known, needs)
         else:
-            found = _by_chunks(head, limits, spread, upstream, known, needs)
+            found = by_chunks(head, limits, spread, upstream, known, needs)
         return (*found, *[None] * 7)
 
 
-def _values(head: ops.Head, limits: ops.Limits, spread: Spread) -> ops.Statistics:
+def values(head: ops.Head, limits: ops.Limits, spread: Spread) -> ops.Statistics:
     """[N] each; 0 where ignored."""
     rows, ignored = len(head.weight), head.labels == limits.ignore_index
     part = None
@@ -93,7 +98,7 @@ def _values(head: ops.Head, limits: ops.Limits, spread: Spread) -> ops.Statistic
 
 
 def _with_unit(head: ops.Head, limits: ops.Limits, spread: Spread) -> tuple[ops.Statistics, Tensor]:
-    """_values, and this rank's summand of d logprobs[n] / d hidden[n], [N, H]."""
+    """values, and this rank's summand of d logprobs[n] / d hidden[n], [N, H]."""
     stats = ops.Statistics(*(_zeros(head, t) for t in (None, None, torch.float64, None)))
     unit = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
     none = head.weight.new_empty(0)
@@ -152,17 +157,22 @@ def _again(
     return backward(formed(part, spread).z, given, part, found, totals, spread)
 
 
-def _by_chunks(
+def by_chunks(
     head: ops.Head,
     limits: ops.Limits,
     spread: Spread,
     upstream: ops.Upstream,
     known: ops.Known,
     needs: ops.Needs,
+    beside: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Tokens whose upstream gradients are both 0 cost nothing."""
-    live = (upstream.dlogprobs != 0) | (upstream.dentropy != 0)
-    live = (live & (head.labels != limits.ignore_index)).nonzero()[:, 0]
+    """Tokens whose upstream gradients are both 0 cost nothing.
+
+    beside: [N, H], more of this rank's summands of dhidden.
+    """
+    given = (upstream.dlogprobs != 0) | (upstream.dentropy != 0)
+    given &= head.labels != limits.ignore_index
+    live = given.nonzero()[:, 0]
     whole, weight = spread.gathered(head), head.weight
     chunks = live.split(spread.chunk_tokens(whole, limits.chunk_bytes)) if len(live) else ()
     of_sum = head.dtype if len(chunks) > 1 else weight.dtype
@@ -174,7 +184,10 @@ def _by_chunks(
         totals = ops.Sums(dweight, dbias, i > 0)
         part = _again(whole, rows, upstream, known, totals, spread)
         if needs.need_dhidden:
-            total.add(part, rows)
+            total.add(part if beside is None else part + beside[rows], rows)
+    if needs.need_dhidden and beside is not None:
+        rest = (~given).nonzero()[:, 0]
+        total.add(beside[rest], rest)
     return (
         total.result() if needs.need_dhidden else None,
         dweight.to(weight.dtype) if needs.need_dweight else None,
@@ -190,7 +203,7 @@ def _at_once(
     known: ops.Known,
     needs: ops.Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As _by_chunks, in one operator: torch.compile traces no sizes that depend on data."""
+    """As by_chunks, in one operator: torch.compile traces no sizes that depend on data."""
     whole, rows = spread.gathered(head), len(head.weight)
     ignored = head.labels == limits.ignore_index
     labels = (head.labels - spread.start).where(spread.owns(head.labels, rows), rows)
