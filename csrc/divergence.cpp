@@ -167,7 +167,7 @@ static at::Tensor linear_divergence_chunk_backward(
     double teacher_softcap, int64_t kind, double parameter, double factor, const at::Tensor& lse,
     const at::Tensor& entropy, const at::Tensor& teacher_lse, const at::Tensor& teacher_entropy,
     const at::Tensor& slope, const at::Tensor& /*teacher_slope*/, const at::Tensor& dweight,
-    const at::Tensor& dbias, bool accumulate) {
+    const at::Tensor& dbias, bool accumulate, bool partial) {
   const Side student{hidden, weight, bias, temperature, scale, softcap};
   const Side teacher{teacher_hidden,      teacher_weight, teacher_bias,
                      teacher_temperature, teacher_scale,  teacher_softcap};
@@ -177,12 +177,13 @@ static at::Tensor linear_divergence_chunk_backward(
   return with_compute_types(student, teacher, [&](auto of_student, auto) -> at::Tensor {
     using S = decltype(of_student);
     using A = Acc<S>;
+    const at::ScalarType dtype = dhidden_dtype<A>(hidden, partial);
     if (rows.empty()) {
       if (!accumulate) {
         dweight.zero_();
         dbias.zero_();
       }
-      return at::zeros(hidden.sizes(), hidden.options().dtype(kept_dtype(hidden)));
+      return at::zeros(hidden.sizes(), hidden.options().dtype(dtype));
     }
     const auto p = student.problem<S>(labels, rows);
     const auto g = given.gathered<A>(rows, p.padded);
@@ -200,7 +201,7 @@ static at::Tensor linear_divergence_chunk_backward(
     }
     if (dbias.numel()) out.dbias = dbias;
     backward<S>(p, g.student.upstream(p.inv_temperature), &stored, out, nullptr, nullptr, &other);
-    return place_rows(out.dhidden, rows, hidden, kept_dtype(hidden));
+    return place_rows(out.dhidden, rows, hidden, dtype);
   });
 }
 

@@ -131,17 +131,18 @@ static at::Tensor linear_logprobs_chunk_backward(
     const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias, const at::Tensor& labels,
     const at::Tensor& temperature, double scale, double softcap, const at::Tensor& lse,
     const at::Tensor& entropy, const at::Tensor& dweight, const at::Tensor& dbias,
-    bool accumulate) {
+    bool accumulate, bool partial) {
   const auto rows = rows_with_gradient(labels, -1, dlogprobs, dentropy);
   return with_compute_type(hidden, weight, [&](auto zero) -> at::Tensor {
     using T = decltype(zero);
     using A = Acc<T>;
+    const at::ScalarType dtype = dhidden_dtype<A>(hidden, partial);
     if (rows.empty()) {
       if (!accumulate) {
         dweight.zero_();
         dbias.zero_();
       }
-      return at::zeros(hidden.sizes(), hidden.options().dtype(kept_dtype(hidden)));
+      return at::zeros(hidden.sizes(), hidden.options().dtype(dtype));
     }
     const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
     auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
@@ -160,7 +161,7 @@ static at::Tensor linear_logprobs_chunk_backward(
     }
     if (dbias.numel()) out.dbias = dbias;
     backward<T>(p, g.upstream(p.inv_temperature), &stored, out);
-    return place_rows(out.dhidden, rows, hidden, kept_dtype(hidden));
+    return place_rows(out.dhidden, rows, hidden, dtype);
   });
 }
 

@@ -164,4 +164,10 @@ inline at::ScalarType kept_dtype(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kHalf ? at::kFloat : tensor.scalar_type();
 }
 
+// That of dhidden: a summand, which is rounded once, after the sum, has the accumulators'.
+template <class A>
+at::ScalarType dhidden_dtype(const at::Tensor& hidden, bool partial) {
+  return partial ? c10::CppTypeToScalarType<A>::value : kept_dtype(hidden);
+}
+
 }  // namespace fused_rl

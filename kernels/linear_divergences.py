@@ -130,6 +130,7 @@ def chunk_bwd(
     dweight: Tensor | None,  # [V, H], written or added to
     dbias: Tensor | None,  # [V], written or added to
     accumulate: bool,
+    final: torch.dtype,  # what dhidden is rounded to in the end
 ) -> Tensor:  # [N, H] fp32
     """dhidden of a chunk of tokens, all of which count; its share of dweight and dbias."""
     hidden, weight, *_ = student
@@ -138,7 +139,7 @@ def chunk_bwd(
     sides = (student.side(raw, *known[:2]), teacher.side(teacher_raw, *known[2:4]))
     given = (measure, student.labels, known.slope, -1)
     draw = _draw(upstream, *sides, given, of_draw)
-    return linear_gradients.products(draw, hidden, weight, dweight, dbias, accumulate)
+    return linear_gradients.products(draw, hidden, weight, dweight, dbias, accumulate, final)
 
 
 def _draw(

@@ -202,11 +202,12 @@ def chunk_bwd(
     dweight: Tensor | None,  # [V, H], written or added to
     dbias: Tensor | None,  # [V], written or added to
     accumulate: bool,
+    final: torch.dtype,  # what dhidden is rounded to in the end
 ) -> Tensor:  # [N, H] fp32
     """dhidden of a chunk of tokens; its share of dweight and dbias."""
     of_draw = torch.promote_types(hidden.dtype, weight.dtype)
     draw = logits_gradient(upstream, raw, transform, known, of_draw)
-    return products(draw, hidden, weight, dweight, dbias, accumulate)
+    return products(draw, hidden, weight, dweight, dbias, accumulate, final)
 
 
 def products(
@@ -216,6 +217,7 @@ def products(
     dweight: Tensor | None,  # [V, H], written or added to
     dbias: Tensor | None,  # [V], written or added to
     accumulate: bool,
+    final: torch.dtype,  # what dhidden is rounded to in the end
 ) -> Tensor:  # [N, H] fp32
     """dhidden from the gradient of a chunk's raw logits; its share of dweight and dbias."""
     if dweight is not None and accumulate:
@@ -225,4 +227,4 @@ def products(
     if dbias is not None:
         share = torch.sum(draw, 0, dtype=torch.float32)
         dbias.copy_(dbias + share if accumulate else share)
-    return product(draw, weight, None, hidden.dtype)
+    return product(draw, weight, None, final)

@@ -109,9 +109,9 @@ def _of_linear_logprobs_chunk_backward(dtype):
     args = _chunk_args(dtype)
     _, entropy, lse, _, z = chunk.linear_logprobs_chunk.op(*args)
     up = (torch.randn_like(entropy), torch.randn_like(entropy))
-    for accumulate in (False, True):
+    for accumulate, partial in ((False, False), (True, False), (True, True)):
         sums = (torch.zeros(11, 6, dtype=lse.dtype), torch.zeros(11, dtype=lse.dtype))
-        yield (z, *up, *args, lse, entropy, *sums, accumulate)
+        yield (z, *up, *args, lse, entropy, *sums, accumulate, partial)
 
 
 @samples_of(chunk.linear_logprobs_chunk_unit)
@@ -188,9 +188,9 @@ def _of_linear_divergence_chunk_backward(dtype):
     args = (*_two_chunk_args(dtype), *MEASURES[2])
     *stats, z = divergence_chunk.linear_divergence_chunk.op(*args)
     up = torch.randn_like(stats[0].expand(3, -1))
-    for accumulate in (False, True):
+    for accumulate, partial in ((False, False), (True, False), (True, True)):
         sums = (torch.zeros(11, 6, dtype=z.dtype), torch.zeros(11, dtype=z.dtype))
-        yield (z, *up, *args, *_known(stats), *sums, accumulate)
+        yield (z, *up, *args, *_known(stats), *sums, accumulate, partial)
 
 
 @samples_of(divergence_chunk.linear_divergence_frozen)

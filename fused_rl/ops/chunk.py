@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_rl.ops.chunks import padded, statistics_like, waiting_dtype
 from fused_rl.ops.formulas import add_gradients, statistics
 from fused_rl.ops.record import Head, Known, Operator, Upstream, Written
+from fused_rl.ops.two_heads import TwoHeads
 
 
 class ChunkStatistics(NamedTuple):
@@ -32,11 +33,20 @@ class ChunkLogits(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What is written, or added to; an empty one is skipped."""
+    """What is written, or added to; an empty one is skipped. And what dhidden is part of."""
 
     dweight: Written  # [V, H], contiguous, in any floating dtype
     dbias: Written  # [V], in any floating dtype
     accumulate: bool
+    # Whether dhidden is one of several summands: those are rounded once, after their sum.
+    partial: bool = False
+
+
+def dhidden_dtype(head: Head | TwoHeads, sums: Sums) -> torch.dtype:
+    """That of the logits for a summand; else of hidden, or float32 where that is float16: its loss
+    is still to be scaled.
+    """
+    return head.dtype if sums.partial else waiting_dtype(head.hidden)
 
 
 @Operator
@@ -58,19 +68,19 @@ def _(head: Head) -> ChunkStatistics:
 def linear_logprobs_chunk_backward(
     logits: ChunkLogits, upstream: Upstream, head: Head, known: Known, sums: Sums
 ) -> Tensor:
-    """dhidden [N, H], in float32 where hidden is float16: its loss is still to be scaled."""
+    """dhidden [N, H], in `dhidden_dtype`."""
     if not sums.accumulate:
         sums.dweight.zero_()
         sums.dbias.zero_()
     N, V = head.hidden.shape[0], head.weight.shape[0]
     z = logits.z[: N * V].view(N, V)
     dhidden = add_gradients(upstream, known.entropy, head, z, sums.dweight, sums.dbias)
-    return dhidden.to(waiting_dtype(head.hidden))
+    return dhidden.to(dhidden_dtype(head, sums))
 
 
 @linear_logprobs_chunk_backward.fake
 def _(logits: ChunkLogits, upstream: Upstream, head: Head, known: Known, sums: Sums) -> Tensor:
-    return head.hidden.new_empty(head.hidden.shape, dtype=waiting_dtype(head.hidden))
+    return head.hidden.new_empty(head.hidden.shape, dtype=dhidden_dtype(head, sums))
 
 
 @Operator

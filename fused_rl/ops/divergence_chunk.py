@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_rl.ops.chunk import ChunkLogits, Sums
-from fused_rl.ops.chunks import counted_rows, padded, waiting_dtype
+from fused_rl.ops.chunk import ChunkLogits, Sums, dhidden_dtype
+from fused_rl.ops.chunks import counted_rows, padded
 from fused_rl.ops.divergence import (
     TwoGradients,
     TwoNeeds,
@@ -87,7 +87,7 @@ def linear_divergence_chunk_backward(
     known: TwoKnown,
     sums: Sums,
 ) -> Tensor:
-    """dhidden [N, H], in float32 where hidden is float16: its loss is still to be scaled."""
+    """dhidden [N, H], in `dhidden_dtype`."""
     if not sums.accumulate:
         sums.dweight.zero_()
         sums.dbias.zero_()
@@ -95,7 +95,7 @@ def linear_divergence_chunk_backward(
     z = logits.z[: 2 * N * V].view(2, N, V)
     draw = student_gradient(upstream.among(), heads, measure, known, *z)
     dhidden = add_products(draw, heads.student(), sums.dweight, sums.dbias)
-    return dhidden.to(waiting_dtype(heads.hidden))
+    return dhidden.to(dhidden_dtype(heads, sums))
 
 
 @linear_divergence_chunk_backward.fake
@@ -107,7 +107,7 @@ def _(
     known: TwoKnown,
     sums: Sums,
 ) -> Tensor:
-    return heads.hidden.new_empty(heads.hidden.shape, dtype=waiting_dtype(heads.hidden))
+    return heads.hidden.new_empty(heads.hidden.shape, dtype=dhidden_dtype(heads, sums))
 
 
 class TwoFrozenStatistics(NamedTuple):

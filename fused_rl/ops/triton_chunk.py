@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_rl.ops import chunk, stored
-from fused_rl.ops.chunk import ChunkLogits, ChunkStatistics, Sums
+from fused_rl.ops.chunk import ChunkLogits, ChunkStatistics, Sums, dhidden_dtype
 from fused_rl.ops.chunks import HAS_TRITON, waiting_dtype
 from fused_rl.ops.frozen import Given
 from fused_rl.ops.record import Gradients, Head, Known, Limits, Needs, Upstream
@@ -73,7 +73,7 @@ def linear_logprobs_chunk_backward(
     rows = taking_part((upstream.dlogprobs != 0) | (upstream.dentropy != 0))
     rows = worth_a_copy(rows, head.labels)
     dhidden = _chunk_gradients(rows, logits, upstream, head, known, sums)
-    return put_back(rows, dhidden, head.hidden, waiting_dtype(head.hidden))
+    return put_back(rows, dhidden, head.hidden, dhidden_dtype(head, sums))
 
 
 @on_cuda(chunk.linear_logprobs_chunk_unit)
@@ -108,8 +108,13 @@ def _chunk_gradients(
     if power is not None:
         upstream = Upstream(*(g * power for g in upstream))
     left, right, *tokens = taken
-    given = (upstream, raw, left, right, tokens, (-1, *known))
-    return with_shares(power, sums, lambda *into: kernel.chunk_bwd(*given, *into))
+    given, final = (upstream, raw, left, right, tokens, (-1, *known)), final_dtype(left, sums)
+    return with_shares(power, sums, lambda *into: kernel.chunk_bwd(*given, *into, final))
+
+
+def final_dtype(hidden: Tensor, sums: Sums) -> torch.dtype:
+    """What dhidden is rounded to in the end; hidden: as the kernels take it."""
+    return torch.float32 if sums.partial else hidden.dtype
 
 
 def _asked(sums: Sums) -> list[Tensor | None]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_rl.ops import divergence, divergence_chunk
-from fused_rl.ops.chunk import ChunkLogits, Sums
-from fused_rl.ops.chunks import gradients_like, waiting_dtype
+from fused_rl.ops.chunk import ChunkLogits, Sums, dhidden_dtype
+from fused_rl.ops.chunks import gradients_like
 from fused_rl.ops.divergence import TwoGradients, TwoNeeds
 from fused_rl.ops.divergence_chunk import StudentUpstream, TwoChunkStatistics
 from fused_rl.ops.formulas import at
@@ -25,7 +25,7 @@ from fused_rl.ops.triton import (
     put_back,
     taking_part,
 )
-from fused_rl.ops.triton_chunk import with_shares, worth_a_copy
+from fused_rl.ops.triton_chunk import final_dtype, with_shares, worth_a_copy
 from fused_rl.ops.two_heads import Measure, TwoHeads, TwoKnown, TwoStatistics, TwoUpstream
 
 
@@ -144,10 +144,11 @@ def linear_divergence_chunk_backward(
     z = logits.z.view(2, len(heads.labels), row_stride(len(heads.weight)))
     z = z if rows is None else z[:, rows]
     given = _given(rows, among, heads, measure, known)
+    final = final_dtype(given.arguments[1].hidden, sums)
     dhidden = with_shares(
-        given.power, sums, lambda *into: kernel.chunk_bwd(z, *given.arguments, *into)
+        given.power, sums, lambda *into: kernel.chunk_bwd(z, *given.arguments, *into, final)
     )
-    return put_back(rows, dhidden, heads.hidden, waiting_dtype(heads.hidden))
+    return put_back(rows, dhidden, heads.hidden, dhidden_dtype(heads, sums))
 
 
 class Given(NamedTuple):
