@@ -23,6 +23,7 @@ from fused_rl.linear.kept import KeptStats, linear_kept_logprobs
 from fused_rl.linear.logprobs import linear_logprobs, linear_top_logprobs, logprobs_from_logits
 from fused_rl.losses import distillation, means, penalties, ratios, surrogates, trust_regions
 from fused_rl.losses.batch import TokenBatch
+from fused_rl.losses.counts import across
 from fused_rl.losses.named import (
     aspo,
     bnpo,
@@ -80,6 +81,7 @@ __all__ = [
     "TokenBatch",
     "TokenStats",
     "TopStats",
+    "across",
     "aspo",
     "backends",
     "bnpo",

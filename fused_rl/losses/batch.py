@@ -12,10 +12,12 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fused_rl import checks
 from fused_rl.log_ratios import log_ratio
-from fused_rl.losses.sequences import Level, segment_sum, sequence_ids
+from fused_rl.losses import spread
+from fused_rl.losses.sequences import Level, segment_min, segment_sum, sequence_ids
 from fused_rl.reference import acc_dtype
 from fused_rl.stats import IGNORE_INDEX
 
@@ -36,13 +38,16 @@ class TokenBatch:
         sequence: [N] int64; the index of the token's sequence.
         sequence_tokens: [N]; how many tokens of that sequence count.
         num_tokens: []; how many tokens of the batch count.
-        num_sequences: sequences of the batch, those without a counted token among them.
+        num_sequences: sequences of the batch, those without a counted token among them. This and
+            num_tokens are what means divide by; of several ranks, counts.across makes them.
+        local_sequences: how many sequences the tokens are of: what sequence_sum returns.
         shape: the shape of the labels it was built from.
         old_logprobs: [N] or None: of the policy that is compared with, for the ratio. None, or NaN
             at a token: the current one, so that the ratio is exactly 1.
         ref_logprobs: [N] or None: of the reference policy, for the KL. NaN: KL 0 at that token.
         rollout_logprobs: [N] or None: as the inference engine reported them, NaN where it did not.
         weights: [N] or None: what each token's surrogate is multiplied by; None, or NaN: 1.
+        context: the ranks that hold other parts of the same sequences, or None (counts.across).
     """
 
     labels: Tensor
@@ -51,12 +56,14 @@ class TokenBatch:
     sequence: Tensor
     sequence_tokens: Tensor
     num_tokens: Tensor
-    num_sequences: int
+    num_sequences: int | float | Tensor
+    local_sequences: int
     shape: torch.Size
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     weights: Tensor | None = None
+    context: ProcessGroup | None = None
 
     @classmethod
     def padded(
@@ -177,6 +184,7 @@ class TokenBatch:
             sequence_tokens=tokens[sequence],
             num_tokens=mask.sum(),
             num_sequences=num_sequences,
+            local_sequences=num_sequences,
             shape=labels.shape,
         )
 
@@ -227,12 +235,22 @@ class TokenBatch:
         return gap.detach().where(self.old_logprobs.isinf(), gap)
 
     def sequence_sum(self, values: Tensor) -> Tensor:
-        """[num_sequences]: the sums of values [N] over each sequence's tokens in loss_mask.
+        """[local_sequences]: the sums of values [N] over each sequence's tokens in loss_mask.
 
-        float32, or float64 for float64 values.
+        float32, or float64 for float64 values. Of a sequence that is split over ranks, the whole
+        one's.
         """
         counted = values.to(acc_dtype(values)).where(self.loss_mask, 0.0)
-        return segment_sum(counted, self.sequence, self.num_sequences)
+        here = segment_sum(counted, self.sequence, self.local_sequences)
+        return spread.summed(here, self.context)
+
+    def sequence_min(self, values: Tensor) -> Tensor:
+        """[local_sequences]: the least of values [N] at each sequence's tokens in loss_mask; inf
+        where there is none. Without gradient; as sequence_sum otherwise.
+        """
+        counted = values.to(acc_dtype(values)).where(self.loss_mask, torch.inf)
+        here = segment_min(counted, self.sequence, self.local_sequences)
+        return spread.least(here, self.context)
 
     def at_level(self, log_ratio: Tensor, level: Level) -> Tensor:
         """[N]: the log-ratio of each token, of its sequence, or the mean over its sequence."""
@@ -280,6 +298,11 @@ def is_batch(batch: object) -> None:
             f"got {checks.shown(batch)}"
         ),
     )
+
+
+def divisor(count: Tensor) -> Tensor:
+    """What a mean divides by: without counted tokens 1, so that it is 0, not 0 / 0."""
+    return torch.where(count > 0, count, 1)
 
 
 def outside_inference(tensor: Tensor | None) -> Tensor | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fused_rl import checks
 from fused_rl.divergences import Divergence
 from fused_rl.log_ratios import log_ratio
-from fused_rl.losses.batch import TokenBatch
+from fused_rl.losses.batch import TokenBatch, divisor
 from fused_rl.losses.means import Count, TokenMean
 from fused_rl.losses.penalties import KLPenalty
 from fused_rl.losses.policy import LossOutput, PolicyLoss
@@ -104,7 +104,7 @@ class DistillationLoss:
 def _means(flat: DivergenceStats, batch: TokenBatch) -> dict[str, Tensor]:
     names = ("divergence", "nll", "entropy", "teacher_entropy")
     per_token = (flat.divergence, -flat.logprobs, flat.entropy, flat.teacher_entropy)
-    means = torch.stack(per_token).sum(-1) / batch.num_tokens.clamp(min=1)
+    means = torch.stack(per_token).sum(-1) / divisor(batch.num_tokens)
     return dict(zip(names, means.unbind(), strict=True))
 
 

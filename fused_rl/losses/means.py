@@ -17,7 +17,8 @@ chunk.
 
 Counts given as arguments replace those of the batch. With the counts of the whole step, its
 micro-batches add up to the gradient of the step exactly. Where ranks each hold a part of the step
-and their gradients are averaged, as DDP and FSDP do, give the count divided by the number of ranks.
+and their gradients are averaged, as DDP and FSDP do, counts.across gives a batch its share; a count
+that is given is to be divided by the number of ranks likewise, RolloutMean's too.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
-from fused_rl.losses.batch import TokenBatch
+from fused_rl.losses.batch import TokenBatch, divisor
 
 __all__ = [
     "FixedLengthMean",
@@ -194,9 +195,9 @@ def _sequences(given: Count | None, batch: TokenBatch) -> Tensor:
 
 
 def _count(given: Count | None, own: Count, batch: TokenBatch) -> Tensor:
-    """The count as a tensor; a batch without counted tokens has loss 0, not 0 / 0."""
+    """What to divide by, a tensor in the dtype of weights."""
     count = own if given is None else given
     if not isinstance(count, Tensor):
         # Filled on the device: to copy a number there would end the capture of a graph.
         count = batch.advantages.new_full((), count)
-    return torch.where(count > 0, count, 1).to(batch.advantages.dtype)
+    return divisor(count).to(batch.advantages.dtype)

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from fused_rl import checks
 from fused_rl.derivatives import transformed
 from fused_rl.divergences import Divergence
-from fused_rl.losses.batch import TokenBatch
+from fused_rl.losses.batch import TokenBatch, divisor
 from fused_rl.losses.means import TokenMean
 from fused_rl.losses.penalties import KLPenalty
 from fused_rl.losses.ratios import TokenRatio
@@ -242,7 +242,7 @@ class PolicyLoss:
             if gradients is not None:
                 means["zero_gradient_fraction"] = reduce(and_, [g == 0 for g in gradients])
             counted = torch.stack(promoted(*means.values())).where(batch.loss_mask, 0.0)
-            metrics = counted.sum(-1) / batch.num_tokens.clamp(min=1)
+            metrics = counted.sum(-1) / divisor(batch.num_tokens)
             # Padded, so that an empty batch has a maximum too.
             largest = pad(ratio.where(batch.loss_mask, 0.0), (0, 1)).max()
             return {**dict(zip(means, metrics.unbind(), strict=True)), "ratio_max": largest}

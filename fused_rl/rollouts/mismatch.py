@@ -29,7 +29,7 @@ from torch import Tensor
 from fused_rl import checks
 from fused_rl.log_ratios import BOUND, difference
 from fused_rl.losses.batch import TokenBatch, is_batch
-from fused_rl.losses.sequences import Level, segment_min
+from fused_rl.losses.sequences import Level
 
 __all__ = [
     "acceptance_mask",
@@ -117,8 +117,8 @@ def veto_mask(batch: TokenBatch, *, floor: float = 1e-4, logprobs: Tensor | None
     Args and errors: as truncated_weights.
     """
     checks.is_not_negative("floor", floor)
-    ratio = _ratio(batch, Level.TOKEN, logprobs).where(batch.loss_mask, 1.0)
-    least = segment_min(ratio, batch.sequence, batch.num_sequences)
+    ratio = _ratio(batch, Level.TOKEN, logprobs)
+    least = batch.sequence_min(ratio)
     return (least >= floor)[batch.sequence] | ~batch.loss_mask
 
 
