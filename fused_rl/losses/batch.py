@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from fused_rl import checks
 from fused_rl.log_ratios import log_ratio
-from fused_rl.losses import spread
+from fused_rl.losses.context import least, summed
 from fused_rl.losses.sequences import Level, segment_min, segment_sum, sequence_ids
 from fused_rl.reference import acc_dtype
 from fused_rl.stats import IGNORE_INDEX
@@ -63,7 +63,7 @@ class TokenBatch:
     ref_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     weights: Tensor | None = None
-    context: ProcessGroup | None = None
+    context: Any | None = None
 
     @classmethod
     def padded(
@@ -242,7 +242,7 @@ class TokenBatch:
         """
         counted = values.to(acc_dtype(values)).where(self.loss_mask, 0.0)
         here = segment_sum(counted, self.sequence, self.local_sequences)
-        return spread.summed(here, self.context)
+        return summed(here, self.context)
 
     def sequence_min(self, values: Tensor) -> Tensor:
         """[local_sequences]: the least of values [N] at each sequence's tokens in loss_mask; inf
@@ -250,7 +250,7 @@ class TokenBatch:
         """
         counted = values.to(acc_dtype(values)).where(self.loss_mask, torch.inf)
         here = segment_min(counted, self.sequence, self.local_sequences)
-        return spread.least(here, self.context)
+        return least(here, self.context)
 
     def at_level(self, log_ratio: Tensor, level: Level) -> Tensor:
         """[N]: the log-ratio of each token, of its sequence, or the mean over its sequence."""

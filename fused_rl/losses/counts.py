@@ -11,10 +11,10 @@ loss and the metrics of the step.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
 from fused_rl import checks
 from fused_rl.losses.batch import TokenBatch, is_batch
@@ -23,7 +23,7 @@ _NO_GROUP = "must be a torch.distributed.ProcessGroup or None (of a DeviceMesh: 
 
 
 def across(
-    batch: TokenBatch, group: ProcessGroup | None = None, *, context: ProcessGroup | None = None
+    batch: TokenBatch, group: Any | None = None, *, context: Any | None = None
 ) -> TokenBatch:
     """The batch with the counts of the whole step, as a rank of several is to divide by them.
 
@@ -38,10 +38,12 @@ def across(
 
     Args:
         batch: of this rank.
-        group: the ranks over which gradients are averaged, those of `context` among them; None: all
-            there are. Ranks that hold the same tokens, as tensor-parallel ones do, are not to be
-            counted twice: give the group of the ranks that hold different ones.
-        context: the ranks that hold parts of the same sequences; None: sequences are whole.
+        group: the torch.distributed.ProcessGroup over which gradients are averaged, the ranks of
+            `context` among its own; None: all ranks. Ranks that hold the same tokens, as
+            tensor-parallel ones do, must not be counted twice: give the group of the ranks that
+            hold different ones.
+        context: the ProcessGroup of the ranks that hold parts of the same sequences; None:
+            sequences are whole.
 
     Returns:
         A TokenBatch whose num_tokens and num_sequences are float64 tensors []. In a process without
@@ -53,7 +55,7 @@ def across(
     is_batch(batch)
     for name, given in (("group", group), ("context", context)):
         checks.require(
-            given is None or isinstance(given, ProcessGroup),
+            given is None or _is_group(given),
             lambda name=name, given=given: f"{name} {_NO_GROUP}, got {checks.shown(given)}",
         )
     if context is not None and batch.context is None:
@@ -62,14 +64,18 @@ def across(
     counts = torch.stack(
         [torch.as_tensor(count, **like) for count in (batch.num_tokens, batch.num_sequences)]
     )
-    if group is not None or dist.is_initialized():
+    if group is not None or (dist.is_available() and dist.is_initialized()):
         dist.all_reduce(counts, group=group)
         counts /= dist.get_world_size(group)
     num_tokens, num_sequences = counts.unbind()
     return replace(batch, num_tokens=num_tokens, num_sequences=num_sequences)
 
 
-def _of_whole_sequences(batch: TokenBatch, context: ProcessGroup) -> TokenBatch:
+def _is_group(thing: object) -> bool:
+    return dist.is_available() and isinstance(thing, dist.ProcessGroup)
+
+
+def _of_whole_sequences(batch: TokenBatch, context: Any) -> TokenBatch:
     """With the tokens of whole sequences, each of which is counted by one rank's share alone."""
     here = torch.tensor(batch.local_sequences, device=batch.labels.device)
     extremes = torch.stack([here, -here])

@@ -7,18 +7,18 @@ sum over ranks is a sum over ranks.
 torch's functional collectives, which torch.compile traces.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed import _functional_collectives as collectives
 
 
-def summed(values: Tensor, group: ProcessGroup | None) -> Tensor:
+def summed(values: Tensor, group: Any | None) -> Tensor:
     """[n]: values [n] summed over the ranks of a group, with its gradient; None: themselves."""
     return values if group is None else _Sum.apply(values, group)
 
 
-def least(values: Tensor, group: ProcessGroup | None) -> Tensor:
+def least(values: Tensor, group: Any | None) -> Tensor:
     """[n]: the least of values [n] over the ranks of a group, without gradient; None: themselves.
 
     NaN where a rank's is.
@@ -31,7 +31,9 @@ def least(values: Tensor, group: ProcessGroup | None) -> Tensor:
     return found.masked_fill(bad > 0, torch.nan)
 
 
-def _reduced(values: Tensor, how: str, group: ProcessGroup) -> Tensor:
+def _reduced(values: Tensor, how: str, group: Any) -> Tensor:
+    from torch.distributed import _functional_collectives as collectives
+
     return collectives.wait_tensor(collectives.all_reduce(values.contiguous(), how, group))
 
 
