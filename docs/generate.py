@@ -3,6 +3,7 @@
 docs/losses.md    from the docstrings of losses/, and of the named losses
 docs/distillation.md    from the docstrings of losses/distillation.py
 docs/kl.md        the expected gradients that tests/enumeration.py finds, and exact_enumeration.py
+docs/predictions.md     what fused_rl/plan says of one head over ranks
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from pdoc.doc import Doc
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +34,8 @@ from fused_rl.losses import (  # noqa: E402
     trust_regions,
 )
 from fused_rl.losses.sequences import Level  # noqa: E402
+from fused_rl.plan import ranks, ranks_report  # noqa: E402
+from fused_rl.plan.memory import plan  # noqa: E402
 
 
 def named_losses() -> list[str]:
@@ -129,6 +133,14 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
+def over_ranks() -> list[str]:
+    """What one of 8 ranks receives, in every way, at the head of Qwen3-8B."""
+    planned = plan({"hidden_size": 4096, "vocab_size": 151936}, 8192, device="h200")
+    group = ranks.Group(8, 1, torch.bfloat16)
+    rows = ranks_report.received_rows(ranks.ranks(planned, group), group)
+    return table(("way", *ranks_report.MOVED), rows)
+
+
 BLOCKS = {
     "losses.md": {
         "losses": named_losses,
@@ -142,6 +154,7 @@ BLOCKS = {
         "exact": lambda: exact_markdown(ExactWorld()).splitlines(),
     },
     "distillation.md": {"distillation": distillation_losses},
+    "predictions.md": {"ranks": over_ranks},
     "reference.md": {"names": public_names},
 }
 """page -> the name of its block -> the lines in it."""

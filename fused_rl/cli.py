@@ -20,7 +20,7 @@ import torch
 import fused_rl
 from fused_rl import ops
 from fused_rl.system import outputs, signals
-from fused_rl.system.numbers import not_negative, positive, seed
+from fused_rl.system.numbers import above_zero, not_negative, positive, seed
 
 DEMO_NEEDS = ("transformers", "rich", "matplotlib")
 BENCH_NEEDS = ("rich", "matplotlib")
@@ -176,16 +176,18 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
 
 
 def add_plan(commands: argparse._SubParsersAction) -> None:
-    """The options of the planner; their names are those of plan.memory.plan."""
+    """The options of the planner; their names are those of plan.memory.plan and plan.ranks."""
     from fused_rl.plan.devices import CARDS
+    from fused_rl.plan.ranks import NAMES
 
     plan_parser = commands.add_parser(
         "plan",
         help="say what a head will need in memory, FLOP and time, in every way",
         description="Say what one step over N tokens will need in memory and in FLOP at a model's "
         "head, with eager torch and with each of our ways, and how many chunks it takes. For a GPU "
-        "that is named, predict milliseconds too, by a model, and show what was measured. Of the "
-        "model only its config.json is read.",
+        "that is named, predict milliseconds too, by a model, and show what was measured. With "
+        "--world, say what each of so many ranks will hold and receive. Of the model only its "
+        "config.json is read.",
         epilog="example: fused-rl plan --model-config config.json --tokens 8192 --device h200",
     )
     add = plan_parser.add_argument
@@ -200,6 +202,13 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         default="cpu",
         help="cuda: the kernels for GPUs; the name of one: as they run there, and times",
     )
+    add = plan_parser.add_argument_group("of a head over several ranks").add_argument
+    add("--world", type=positive, default=1, metavar="R", help="ranks (default: 1)")
+    ways = f"of {', '.join(NAMES)}; or all (default: all)"
+    add("--parallel", nargs="+", choices=(*NAMES, "all"), metavar="WAY", help=ways)
+    add("--micro-batches", type=positive, metavar="M", help="calls of a step (default: 1)")
+    add("--reduce-dtype", choices=DTYPES, help="of sums of dweight (default: --dtype)")
+    add("--bandwidth", type=above_zero, metavar="GB/s", help="what a rank receives at")
     plan_parser.set_defaults(command=plan)
 
 
@@ -308,6 +317,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from fused_rl.plan import memory as planner
+    from fused_rl.plan.ranks_report import show_ranks
     from fused_rl.plan.report import show
 
     options = {
@@ -319,10 +329,30 @@ def plan(arguments: argparse.Namespace) -> int:
     try:
         config = outputs.read_json(arguments.model_config)
         planned = planner.plan(config, arguments.tokens, **options)
+        over_ranks = plan_over_ranks(arguments, planned)
     except (OSError, ValueError) as error:
         return usage_error("plan", str(error))
-    show(Console(width=118), planned)
+    console = Console(width=118)
+    show(console, planned)
+    if over_ranks:
+        show_ranks(console, *over_ranks, arguments.bandwidth)
     return 0
+
+
+def plan_over_ranks(arguments: argparse.Namespace, planned: Any) -> tuple | None:
+    """A rank in each way that is asked for, and its group; None of one rank."""
+    from fused_rl.plan.ranks import NAMES, Group, ranks
+
+    if arguments.world == 1:
+        for name in ("parallel", "micro_batches", "reduce_dtype", "bandwidth"):
+            if getattr(arguments, name) is not None:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} needs --world, the number of ranks, at least 2")
+        return None
+    reduce_dtype = getattr(torch, arguments.reduce_dtype or arguments.dtype)
+    group = Group(arguments.world, arguments.micro_batches or 1, reduce_dtype)
+    chosen = arguments.parallel or ["all"]
+    return ranks(planned, group, NAMES if "all" in chosen else tuple(chosen)), group
 
 
 def export_hub(arguments: argparse.Namespace) -> int:

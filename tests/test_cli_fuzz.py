@@ -86,11 +86,13 @@ def said(statuses: tuple[int, ...], *arguments: object) -> None:
     config=CONFIGS,
     tokens=st.sampled_from([1, 8, 4097, 2**31 - 1, 2**40]),
     device=st.sampled_from(DEVICES),
+    world=st.sampled_from([1, 2, 9, 2**31 - 1, 2**40]),
 )
-def test_plan_of_any_json(folder, config, tokens, device):
+def test_plan_of_any_json(folder, config, tokens, device, world):
     path = folder / "config.json"
     path.write_text(json.dumps(config))
-    said((0,), "plan", "--model-config", path, "--tokens", tokens, "--device", device)
+    sizes = ("--tokens", tokens, "--world", world)
+    said((0,), "plan", "--model-config", path, *sizes, "--device", device)
 
 
 @examples(120)

@@ -91,6 +91,7 @@ def generated() -> ModuleType:
         ("kl.md", "kl"),
         ("kl.md", "exact"),
         ("distillation.md", "distillation"),
+        ("predictions.md", "ranks"),
         ("reference.md", "names"),
     ],
 )
@@ -100,6 +101,7 @@ def test_a_generated_table_is_what_the_code_says(generated, page, name):
         "losses.md": {"losses", "levels", "ratios", "surrogates", "means"},
         "kl.md": {"kl", "exact"},
         "distillation.md": {"distillation"},
+        "predictions.md": {"ranks"},
         "reference.md": {"names"},
     }
     assert block(f"docs/{page}", name) == generated.BLOCKS[page][name]()

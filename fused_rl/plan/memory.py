@@ -70,7 +70,7 @@ class Plan(NamedTuple):
     frozen: bool
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
     """N, H, V; bytes of a number: of the model, of an accumulator, of an operand of a product, and
     of a gradient that waits for the loss's scale. device: its type.
     """
@@ -119,8 +119,7 @@ def plan(
         raise ValueError(f"chunk_bytes must be positive and less than 2**48, got {chunk_bytes}")
     if device not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
-    kind = "cuda" if device in CARDS else device
-    hidden, weight = _stand_ins(tokens, H, V, dtype, kind)
+    hidden, weight = _stand_ins(tokens, H, V, dtype, _kind(device))
     scratch = chunk_bytes or own_bytes(device)
     most = min(tokens, _chunk_tokens(hidden, weight, scratch, device))
     if tokens > MOST_CHUNKS * most:
@@ -128,17 +127,23 @@ def plan(
             f"chunk_bytes must allow chunks of more than {most} of {tokens} tokens, got {scratch}"
         )
     sizes = chunk_sizes(tokens, most)
-    s = _Sizes(
-        *(tokens, H, V, dtype.itemsize, acc_dtype(hidden, weight).itemsize),
+    s = sizes_of(tokens, H, V, dtype, device)
+    any_loss = _frozen(s, most) if frozen else _two_passes(s, "linear_logprobs", scratch)
+    pays = one_pass_pays(tokens, most, torch.device(s.device), not frozen)
+    loss = one_pass(s, sizes, frozen) if pays else _two_passes(s, "linear_policy_loss", scratch)
+    ways = [_eager_no_grad(s), _no_grad(s), _eager(s, frozen), any_loss, loss]
+    return Plan(tokens, H, V, scratch, sizes, ways, device, dtype, frozen)
+
+
+def sizes_of(tokens: int, H: int, V: int, dtype: torch.dtype, device: str) -> Sizes:
+    """Of that many tokens at a head [V, H]; device: one of DEVICES."""
+    kind = _kind(device)
+    return Sizes(
+        *(tokens, H, V, dtype.itemsize, acc_dtype(*_stand_ins(1, 1, 1, dtype, kind)).itemsize),
         op=_operand_bytes(dtype, kind),
         waiting=4 if dtype == torch.float16 else dtype.itemsize,
         device=kind,
     )
-    any_loss = _frozen(s, most) if frozen else _two_passes(s, "linear_logprobs", scratch)
-    pays = one_pass_pays(tokens, most, torch.device(kind), not frozen)
-    loss = _one_pass(s, sizes, frozen) if pays else _two_passes(s, "linear_policy_loss", scratch)
-    ways = [_eager_no_grad(s), _no_grad(s), _eager(s, frozen), any_loss, loss]
-    return Plan(tokens, H, V, scratch, sizes, ways, device, dtype, frozen)
 
 
 def own_bytes(device: str) -> int:
@@ -159,6 +164,10 @@ def _chunk_tokens(hidden: Tensor, weight: Tensor, scratch: int, device: str) -> 
     return linear_gradients.chunk_tokens(*weight.shape, per_logit, scratch, count)
 
 
+def _kind(device: str) -> str:
+    return "cuda" if device in CARDS else device
+
+
 def _stand_ins(N: int, H: int, V: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     """hidden and weight of these shapes that hold one number."""
     there = device != "cuda" or torch.cuda.is_available()
@@ -174,12 +183,12 @@ def _operand_bytes(dtype: torch.dtype, device: str) -> int:
     return dtype.itemsize
 
 
-def _eager_no_grad(s: _Sizes) -> Way:
+def _eager_no_grad(s: Sizes) -> Way:
     # log p, p and their product.
     return s.way("eager torch, no gradient", 2, entropy={"logits": 3 * s.N * s.V * s.acc})
 
 
-def _eager(s: _Sizes, frozen: bool) -> Way:
+def _eager(s: Sizes, frozen: bool) -> Way:
     dweight = 0 if frozen else s.V * s.H * s.w
     of_products = {"logits": s.N * s.V * (s.acc + s.w), "dweight": dweight}
     return s.way(
@@ -191,14 +200,14 @@ def _eager(s: _Sizes, frozen: bool) -> Way:
     )
 
 
-def _no_grad(s: _Sizes) -> Way:
+def _no_grad(s: Sizes) -> Way:
     packed = s.N * s.H * s.op if s.device == "cpu" else 0
     return s.way(
         "linear_logprobs, no gradient", 2, forward={"operands": packed + 3 * SLABS * s.N * s.acc}
     )
 
 
-def _pass_operands(s: _Sizes, n: int, *, dweight: bool, recompute: bool) -> int:
+def _pass_operands(s: Sizes, n: int, *, dweight: bool, recompute: bool) -> int:
     """Bytes that a backward pass over n tokens lays out, beside gradients and stored logits."""
     if s.device != "cpu":
         return 0
@@ -211,18 +220,18 @@ def _pass_operands(s: _Sizes, n: int, *, dweight: bool, recompute: bool) -> int:
     return draw + transposed + dweight * of_weight + recompute * n * H * s.op
 
 
-def _pass_dhidden(s: _Sizes, n: int) -> int:
+def _pass_dhidden(s: Sizes, n: int) -> int:
     """Sums of dhidden, and on a CPU their transpose."""
     return n * s.H * s.acc * (2 if s.device == "cpu" else 1)
 
 
-def _chunk_logits(s: _Sizes, n: int) -> int:
+def _chunk_logits(s: Sizes, n: int) -> int:
     """The logits of a chunk; on CUDA their gradient stands beside them in half precision."""
     beside = s.w if s.device != "cpu" and s.w < s.acc else 0
     return round_up(n, 16) * s.V * (s.acc + beside)
 
 
-def _two_passes(s: _Sizes, name: str, scratch: int) -> Way:
+def _two_passes(s: Sizes, name: str, scratch: int) -> Way:
     # The kernels of a CPU keep a super-block of logit gradients, those of CUDA fill the scratch.
     logits = min(scratch, _chunk_logits(s, s.N)) if s.device != "cpu" else 0
     return s.way(
@@ -237,7 +246,8 @@ def _two_passes(s: _Sizes, name: str, scratch: int) -> Way:
     )
 
 
-def _one_pass(s: _Sizes, sizes: list[int], frozen: bool) -> Way:
+def one_pass(s: Sizes, sizes: list[int], frozen: bool) -> Way:
+    """linear_policy_loss in chunks of these numbers of tokens."""
     n, several = max(sizes), len(sizes) > 1
     elements = 0 if frozen else s.V * s.H
     phases = {
@@ -259,7 +269,7 @@ def _one_pass(s: _Sizes, sizes: list[int], frozen: bool) -> Way:
     return s.way("linear_policy_loss", 4 if frozen else 6, **phases)
 
 
-def _frozen(s: _Sizes, n: int) -> Way:
+def _frozen(s: Sizes, n: int) -> Way:
     return s.way(
         "linear_logprobs",
         4,

@@ -23,3 +23,10 @@ def not_negative(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number that is not negative, got {text}")
     return value
+
+
+def above_zero(text: str) -> float:
+    """argparse: a finite number above 0."""
+    if (value := not_negative(text)) == 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
