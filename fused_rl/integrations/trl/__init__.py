@@ -18,12 +18,18 @@ Which trainers call them is TRL's choice:
     TRL 1.12, 1.13     asynchronous GRPO
 
 Policy and reference are always computed by one head: TRL's rounds logits to bfloat16 where ours
-does not, and between the two equal weights would differ by some 3e-3 nats per token. So two things
-stay with TRL's own function, as a whole: models whose head ZeRO-3 has sharded, which TRL gathers
-again in its backward pass; and a DPO or KTO trainer with precompute_ref_log_probs=True, since its
+does not, and between the two equal weights would differ by some 3e-3 nats per token. So a DPO or
+KTO trainer with precompute_ref_log_probs=True stays with TRL's own function, as a whole, since its
 reference log-probs may be from before patch(), or from a file. All other calls are ours. What only
 DPO and KTO ask for, `log_sum_sq_probs` (use_weighting) and the `mean_logits` of a model with a
 softcap (Gemma 2), takes a second pass over the weight, without gradient and in float32.
+
+On several processes, with TRL 1.16 and accelerate 1.15: two of them took three steps of GRPO, with
+accumulation, a reference model and tied embeddings, under DDP, FSDP2, and ZeRO-2 and ZeRO-3 of
+DeepSpeed 0.19, on CPUs. TRL's trainer, the same patched, and FusedGRPOTrainer gave the same steps
+to 1e-5 of a weight's step. Where the head is an FSDP2 unit of its own, which accelerate makes of it
+for some wrapping policies, TRL's own gradient of the head is of each rank's tokens alone; ours is
+that of all (integrations/trl/gathered.py). Neither FSDP1 nor a GPU was tried.
 
 `is_top1`, from which SFT and DPO take their token accuracy, compares float32 logits, where TRL's
 function compares those it rounded to the dtype of the model; and tokens that tie are all the most

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fused_rl.checks import require
 from fused_rl.divergences import Divergence
+from fused_rl.integrations.trl.gathered import averaged
 from fused_rl.linear.divergence import linear_divergence
 from fused_rl.linear.head import LMHead
 
@@ -37,7 +38,7 @@ class FusedDivergence:
             ValueError: vocabularies of different sizes; as linear_divergence raises.
         """
         given = dict(zip(self.names, args, strict=False))
-        # A weight that ZeRO-3 has sharded has a ds_id.
+        # A weight that ZeRO-3 has sharded has a ds_id; a teacher's is not gathered here.
         if any(hasattr(given[f"{side}_weight"], "ds_id") for side in ("student", "teacher")):
             return self.original.apply(*args)
         heads = [_head(given, side) for side in ("student", "teacher")]
@@ -54,7 +55,8 @@ class FusedDivergence:
 def _head(given: dict[str, Any], side: str) -> LMHead:
     scale, softcap = (given.get(f"{side}_{name}") for name in _AFTER)
     scale = 1.0 if scale is None else scale
-    return LMHead(given[f"{side}_weight"], given[f"{side}_bias"], scale, softcap)
+    weight, bias = (averaged(given[f"{side}_{name}"]) for name in ("weight", "bias"))
+    return LMHead(weight, bias, scale, softcap)
 
 
 def detached(head: LMHead) -> LMHead:

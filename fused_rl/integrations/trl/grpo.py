@@ -28,8 +28,8 @@ class FusedLoss:
     """Gives a GRPOTrainer class our losses: `class Mine(FusedLoss, MyGRPOTrainer)`.
 
     The loss is formed in the model's forward, where the head's weight is whole, and leaves it as
-    the log-prob of one token, 0 at the others: what wraps the model sees it among its outputs. It
-    was tried on one process, without FSDP or DeepSpeed.
+    the log-prob of one token, 0 at the others: what wraps the model sees it among its outputs. On
+    two processes it takes the steps of TRL's own trainer under DDP, FSDP2, ZeRO-2 and ZeRO-3.
 
     Counts of the loss's mean that are given are those of the whole step. TokenMean(), which dapo()
     and bnpo() have, counts the tokens of TRL's optimizer step over all its micro-batches and
@@ -57,7 +57,7 @@ class FusedLoss:
             the loss or masks it (entropy bonus, top_entropy_quantile, off_policy_mask_threshold):
             those would be lost.
         RuntimeError: at the first step, a GRPOTrainer that does not call its fused head (TRL before
-            1.15), or whose head ZeRO-3 has sharded.
+            1.15).
     """
 
     def __init__(self, *args: Any, policy_loss: Loss, **kwargs: Any) -> None:
@@ -105,8 +105,7 @@ class FusedLoss:
 
             raise RuntimeError(
                 f"the GRPOTrainer of TRL {trl.__version__} called its fused head {len(formed)} "
-                "times in one forward, not once: FusedGRPOTrainer needs TRL 1.15 or 1.16, and a "
-                "head that ZeRO-3 has not sharded"
+                "times in one forward, not once: FusedGRPOTrainer needs TRL 1.15 or 1.16"
             )
         self._log_metrics(formed[0].metrics, batch.num_tokens)
         return carried.sum() / divisor + self._balance(balance)

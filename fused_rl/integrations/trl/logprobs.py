@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_rl.integrations.trl.gathered import averaged
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.logprobs import linear_top_logprobs
 from fused_rl.ops import in_full
@@ -37,10 +38,10 @@ class FusedHead:
         softcap = given.get("final_logit_softcapping")
         scale = given.get("logit_scale", 1.0)
         outputs = given.get("outputs", _OUTPUTS if "outputs" in self.names else _OUTPUTS[:2])
-        # A weight that ZeRO-3 has sharded has a ds_id.
-        if with_theirs.get() or hasattr(given["weight"], "ds_id"):
+        if with_theirs.get():
             return self.original.apply(*args)
-        head = LMHead(given["weight"], given.get("bias"), scale, softcap)
+        weight, bias = averaged(given["weight"]), averaged(given.get("bias"))
+        head = LMHead(weight, bias, scale, softcap)
         if form := in_head.get():
             logprobs = form(hidden, head, temperature)
             entropy = top = torch.zeros_like(logprobs)
