@@ -1,5 +1,7 @@
 """Cases of a spread head: its bits, its traffic, its errors, what torch.compile makes of it."""
 
+import time
+
 import torch
 import torch.distributed as dist
 from cases_spread import Problem, batch_of, cut, objective, part, relative, upstream
@@ -184,3 +186,18 @@ def compiled(rank, world, backend="aot_eager", trained=True, hidden="REPLICATED"
     gradients = [relative(h.grad, h0.grad[mine])]
     gradients += [relative(w.grad, w0.grad[rows])] if trained else []
     return values, max(gradients)
+
+
+def cpu_seconds(rank, world, N=512, H=512, V=32768):
+    """Of a step of linear_policy_loss in bfloat16 on one thread, the least of five."""
+    problem = Problem.drawn(N=N, H=H, V=V, dtype=torch.bfloat16, bias=False)
+    _, (h, *_), head = part(problem, rank, world)
+    if world == 1:
+        head = LMHead(head.weight)
+    batch, taken = batch_of(problem), []
+    for _ in range(6):
+        dist.barrier()
+        began = time.process_time()
+        linear_policy_loss(h, head, batch, grpo(beta=0.1)).loss.backward()
+        taken.append(time.process_time() - began)
+    return min(taken[1:])

@@ -1,6 +1,12 @@
 """Heads whose vocabulary is spread over ranks, against the whole head on one rank."""
 
 import pytest
+import torch
+from cases_spread import Problem, cut
+
+from fused_rl import linear_logprobs, ops
+from fused_rl.parallel import merge, spread
+from fused_rl.parallel.states import Hidden
 
 FLOAT64, FLOAT32 = 1e-14, 3e-6
 WORLDS = pytest.mark.parametrize("world", [2, 4])
@@ -125,3 +131,50 @@ def test_torch_compile_by_inductor(ranks, hidden):
     options = {"backend": "inductor", "hidden": hidden}
     values, _ = largest(ranks(2).run("cases_spread_bits", "compiled", 300, **options))
     assert values <= FLOAT64
+
+
+def errors(dtype, world):
+    """Of dhidden of one rank and of `world`, whose summands are added up here, in order."""
+    problem = Problem.drawn(N=64, H=64, V=4096, dtype=dtype, bias=False)
+    problem.weight *= 2
+    problem.labels = problem.labels.where(problem.labels >= 0, 0)
+    a, b = torch.linspace(-1, 1, 64), torch.linspace(1, 0, 64) / 8
+    of_one = problem.hidden.clone().requires_grad_()
+    exact = problem.hidden.double().requires_grad_()
+    for leaf, weight in ((of_one, problem.weight), (exact, problem.weight.double())):
+        stats = linear_logprobs(leaf, weight.clone().requires_grad_(), problem.labels)
+        (a * stats.logprobs + b * stats.entropy).sum().backward()
+    ones = torch.ones(64)
+    heads, parts = [], []
+    for rank in range(world):
+        rows = cut(4096, rank, world)
+        how = spread.Spread(None, rows.start, 4096, Hidden.REPLICATED)
+        head = ops.Head(problem.hidden, problem.weight[rows], None, problem.labels, ones, 1.0, 0.0)
+        part = spread.formed(head, how)
+        parts.append(merge.of_part(part.stats, how.owns(head.labels, len(head.weight))))
+        heads.append((part.z, head, how))
+    stats = merge.merged(torch.stack(parts), ones.bool(), torch.float32)
+    known, none = ops.Known(stats.lse, stats.entropy), torch.empty(0)
+    total = torch.zeros(64, 64)
+    for z, head, how in heads:
+        sums = ops.Sums(none, none.clone(), False)
+        total += spread.backward(z, ops.Upstream(a, b), head, known, sums, how)
+    size = exact.grad.norm()
+    return [
+        ((g.double() - exact.grad).norm() / size).item() for g in (of_one.grad, total.to(dtype))
+    ]
+
+
+@pytest.mark.parametrize("world", [2, 4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_ranks_err_no_more_than_one(world, dtype):
+    """Summands are rounded once, after their sum."""
+    of_one, of_many = errors(dtype, world)
+    assert of_many <= 1.05 * of_one
+
+
+@pytest.mark.slow
+def test_the_work_is_divided(ranks):
+    """CPU seconds of a rank: what is not divided are the statistics' merge and dhidden's sum."""
+    seconds = {n: max(ranks(n).run("cases_spread_bits", "cpu_seconds", 120)) for n in (1, 2, 4)}
+    assert seconds[1] >= 1.8 * seconds[2] and seconds[1] >= 3.4 * seconds[4]

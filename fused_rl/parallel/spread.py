@@ -105,9 +105,8 @@ def backward(
     rows = len(head.weight)
     # One past the end adds nothing. label - start could be any number that means something else.
     labels = (head.labels - spread.start).where(spread.owns(head.labels, rows), rows)
-    mine = head._replace(labels=labels)
-    part = ops.linear_logprobs_chunk_backward(ops.ChunkLogits(z), upstream, mine, known, totals)
-    return part.to(head.dtype)
+    mine, totals = head._replace(labels=labels), totals._replace(partial=True)
+    return ops.linear_logprobs_chunk_backward(ops.ChunkLogits(z), upstream, mine, known, totals)
 
 
 def chunk(head: ops.Head, spread: Spread) -> tuple[ops.Statistics, Backward]:
