@@ -112,7 +112,7 @@ def two_passes(rank, world, dtype="float64", uneven=False, trained=True, with_en
     return values, max(gradients)
 
 
-def batch_of(problem, **options):
+def batch_of(problem, refs=True):
     """Of sequences of several lengths, packed."""
     g = torch.Generator().manual_seed(3)
     N = len(problem.labels)
@@ -122,7 +122,10 @@ def batch_of(problem, **options):
     cu_seqlens = torch.tensor([0, N // 3, N // 2, N])
     old = -1 - draw().abs() + (draw() > 0) * 2.0
     return TokenBatch.packed(
-        labels, cu_seqlens, draw(), loss_mask=mask, old_logprobs=old, ref_logprobs=old + draw() / 9
+        *(labels, cu_seqlens, draw()),
+        loss_mask=mask,
+        old_logprobs=old,
+        ref_logprobs=old + draw() / 9 if refs else None,
     )
 
 

@@ -5,8 +5,19 @@ import time
 import torch
 import torch.distributed as dist
 from cases_spread import Problem, batch_of, cut, objective, part, relative, upstream
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
-from fused_rl import LMHead, grpo, linear_logprobs, linear_policy_loss, linear_top_logprobs
+from fused_rl import (
+    Divergence,
+    LMHead,
+    grpo,
+    linear_divergence,
+    linear_logprobs,
+    linear_logprobs_at,
+    linear_policy_loss,
+    linear_top_logprobs,
+)
 from fused_rl.parallel import collectives
 from fused_rl.parallel.states import Hidden
 
@@ -201,3 +212,74 @@ def cpu_seconds(rank, world, N=512, H=512, V=32768):
         linear_policy_loss(h, head, batch, grpo(beta=0.1)).loss.backward()
         taken.append(time.process_time() - began)
     return min(taken[1:])
+
+
+def refusals(rank, world):
+    """What a spread head is not for, and options of a group that do not fit: what is said."""
+    problem = Problem.drawn(N=24)
+    _, (h, w, _), head = part(problem, rank, world)
+    here = LMHead(problem.weight)
+    given = {"group": dist.group.WORLD}
+    mesh = init_device_mesh("cpu", (world,))
+    calls = {
+        "linear_divergence": lambda: linear_divergence(
+            h, head, problem.hidden, here, problem.labels, divergence=Divergence.REVERSE
+        ),
+        "a reference": lambda: linear_policy_loss(
+            h, head, batch_of(problem, refs=False), grpo(), reference=(problem.hidden, here)
+        ),
+        "linear_logprobs_at": lambda: linear_logprobs_at(h, head, problem.labels[:, None]),
+        "logits": lambda: head.logits(h),
+        "grad_filter": lambda: linear_logprobs(h, head, problem.labels, grad_filter=1e-3),
+        "torch.func": lambda: torch.func.grad(
+            lambda x: linear_logprobs(x, head, problem.labels).logprobs.sum()
+        )(h),
+        "create_graph": lambda: torch.autograd.grad(
+            linear_logprobs(h, head, problem.labels).logprobs.sum(), h, create_graph=True
+        ),
+        "start alone": lambda: LMHead(w, start=3, **given),
+        "start without a group": lambda: LMHead(w, start=3, vocabulary=97),
+        "hidden without a group": lambda: LMHead(w, hidden=Hidden.PARTIAL),
+        "a mesh": lambda: LMHead(w, group=mesh),
+        "labels of a part": lambda: linear_logprobs(h[: 24 // world], head, problem.labels),
+        "a DTensor for a head that is here": lambda: linear_logprobs(
+            distribute_tensor(problem.hidden, mesh, [Replicate()]), here, problem.labels
+        ),
+    }
+    said = {}
+    for name, call in calls.items():
+        try:
+            call()
+            said[name] = "nothing"
+        except (ValueError, NotImplementedError) as error:
+            said[name] = str(error)
+    return said
+
+
+def order(rank, world):
+    """What is done when, in a step of three chunks."""
+    from fused_rl.parallel import spread, sums
+
+    done = []
+
+    def noted(name, function):
+        def run(*args):
+            done.append(name)
+            return function(*args)
+
+        return run
+
+    kept = spread.formed, sums.sent, sums.sum_of
+    spread.formed, sums.sent, sums.sum_of = (
+        noted(name, function)
+        for name, function in zip(("formed", "sent", "summed"), kept, strict=True)
+    )
+    try:
+        problem = Problem.drawn(N=48)
+        problem.labels = problem.labels.where(problem.labels >= 0, 1)
+        _, (h, *_), head = part(problem, rank, world, trained=False)
+        size = -(-97 // world) * 8 * 16
+        linear_policy_loss(h, head, batch_of(problem), grpo(), chunk_bytes=size).loss.backward()
+    finally:
+        spread.formed, sums.sent, sums.sum_of = kept
+    return done

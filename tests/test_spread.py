@@ -118,6 +118,35 @@ def test_traffic(ranks, hidden, of_dhidden, of_hidden):
         assert found == [(32 * world, of_dhidden, of_hidden)] * world
 
 
+def test_the_sum_of_a_chunk_travels_while_the_next_is_formed(ranks):
+    turns = ["formed", "sent", "formed", "sent", "summed", "formed", "sent", "summed", "summed"]
+    assert ranks(2).run("cases_spread_bits", "order") == [turns] * 2
+
+
+SAID = {
+    "linear_divergence": "linear_divergence needs the whole vocabulary on one rank, and this head's is spread over 2",
+    "a reference": "linear_policy_loss with a reference needs the whole vocabulary on one rank",
+    "linear_logprobs_at": "needs the whole vocabulary on one rank",
+    "logits": "logits needs the whole vocabulary on one rank",
+    "grad_filter": "grad_filter is for heads on one rank, got 0.001 and a group",
+    "torch.func": "has no torch.func transforms",
+    "create_graph": "linear_logprobs has no second derivative",
+    "start alone": "start is 3, and vocabulary must be given beside it",
+    "start without a group": "start and vocabulary need a group, whose ranks share the rows",
+    "hidden without a group": "hidden need a group, whose ranks share the rows",
+    "a mesh": "group must be a torch.distributed.ProcessGroup (of a mesh: its get_group())",
+    "labels of a part": "hidden must be [*labels.shape, D], got hidden [12, 16] and labels [24]",
+    "a DTensor for a head that is here": "hidden is a DTensor ((Replicate(),))",
+}
+
+
+def test_what_a_spread_head_is_not_for_is_said_on_every_rank(ranks):
+    first, second = ranks(2).run("cases_spread_bits", "refusals")
+    assert first == second and first.keys() == SAID.keys()
+    for name, expected in SAID.items():
+        assert expected in first[name]
+
+
 @pytest.mark.parametrize("options", [{}, {"trained": False}], ids=named)
 def test_torch_compile(ranks, options):
     found = ranks(2).run("cases_spread_bits", "compiled", 90, **options)

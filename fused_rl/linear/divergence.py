@@ -86,6 +86,8 @@ def linear_divergence(
     student = Side(hidden, LMHead.of(head), temperature, "")
     of_teacher = temperature if teacher_temperature is None else teacher_temperature
     teacher = Side(teacher_hidden, _of_teacher(teacher_head), of_teacher, "teacher_")
+    for side in (student, teacher):
+        side.head.is_here("linear_divergence")
     if vocabulary is not None:
         student, teacher = student.over(vocabulary), teacher.over(vocabulary)
         labels, ignore_index = counted_from(vocabulary, labels, ignore_index), OUTSIDE

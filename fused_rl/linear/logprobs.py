@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fused_rl import checks, ops
 from fused_rl.derivatives import transformed
 from fused_rl.linear.head import LMHead
+from fused_rl.models.placed import is_placed
 from fused_rl.parallel import two_passes
 from fused_rl.parallel.spread import Spread
 from fused_rl.parallel.states import Hidden
@@ -171,6 +172,14 @@ def flat_arguments(
     """
     head.is_here("this function")
     checks.is_floating(f"{whose}hidden", hidden)
+    checks.require(
+        not is_placed(hidden),
+        lambda: (
+            f"{whose}hidden is a DTensor ({hidden.placements}), and the head's weight is not "
+            "spread over its ranks: give the head their group, or hidden.to_local() where all is "
+            "here"
+        ),
+    )
     checks.is_labels(labels)
     checks.leading_shape(f"{whose}hidden", hidden, labels)
     return _flattened(hidden, head, labels, temperature, whose)

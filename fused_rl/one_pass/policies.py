@@ -184,6 +184,7 @@ def flattened(
     )
     ref_hidden, ref_head = reference[0], LMHead.of(reference[1])
     checks.is_floating("ref_hidden", ref_hidden)
+    ref_head.is_here("a reference")
     V, of_reference = len(head.weight), len(ref_head.weight)
     checks.require(
         of_reference == V,
