@@ -2,6 +2,7 @@
 
 import json
 
+import cases_plan
 import pytest
 import torch
 
@@ -55,6 +56,27 @@ def spread_tp(world):
     head = plan({"hidden_size": 32, "vocab_size": 97}, 48)
     found = planner.ranks(head, Group(world, 1, torch.bfloat16), ("tp",))
     return {rank.name: rank for rank in found}
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 2**23], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("hidden", ["REPLICATED", "SEQUENCE_SHARDED"])
+def test_memory_is_what_a_rank_is_measured_to_need(ranks, hidden, chunk_bytes):
+    """As for one device, within a quarter, and 2 MiB for what allocator and threads keep."""
+    options = {"hidden": hidden, "chunk_bytes": chunk_bytes}
+    (measured, _) = ranks(2).run("cases_plan", "peak", **options)
+    if measured is None:
+        pytest.skip("this system does not tell the peak of a process")
+    head = {"hidden_size": cases_plan.H, "vocab_size": cases_plan.V}
+    planned = plan(head, cases_plan.N, chunk_bytes=chunk_bytes)
+    whole, cut = planner.ranks(planned, Group(2, 1, torch.bfloat16), ("tp",))
+    rank = whole if hidden == "REPLICATED" else cut
+    assert rank.local.ways[-1].nhv == (8 if chunk_bytes else 6)
+    there = {"weight", "optimizer"}
+    peak = max(
+        sum(size for name, size in parts.items() if name not in there)
+        for parts in rank.memory.phases.values()
+    )
+    assert abs(measured - peak) <= peak / 4 + 2 * 2**20, (measured, peak)
 
 
 def test_weights_against_tokens_at_a_head_of_today():
