@@ -17,6 +17,8 @@ from interpreter import assert_passes
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss as TheirLoss
 from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction as TheirFunction
 from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as TheirCrossEntropy
+from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyTPFunction as TheirSplit
+from liger_kernel.transformers import functional
 from liger_kernel.transformers import grpo_loss as their_triton
 from parity import ITEMS, LENGTH, LOSS_TYPES
 from test_liger_parity import COMBINATIONS, KLS, Problem, naive, relative
@@ -60,6 +62,14 @@ PAIRS = {
     "scaled cross-entropy": (
         LigerFusedLinearScaledCrossEntropyFunction.apply,
         TheirCrossEntropy.apply,
+    ),
+    "split cross-entropy": (
+        liger.LigerFusedLinearScaledCrossEntropyTPFunction.apply,
+        TheirSplit.apply,
+    ),
+    "split cross-entropy, function": (
+        liger.liger_fused_linear_scaled_cross_entropy_tp,
+        functional.liger_fused_linear_scaled_cross_entropy_tp,
     ),
 }
 
@@ -381,6 +391,12 @@ def test_scaled_cross_entropy(temperature, ignore_index):
         assert torch.equal(alone, both[0])
         assert not both[0][target == ignore_index].any()
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("with_group", [False, True])
+def test_scaled_cross_entropy_of_a_split_vocabulary(ranks, with_group):
+    for differences in ranks(2).run("cases_doors", "of_liger", with_group=with_group):
+        assert max(differences) < 1e-13
 
 
 def test_scaled_cross_entropy_without_further_ids():

@@ -28,10 +28,12 @@ formula's. What differs:
     logits              are never written to: `inplace` is accepted and means nothing, as are
                         `compiled` and `chunk_size`
     gradients           reach every output that requires one, per_token_kl among them
-    selected_token_ids  of the scaled cross-entropy are a ValueError, and it has no
-                        tensor-parallel variant
+    selected_token_ids  of the scaled cross-entropy are a ValueError
     mistakes            a label outside the vocabulary, a delta that no ratio would meet, are
                         ValueErrors
+
+LigerFusedLinearScaledCrossEntropyTPFunction splits the vocabulary over ranks on any device, where
+Liger's needs CUDA: it was held to the whole head on processes of a CPU, not to Liger's.
 
 LigerFusedLinearJSDLoss, LigerFusedLinearJSD and LigerFusedLinearKLDivLoss are Liger's in float32,
 the vocabularies being of one size. What differs:
@@ -46,7 +48,11 @@ the vocabularies being of one size. What differs:
     temperature         must be positive
 """
 
-from fused_rl.integrations.liger.cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+from fused_rl.integrations.liger.cross_entropy import (
+    LigerFusedLinearScaledCrossEntropyFunction,
+    LigerFusedLinearScaledCrossEntropyTPFunction,
+    liger_fused_linear_scaled_cross_entropy_tp,
+)
 from fused_rl.integrations.liger.jsd import (
     LigerFusedLinearJSD,
     LigerFusedLinearJSDFunction,
@@ -73,8 +79,10 @@ __all__ = [
     "LigerFusedLinearKLDivFunction",
     "LigerFusedLinearKLDivLoss",
     "LigerFusedLinearScaledCrossEntropyFunction",
+    "LigerFusedLinearScaledCrossEntropyTPFunction",
     "fused_selective_log_softmax",
     "liger_fused_linear_grpo",
     "liger_fused_linear_kl_div",
+    "liger_fused_linear_scaled_cross_entropy_tp",
     "triton_grpo_loss",
 ]

@@ -1,8 +1,11 @@
 """Liger's cross-entropy of scaled logits: what its users of log-probabilities call."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from fused_rl import linear_logprobs
+from fused_rl import LMHead, linear_logprobs
 from fused_rl.checks import require
 
 
@@ -49,3 +52,58 @@ class LigerFusedLinearScaledCrossEntropyFunction:
         options = {"temperature": temperature, "ignore_index": ignore_index}
         logprobs, entropy = linear_logprobs(_input, weight, target, **options)
         return (-logprobs, entropy) if return_entropy else -logprobs
+
+
+class LigerFusedLinearScaledCrossEntropyTPFunction:
+    """The same of a vocabulary that is split over the ranks of a group."""
+
+    @staticmethod
+    def apply(
+        _input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        tp_group: Any,
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        tiles_per_reduce: int = 1,
+        return_entropy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """linear_logprobs of a head with a group, by Liger's options; every rank calls it.
+
+        Args:
+            _input: [N, H], the same on every rank; its gradient is the whole one.
+            weight: [V_r, H], this rank's rows, as many on every rank.
+            target: [N] int64, of the whole vocabulary; ignore_index counts nowhere.
+            tp_group: a torch.distributed.ProcessGroup; None: all ranks.
+            temperature: what logits are divided by.
+            tiles_per_reduce: accepted; it changes nothing here.
+            return_entropy: whether the entropies are returned too.
+
+        Returns:
+            nll [N], or (nll [N], entropy [N]): float32, 0 where target is ignore_index.
+
+        Raises:
+            ValueError: as linear_logprobs raises.
+        """
+        group = torch.distributed.group.WORLD if tp_group is None else tp_group
+        head = LMHead(weight, group=group)
+        options = {"temperature": temperature, "ignore_index": ignore_index}
+        logprobs, entropy = linear_logprobs(_input, head, target, **options)
+        return (-logprobs, entropy) if return_entropy else -logprobs
+
+
+def liger_fused_linear_scaled_cross_entropy_tp(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    tp_group: Any,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    tiles_per_reduce: int = 1,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LigerFusedLinearScaledCrossEntropyTPFunction.apply, which says what these are."""
+    return LigerFusedLinearScaledCrossEntropyTPFunction.apply(
+        *(input, weight, target, tp_group, temperature),
+        *(ignore_index, tiles_per_reduce, return_entropy),
+    )

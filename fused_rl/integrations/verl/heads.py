@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from fused_rl.checks import require
+from fused_rl.linear.head import LMHead
 from fused_rl.linear.logprobs import linear_logprobs, logprobs_from_logits
+from fused_rl.parallel.states import Hidden
 from fused_rl.stats import TokenStats
 
 _BACKENDS = ("torch", "liger")
@@ -27,21 +29,21 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., H], N states in all.
-        weight: [V, H].
-        labels: [...] int64 or int32, N in all.
+        weight: [V, H]; with a dist_process_group this rank's rows, as many on every rank.
+        labels: [...] int64 or int32, N in all, of the whole vocabulary.
         temperature: a number, or a tensor that broadcasts to labels.
         reduction: of the log-probabilities: "none", "sum" or "mean"; entropies are per token.
-        dist_process_group: None, or a group of one rank, which is the same.
+        dist_process_group: the ranks that share the vocabulary, each with all hidden states; None,
+            or a group of one rank, which is the same. The gradient of hidden is then this rank's
+            summand, as verl leaves it: what Megatron gathered hidden states with sums it.
 
     Returns:
         (logprobs [N] or [], entropy [N]), float32.
 
     Raises:
-        NotImplementedError: a dist_process_group of several ranks.
         ValueError: another reduction; numbers of states and labels that differ; several sequences
             of which one is batch-first, the other not; as linear_logprobs raises.
     """
-    _is_of_one_rank(dist_process_group)
     reductions = {"none": lambda x: x, "sum": torch.sum, "mean": torch.mean}
     require(
         reduction in reductions,
@@ -65,21 +67,16 @@ def linear_cross_entropy(
     )
     if isinstance(temperature, Tensor):
         temperature = temperature.broadcast_to(labels.shape).reshape(-1)
-    logprobs, entropy = linear_logprobs(states, weight, labels.reshape(-1), temperature=temperature)
+    head = _head(weight, dist_process_group)
+    logprobs, entropy = linear_logprobs(states, head, labels.reshape(-1), temperature=temperature)
     return reductions[reduction](logprobs), entropy
 
 
-def _is_of_one_rank(group: Any) -> None:
-    """NotImplementedError for a group that splits the vocabulary."""
-    if group is None:
-        return
-    ranks = torch.distributed.get_world_size(group)
-    if ranks > 1:
-        raise NotImplementedError(
-            f"dist_process_group splits the vocabulary over {ranks} ranks, and heads that are "
-            "split are not there yet: set tensor_model_parallel_size to 1, or leave verl's own "
-            "head in place (unpatch(), or no patch() in this job)"
-        )
+def _head(weight: Tensor, group: Any) -> LMHead:
+    """The whole head, or this rank's part of it."""
+    if group is None or torch.distributed.get_world_size(group) == 1:
+        return LMHead(weight)
+    return LMHead(weight, group=group, hidden=Hidden.PARTIAL)
 
 
 class FusedLinearForPPO(torch.nn.Module):
