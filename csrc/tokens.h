@@ -99,7 +99,8 @@ Gathered<A> gather_upstream(const at::Tensor& lse, const at::Tensor& entropy,
   return g;
 }
 
-// Forms the log_sums once more that lse has lost digits of: in float64, where the logits are large.
+// Forms the log_sums once more that lse has lost digits of: in float64, where the logits are large. Not
+// where lse is another, that of a vocabulary of which these entries are a part.
 template <class T>
 void restore_log_sums(const Problem<T>& p, Gathered<Acc<T>>& g) {
   using A = Acc<T>;
@@ -109,7 +110,8 @@ void restore_log_sums(const Problem<T>& p, Gathered<Acc<T>>& g) {
   if (!any) return;
   const TokenStatistics<T> s = forward<T>(p, nullptr);
   for (int64_t n = 0; n < p.N; ++n) {
-    if (!lost(n)) continue;
+    const double off = 4 * std::numeric_limits<double>::epsilon() * std::abs(s.lse[n]);
+    if (!lost(n) || !(std::abs(s.lse[n] - double(g.lse[n])) <= off)) continue;
     g.lse[n] = A(s.lse[n] + double(s.top[n]));
     g.lse_low[n] = -s.top[n];
   }

@@ -109,12 +109,38 @@ def _factor_kernel(
 
 
 class Known(NamedTuple):
-    """What the forward pass left of N tokens, beside E."""
+    """What the forward pass left of N tokens, beside E.
+
+    The vocabulary may be part of a larger one, and these of the whole: s = exp(lse) / 2^r.
+    """
 
     s: Tensor  # [N] fp32
     logprobs: Tensor  # [N] fp32
     lse: Tensor  # [N] fp64
     entropy: Tensor  # [N] fp32
+
+
+# A part counts as having exp(-44) = 8e-20 of all probability at least: its s, times the inverse of
+# that, is to be a number of fp32.
+MOST = 44.0
+
+
+def of_whole(
+    s: Tensor,  # [N] fp32: the sum of E
+    logprobs: Tensor,  # [N] fp32
+    own_lse: Tensor,  # [N] fp64: of E
+    lse: Tensor,  # [N] fp64: of the whole vocabulary
+    entropy: Tensor,  # [N] fp32
+) -> Known:
+    """s and the log-probs as they are among all entries: the same bits where E has them all."""
+    # Every E is 0: whatever the sum is, there are no probabilities.
+    nothing = (own_lse == -torch.inf) & lse.isfinite()
+    own_lse = own_lse.where(~nothing, lse)
+    lse = torch.minimum(lse, own_lse + MOST)
+    outside = lse - own_lse
+    s = (s * outside.exp().float()).masked_fill(nothing, 1.0)
+    among = (logprobs.double() - outside).float().masked_fill(nothing, -torch.inf)
+    return Known(s, among, lse, entropy)
 
 
 Transform = tuple[Tensor | None, Tensor, Tensor, float, float]  # bias, labels, ... softcap

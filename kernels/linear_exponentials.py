@@ -239,7 +239,9 @@ def _sums_kernel(
     reference = tl.load(reference_ptr + rows, mask=mask, other=0.0)
     nan = float("nan")
     empty = m_i == float("-inf")
-    log_s = tl.where(empty & (s_i == s_i), nan, tl.log(s_i))
+    nothing = empty & (s_i == s_i)
+    log_s = tl.where(nothing, nan, tl.log(s_i))
+    lse = tl.where(nothing, m_i.to(tl.float64), reference.to(tl.float64) * unit + log_s)
     entropy = log_s - t_i * logprobs.LOG_2 / s_i
     logprob = (label_logit - reference).to(tl.float64) * unit - log_s
     # The same arithmetic: equal to logprob where the label has the largest logit.
@@ -248,7 +250,7 @@ def _sums_kernel(
     logprob = tl.where((label >= 0) & (label < V), logprob, nan)
     tl.store(logprobs_ptr + rows, logprob.to(tl.float32), mask=mask)
     tl.store(entropy_ptr + rows, entropy.to(tl.float32), mask=mask)
-    tl.store(lse_ptr + rows, reference.to(tl.float64) * unit + log_s, mask=mask)
+    tl.store(lse_ptr + rows, lse, mask=mask)
     tl.store(top_ptr + rows, top.to(tl.float32), mask=mask)
     tl.store(s_ptr + rows, tl.where(empty, nan, s_i).to(tl.float32), mask=mask)
 

@@ -1,18 +1,21 @@
 """The operators of a chunk, by each implementation, beside their formulas in float64."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_rl.ops import ChunkLogits, Head, Known, Sums, Upstream
+from fused_rl.ops import ChunkLogits, Head, Known, Limits, Sums, Upstream
 from fused_rl.ops.chunk import (
     ChunkStatistics,
     linear_logprobs_chunk,
     linear_logprobs_chunk_backward,
 )
 from fused_rl.ops.formulas import raw_gradient
+from fused_rl.ops.linear import linear_logprobs_backward
+from fused_rl.ops.record import Gradients, Needs
 
 
 class Way(NamedTuple):
@@ -20,11 +23,16 @@ class Way(NamedTuple):
 
     forward: Callable[..., ChunkStatistics]
     backward: Callable[..., Tensor]
+    two_passes: Callable[..., Gradients]  # the backward half of linear_logprobs
 
 
-PLAIN = Way(linear_logprobs_chunk.plain, linear_logprobs_chunk_backward.plain)
+PLAIN = Way(
+    linear_logprobs_chunk.plain,
+    linear_logprobs_chunk_backward.plain,
+    linear_logprobs_backward.plain,
+)
 # On a CPU with the library.
-CPP = Way(linear_logprobs_chunk, linear_logprobs_chunk_backward)
+CPP = Way(linear_logprobs_chunk, linear_logprobs_chunk_backward, linear_logprobs_backward)
 
 
 class Formed(NamedTuple):
@@ -82,16 +90,123 @@ def formed(
     return Formed(way.backward(*args), *sums)
 
 
-def exact(head: Head, up: Upstream, known: Known | None = None, drawn=lambda draw: draw) -> Formed:
-    """In float64, by the formulas; drawn: what becomes of the gradient of hidden . weight^T."""
+def draw_of(head: Head, up: Upstream, known: Known | None = None) -> Tensor:
+    """The gradient of hidden . weight^T, [N, V] in float64; known: of a whole vocabulary."""
     head, up = exactly(head), exactly(up)
     z = head.logits()
     logp = z.log_softmax(-1)
-    entropy = -(logp.exp() * logp).sum(-1)
+    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
     if known is not None:
         logp, entropy = z - known.lse[:, None], known.entropy.double()
-    draw = drawn(raw_gradient(up, entropy, head, z, logp))
-    return Formed(draw @ head.weight, draw.T @ head.hidden, draw.sum(0))
+    return raw_gradient(up, entropy, head, z, logp)
+
+
+def exact(head: Head, draw: Tensor) -> Formed:
+    """In float64, from the gradient of hidden . weight^T."""
+    return Formed(draw @ head.weight.double(), draw.T @ head.hidden.double(), draw.sum(0))
+
+
+def known_of(head: Head) -> Known:
+    """In float64, the entropy as the operators have it."""
+    stats = PLAIN.forward(exactly(head))
+    return Known(stats.lse, stats.entropy.to(head.dtype))
+
+
+def part_of(head: Head, entries: slice) -> tuple[Head, Tensor]:
+    """The head of some entries, and its labels as the backward half takes them: one past the end
+    where they lie in another part. The forward half takes 0 there.
+    """
+    weight = head.weight[entries]
+    labels = head.labels - entries.start
+    here = (labels >= 0) & (labels < len(weight))
+    bias = None if head.bias is None else head.bias[entries]
+    part = head._replace(weight=weight, bias=bias, labels=labels.where(here, 0))
+    return part, labels.where(here, len(weight))
+
+
+# What each implementation must do with part of a vocabulary
+
+
+def check_parts(way: Way, head: Head, sizes: tuple[int, ...], budget: float) -> None:
+    """Parts that are given the lse and the entropy of the whole have its gradients, each its own
+    rows; their summands of dhidden add up to that of the whole. In one pass and in two.
+    """
+    up, known = random_upstream(head), known_of(head)
+    draw = draw_of(head, up)
+    right = exact(head, draw)
+    totals = [torch.zeros_like(right.dhidden) for _ in range(2)]
+    start = 0
+    for size in sizes:
+        entries = slice(start, start + size)
+        start += size
+        part, labels = part_of(head, entries)
+        once = formed(way, part, up, known=known, labels=labels, partial=True)
+        limits, needs = Limits(-100, 2**20), Needs(True, True, head.bias is not None)
+        again = way.two_passes(up, part._replace(labels=labels), limits, known, needs)
+        for total, found in zip(totals, (once, again), strict=True):
+            total += found.dhidden.double()
+            assert relative(found.dweight, right.dweight[entries]) < budget
+            if found.dbias.numel():
+                # Of one entry it is one number, whose terms may cancel.
+                off = found.dbias.double() - right.dbias[entries]
+                assert off.norm() < budget * draw[:, entries].abs().sum(0).norm()
+    assert start == len(head.weight)
+    for total in totals:
+        assert relative(total, right.dhidden) < budget
+
+
+def check_labels_elsewhere(way: Way, head: Head, budget: float) -> None:
+    """They add nothing, and the token has its share of -p all the same."""
+    up = random_upstream(head, entropy=False)
+    labels = torch.full_like(head.labels, len(head.weight))
+    labels[::3] = head.labels[::3]
+    found = formed(way, head, up, labels=labels)
+    elsewhere = head._replace(labels=labels)
+    for ours, true in zip(found, exact(head, draw_of(elsewhere, up)), strict=True):
+        assert relative(ours, true) < budget
+    labels[:] = len(head.weight)
+    plain = head._replace(bias=None, temperature=torch.ones_like(head.temperature), softcap=0.0)
+    sums = formed(way, plain._replace(scale=1.0), up, labels=labels).dbias
+    # All of the mass, of every token.
+    right = -up.dlogprobs.double().sum()
+    assert abs(sums.double().sum() - right) < budget * up.dlogprobs.double().norm()
+
+
+def check_far_below(way: Way, head: Head, below: float, budget: float) -> None:
+    """Where a part has next to none of the mass, all that is left is the label's own entry."""
+    up, own = random_upstream(head), known_of(head)
+    known = Known(own.lse + below, own.entropy)
+    labels = torch.full_like(head.labels, len(head.weight))
+    labels[::2] = head.labels[::2]
+    found = formed(way, head, up, known=known, labels=labels, partial=True)
+    right = exact(head, draw_of(head._replace(labels=labels), up, known))
+    assert all(t.isfinite().all() for t in found)
+    assert relative(found.dhidden[::2], right.dhidden[::2]) < budget
+    assert relative(found.dweight, right.dweight) < budget
+    assert found.dhidden[1::2].abs().max() < 1e-17 + 1e3 * math.exp(-below)
+
+
+def check_nothing_but_minus_infinity(way: Way, dtype: torch.dtype) -> None:
+    """A part with no mass: its lse is -inf, and among others it has no gradient."""
+    head = random_head(9, 7, 70, dtype)
+    head = head._replace(bias=torch.full((70,), -torch.inf, dtype=head.dtype))
+    stats = way.forward(head)
+    assert (stats.lse == -torch.inf).all()
+    # These are of no distribution, and are to be left out of a sum, not weighed with 0.
+    assert all(t.isnan().all() for t in (stats.logprobs, stats.entropy, stats.top))
+    known = Known(torch.linspace(-3, 9, 9).double(), torch.ones(9, dtype=head.dtype))
+    labels = torch.full_like(head.labels, 70)
+    found = formed(way, head, random_upstream(head), known=known, labels=labels, partial=True)
+    assert all((t == 0).all() for t in found)
+
+
+def check_some_at_minus_infinity(way: Way, dtype: torch.dtype, budget: float) -> None:
+    """The first part has one entry that can be, the second two."""
+    head = random_head(9, 7, 70, dtype)
+    bias = torch.full((70,), -torch.inf, dtype=head.dtype)
+    bias[[3, 40, 69]] = 0.0
+    labels = torch.tensor([3, 40, 69])[torch.arange(9) % 3]
+    check_parts(way, head._replace(bias=bias, labels=labels), (30, 40), budget)
 
 
 def relative(ours: Tensor, right: Tensor) -> float:

@@ -3,6 +3,7 @@
 import chunk_cases as cases
 import pytest
 import torch
+from interpreter import assert_passes
 
 from fused_rl import ops
 
@@ -55,8 +56,8 @@ def test_a_summand_has_no_rounding_of_its_own(way, dtype, entropy):
     head = cases.random_head(50, 64, 1000, dtype)
     up = cases.random_upstream(head, entropy)
     found = cases.formed(way, head, up, partial=True).dhidden
-    right = cases.exact(head, up).dhidden
-    rounded = cases.exact(head, up, drawn=lambda draw: draw.bfloat16().double()).dhidden
+    draw = cases.draw_of(head, up)
+    right, rounded = (cases.exact(head, d).dhidden for d in (draw, draw.bfloat16().double()))
     of_result = cases.relative(right.to(dtype), right)
     if way is cases.CPP and dtype == torch.bfloat16 and multiplies_bfloat16():
         assert cases.relative(found, rounded) < of_result / 50
@@ -65,3 +66,93 @@ def test_a_summand_has_no_rounding_of_its_own(way, dtype, entropy):
         assert cases.relative(found, right) < 0.8 * cases.relative(handed, right)
     else:
         assert cases.relative(found, right) < of_result / 50
+
+
+@each_way
+def test_the_sum_of_two_parts_is_rounded_once(way):
+    """Of a vocabulary in two halves, products of float32: nearer than two halves that were each
+    rounded, and as near as the whole, rounded.
+    """
+    head = cases.random_head(50, 64, 1000, torch.bfloat16)
+    head = head._replace(weight=head.weight.float())
+    up = cases.random_upstream(head)
+    known, halves = cases.known_of(head), []
+    for entries in (slice(0, 500), slice(500, 1000)):
+        part, labels = cases.part_of(head, entries)
+        found = cases.formed(way, part, up, known=known, labels=labels, partial=True)
+        halves.append(found.dhidden)
+    right = cases.exact(head, cases.draw_of(head, up)).dhidden
+    once = cases.relative((halves[0] + halves[1]).bfloat16(), right)
+    each = cases.relative(halves[0].bfloat16() + halves[1].bfloat16(), right)
+    best = cases.relative(right.bfloat16(), right)
+    assert once < 1.001 * best and each > 1.2 * best
+    assert cases.relative(halves[0] + halves[1], right) < best / 1000
+
+
+# Part of a vocabulary
+
+
+BUDGET = {
+    torch.float64: 1e-13,
+    torch.float32: 3e-6,
+    torch.bfloat16: 5e-3,
+    torch.float16: 1e-3,
+}
+each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+
+
+@pytest.mark.parametrize("transform", [False, True])
+@each_dtype
+@each_way
+def test_parts_of_a_vocabulary_have_the_gradients_of_the_whole(way, dtype, transform):
+    head = cases.random_head(37, 19, 130, dtype, transform)
+    cases.check_parts(way, head, (1, 3, 63, 63), BUDGET[dtype])
+
+
+@each_dtype
+@each_way
+def test_labels_of_other_parts_add_nothing(way, dtype):
+    for V in (1, 3, 64, 130):
+        head = cases.random_head(37, 19, V, dtype, transform=V != 64)
+        cases.check_labels_elsewhere(way, head, BUDGET[dtype])
+
+
+@pytest.mark.parametrize("below", [30.0, 100.0, 700.0])
+@each_dtype
+@each_way
+def test_a_part_far_below_the_others(way, dtype, below):
+    head = cases.random_head(37, 19, 130, dtype, transform=True)
+    cases.check_far_below(way, head, below, BUDGET[dtype])
+
+
+@each_dtype
+@each_way
+def test_a_part_of_nothing_but_minus_infinity(way, dtype):
+    cases.check_nothing_but_minus_infinity(way, dtype)
+    cases.check_some_at_minus_infinity(way, dtype, BUDGET[dtype])
+
+
+@pytest.mark.parametrize("size", [1e4, 1e6, 1e9])
+@each_way
+def test_large_logits_of_parts_in_float64(way, size):
+    """An lse of that size has lost digits: the whole's is not to be mistaken for the part's own,
+    which would have them.
+    """
+    head = cases.random_head(9, 5, 60, torch.float64)
+    up = cases.random_upstream(head)
+    known, right = cases.known_of(head), cases.exact(head, cases.draw_of(head, up))
+    head = head._replace(bias=torch.full((60,), size, dtype=torch.float64))
+    lse, digits = known.lse + size, size * torch.finfo(torch.float64).eps
+    for entries in (slice(0, 20), slice(20, 60)):
+        part, labels = cases.part_of(head, entries)
+        of_whole = ops.Known(lse, known.entropy)
+        found = cases.formed(way, part, up, known=of_whole, labels=labels)
+        assert cases.relative(found.dweight, right.dweight[entries]) < 10 * digits
+
+
+# The kernels for GPUs
+
+
+def test_chunks_in_the_interpreter(tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed")
+    assert_passes("interpreted_chunk.py", tmp_path)

@@ -1,6 +1,9 @@
 """The logits of a chunk of tokens, and their gradient in place of them: 2 NHV, and 4 NHV more.
 
-For a loss that is known between the two. All labels are inside the vocabulary.
+For a loss that is known between the two. Labels are inside the vocabulary.
+
+The vocabulary may be part of a larger one: then the gradient takes the lse and the entropy of the
+whole, and a label that lies in another part is V, one past the end.
 """
 
 from typing import NamedTuple
@@ -74,7 +77,7 @@ def linear_logprobs_chunk_backward(
         sums.dbias.zero_()
     N, V = head.hidden.shape[0], head.weight.shape[0]
     z = logits.z[: N * V].view(N, V)
-    dhidden = add_gradients(upstream, known.entropy, head, z, sums.dweight, sums.dbias)
+    dhidden = add_gradients(upstream, known, head, z, sums.dweight, sums.dbias)
     return dhidden.to(dhidden_dtype(head, sums))
 
 

@@ -12,9 +12,15 @@ from fused_rl.ops.record import Head, Known, Statistics, Upstream
 
 
 def statistics(z: Tensor, labels: Tensor) -> Statistics:
-    """reference.statistics, with lse in float64, from the largest logit and log_sum."""
+    """reference.statistics, with lse in float64."""
     logprobs, entropy, _, top = reference.statistics(z, labels)
-    return Statistics(logprobs, entropy, z.amax(-1).double() - top.double(), top)
+    return Statistics(logprobs, entropy, _lse(z, top), top)
+
+
+def _lse(z: Tensor, top: Tensor) -> Tensor:
+    """[N] float64, from the largest logit and log_sum = -top; -inf where every logit is."""
+    largest = z.amax(-1).double()
+    return (largest - top.double()).where(largest != -torch.inf, largest)
 
 
 def at(rows: Tensor, record: tuple) -> tuple:
@@ -39,6 +45,20 @@ def log_probabilities(z: Tensor, known: Known) -> Tensor:
     rest = (known.lse - rounded).to(z.dtype)
     rest = rest.where(known.lse.abs() < apart, known.entropy.to(z.dtype))
     return (z - rounded[:, None]) - rest[:, None]
+
+
+def log_softmax(z: Tensor, known: Known) -> Tensor:
+    """log p [N, V] of all of a token's logits, or of a part of them whose own lse is another.
+
+    An lse of large logits has lost digits of log_sum: where it is that of z, z has them.
+    """
+    logp = torch.log_softmax(z, -1)
+    own = _lse(z, logp.amax(-1))
+    outside = known.lse - own
+    alike = outside.abs() <= 4 * torch.finfo(torch.float64).eps * own.abs()
+    # A part of nothing but -inf has no softmax of its own.
+    logp.masked_fill_(z == -torch.inf, -torch.inf)
+    return logp.sub_(outside.masked_fill(alike, 0.0).to(z.dtype)[:, None])
 
 
 def softmax_gradient(
@@ -77,14 +97,14 @@ def of_product(dz: Tensor, head: Head, z: Tensor) -> Tensor:
 
 def add_gradients(
     upstream: Upstream,
-    entropy: Tensor,
+    known: Known,
     head: Head,
     z: Tensor,  # [N, V]
     dweight: Tensor,
     dbias: Tensor,
 ) -> Tensor:
     """dhidden of a chunk of tokens; adds to dweight and dbias, unless those are empty."""
-    draw = raw_gradient(upstream, entropy, head, z, torch.log_softmax(z, -1))
+    draw = raw_gradient(upstream, known.entropy, head, z, log_softmax(z, known))
     return add_products(draw, head, dweight, dbias)
 
 

@@ -49,7 +49,7 @@ def linear_logprobs_backward(
     chosen = live(upstream, head.labels, limits.ignore_index)
     for rows in chunks_of(chosen, head, limits.chunk_bytes):
         part = head.at(rows)
-        of_part = (at(rows, upstream), known.entropy[rows], part, part.logits())
+        of_part = (at(rows, upstream), at(rows, known), part, part.logits())
         dhidden[rows] = add_gradients(*of_part, dweight, dbias).to(hidden.dtype)
     return Gradients(
         dhidden if needs.need_dhidden else hidden.new_empty(0),

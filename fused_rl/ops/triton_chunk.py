@@ -45,25 +45,27 @@ def linear_logprobs_chunk(head: Head, device: Any) -> ChunkStatistics:
 
 
 def _exponentials(head: Head, config: Any, device: Any) -> ChunkStatistics:
-    """The statistics, and one buffer of bfloat16: E, and behind it s and the log-probs in fp32."""
+    """The statistics, and one buffer of bfloat16: E, and behind it s, the log-probs and lse."""
     from fused_rl.kernels import linear_exponentials as kernel
     from fused_rl.kernels.linear_gradients import row_stride
 
     N, V = head.hidden.shape[0], head.weight.shape[0]
-    z = head.hidden.new_empty(N * row_stride(V) + 4 * N)
-    e, kept = _exponentials_of(z, N, V)
+    z = head.hidden.new_empty(N * row_stride(V) + 8 * N)
+    e, *kept = _exponentials_of(z, N, V)
     stats, s = kernel.fwd(*head, device, config, e[:, :V])
-    kept[0], kept[1] = s, stats[0]
+    for to, value in zip(kept, (s, stats[0], stats[2]), strict=True):
+        to.copy_(value)
     return ChunkStatistics(*stats, z)
 
 
-def _exponentials_of(z: Tensor, N: int, V: int) -> tuple[Tensor, Tensor]:
-    """E, with the room between its rows; s and the log-probs, [2, N] fp32."""
+def _exponentials_of(z: Tensor, N: int, V: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """E, with the room between its rows; s and the log-probs, [N] fp32 each; lse, [N] fp64."""
     from fused_rl.kernels.linear_gradients import row_stride
 
     stride = row_stride(V)
-    e, kept = z.split([N * stride, 4 * N])
-    return e.view(N, stride), kept.view(torch.float32).view(2, N)
+    e, s, logprobs, lse = z.split([N * stride, 2 * N, 2 * N, 4 * N])
+    of_tokens = (s.view(torch.float32), logprobs.view(torch.float32), lse.view(torch.float64))
+    return e.view(N, stride), *of_tokens
 
 
 @on_cuda(chunk.linear_logprobs_chunk_backward)
@@ -144,14 +146,14 @@ def _of_exponentials(
     rows: Tensor | None, logits: ChunkLogits, upstream: Upstream, head: Head, known: Known
 ) -> tuple:
     """What exponentials_gradients takes of some of the tokens."""
-    from fused_rl.kernels.exponentials_gradients import Known as OfExponentials
+    from fused_rl.kernels.exponentials_gradients import of_whole
 
-    e, kept = _exponentials_of(logits.z, len(head.labels), len(head.weight))
-    e = rows_of(e, rows)[:, : len(head.weight)]
-    kept = kept if rows is None else kept[:, rows]
+    kept = _exponentials_of(logits.z, len(head.labels), len(head.weight))
+    e, *of_tokens = (rows_of(t, rows) for t in kept)
     upstream, taken, known = picked(rows, upstream, head, known)
     hidden, weight, *tokens = taken
-    return upstream, e, hidden, weight, tokens, OfExponentials(*kept, *known)
+    e = e[:, : len(weight)]
+    return upstream, e, hidden, weight, tokens, of_whole(*of_tokens, *known)
 
 
 @on_cuda(stored.linear_logprobs_stored)
