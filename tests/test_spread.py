@@ -124,7 +124,8 @@ def test_the_sum_of_a_chunk_travels_while_the_next_is_formed(ranks):
 
 
 SAID = {
-    "linear_divergence": "linear_divergence needs the whole vocabulary on one rank, and this head's is spread over 2",
+    "linear_divergence": "linear_divergence needs the whole vocabulary on one rank, and this "
+    "head's is spread over 2",
     "a reference": "linear_policy_loss with a reference needs the whole vocabulary on one rank",
     "linear_logprobs_at": "needs the whole vocabulary on one rank",
     "logits": "logits needs the whole vocabulary on one rank",
