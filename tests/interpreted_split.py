@@ -179,7 +179,7 @@ def in_two_passes(head, up, chunk_bytes):
     return *stats, *on_cuda.linear_logprobs_backward(up, head, limits, known, needs, DEVICE)
 
 
-def in_one_pass(head, up, accumulate):
+def in_one_pass(head, up, accumulate, partial=False):
     """Of tokens that all count; dweight waits in float32 where it is added to."""
     *stats, z = on_cuda_chunk.linear_logprobs_chunk(head, DEVICE)
     of_sum = FP32 if accumulate else head.weight.dtype
@@ -187,7 +187,7 @@ def in_one_pass(head, up, accumulate):
     dbias = torch.full(head.bias.shape, 0.0 if accumulate else torch.nan)
     dhidden = on_cuda_chunk.linear_logprobs_chunk_backward(
         *(ChunkLogits(z), up, head, Known(stats[2], stats[1])),
-        *(Sums(dweight, dbias, accumulate), DEVICE),
+        *(Sums(dweight, dbias, accumulate, partial), DEVICE),
     )
     return *stats, dhidden, dweight.to(head.weight.dtype), dbias
 
@@ -239,6 +239,17 @@ def test_an_operator_is_no_worse_than_by_float32_products(way, of_hidden, of_wei
         assert a.dtype == (torch.float64 if name == "lse" else dtypes.get(name, FP32))
         worst = errors(a, b.to(a.dtype), true)
         assert worst[1] <= 1.1, f"{name}: {worst[1]:.2f} x the error of float32 products"
+
+
+@pytest.mark.parametrize(("of_hidden", "of_weight"), MIXED, ids=["fp32 head", "bf16 head"])
+def test_a_summand_is_rounded_nowhere(of_hidden, of_weight):
+    """Of a dhidden in bfloat16 the smallest parts may be left out, of its float32 summands not."""
+    head, up = case(of_hidden, of_weight)
+    head = head._replace(labels=head.labels.clamp(min=0))
+    found = in_one_pass(head, up, True, partial=True)[4]
+    right = in_dtype(torch.float64, head, up)[4]
+    assert found.dtype == FP32
+    assert (found.double() - right).norm() < 6e-7 * right.norm()
 
 
 def test_no_operand_is_converted_whole(monkeypatch):

@@ -400,9 +400,13 @@ def test_one_pass_is_two_passes(kind, dtype):
         ops.ChunkLogits(chunk.linear_divergence_chunk(heads, measure).z),
         chunk.StudentUpstream(*up),
     )
-    rest = (heads, measure, chunk.known_of(TwoStatistics(*ours)), ops.Sums(total, dbias, True))
-    chunk.linear_divergence_chunk_backward(*again, *rest)
+    sums = ops.Sums(total, dbias, True, partial=True)
+    rest = (heads, measure, chunk.known_of(TwoStatistics(*ours)), sums)
+    summand = chunk.linear_divergence_chunk_backward(*again, *rest)
     assert oracle.relative_error(total, 2 * dweight.double()) < bound
+    # One of several: what would be rounded, in the dtype of the logits.
+    assert summand.dtype == heads.dtype
+    oracle.assert_same_bits(summand.to(dhidden.dtype), dhidden)
 
 
 def _flat(heads: tuple, labels: Tensor, temperature: Tensor, of_teacher: Tensor) -> ops.TwoHeads:
