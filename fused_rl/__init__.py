@@ -51,6 +51,7 @@ from fused_rl.losses.penalties import KLPenalty
 from fused_rl.losses.policy import LossOutput, PolicyLoss
 from fused_rl.losses.sequences import Level
 from fused_rl.one_pass.policy_loss import linear_policy_loss
+from fused_rl.one_pass.through import model_policy_loss
 from fused_rl.ops.backends import Backend, backends
 from fused_rl.ops.trust import trust_kernels
 from fused_rl.parallel.states import Hidden
@@ -108,6 +109,7 @@ __all__ = [
     "linear_top_logprobs",
     "logprobs_from_logits",
     "luspo",
+    "model_policy_loss",
     "ppo",
     "reinforce_plus_plus",
     "rloo",

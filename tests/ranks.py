@@ -23,6 +23,7 @@ START_SECONDS = 90.0
 # What a case gets, and the others once one of them has failed.
 CASE_SECONDS, GRACE_SECONDS = 30.0, 2.0
 PRELOADED = ["torch", "torch.distributed", "torch.distributed.tensor", "fused_rl"]
+PRELOADED += ["torch.distributed.fsdp", "transformers.models.qwen2.modeling_qwen2"]
 
 
 def serve(rank: int, world: int, store: str, pipe: Connection) -> None:

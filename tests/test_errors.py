@@ -7,7 +7,7 @@ import re
 import typing
 from collections.abc import Callable, Iterator
 from enum import Enum
-from types import NoneType
+from types import NoneType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,11 +31,43 @@ BATCH = TokenBatch.padded(
     LABELS, MASK, torch.ones(B), old_logprobs=LOGPROBS, rollout_logprobs=LOGPROBS
 )
 
+
+class Model(torch.nn.Module):
+    """What is asked of a language model: an embedding and a head."""
+
+    config = SimpleNamespace(model_type="none")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_model = Backbone()
+        self.head = torch.nn.Linear(H, V)
+
+    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        hidden = self.base_model(input_ids).last_hidden_state
+        return SimpleNamespace(logits=self.head(hidden))
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.base_model.embeddings
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+
+class Backbone(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = torch.nn.Embedding(V, H)
+
+    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.embeddings(input_ids))
+
+
 # What is right, by the name of the parameter; a callable's own where the same name means another
 # thing.
 RIGHT: dict[str, Any] = {
     "hidden": torch.ones(B, T, H),
     "head": LMHead(torch.ones(V, H)),
+    "model": Model(),
     "teacher_hidden": torch.ones(B, T, H + 1),
     "teacher_head": LMHead(torch.ones(V, H + 1)),
     "weight": torch.ones(V, H),

@@ -32,6 +32,8 @@ from fused_rl import LMHead, TokenStats, linear_logprobs
 from fused_rl.checks import is_labels, require, same_shape
 from fused_rl.models import asked, parts
 from fused_rl.models.parts import backbone
+from fused_rl.models.sharded import gathers
+from fused_rl.one_pass.through import through
 from fused_rl.stats import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -118,6 +120,8 @@ def _logprobs(
     is_labels(labels)
     same_shape("labels", labels, "input_ids", input_ids)
     # First, so that a model that is refused is so before it runs.
+    if not within:
+        parts.output_layer(parts.unwrap(model))
     answer = asked.answer(model, ask=ask, within=within)
     model = parts.unwrap(model)
     body = backbone(model)
@@ -134,18 +138,23 @@ def _logprobs(
     if completion_mask is not None:
         targets = _completion(targets, completion_mask)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-    layer = parts.output_layer(model)
+    layer, K = model.get_output_embeddings(), targets.shape[1]
+    # The last state predicts nothing that is there; it is ignored, not cut off by a copy.
+    targets = pad(targets, (0, 1), value=IGNORE_INDEX)
+    if isinstance(temperature, Tensor) and temperature.shape[-1:] == (K,):
+        temperature = pad(temperature, (0, 1), value=1.0)
+
+    def formed(linear: torch.nn.Linear, hidden: Tensor) -> TokenStats:
+        head = LMHead(*answer.recipe.parts(linear.weight, linear.bias))
+        stats = linear_logprobs(hidden, head, targets, temperature=temperature)
+        # No views: FSDP2 hooks its backward pass onto what a forward returns, which views may lose.
+        return TokenStats(*(t[:, :-1].clone() for t in stats))
+
     with answer.around(input_ids.device):
         hidden = body(**asked.accepted(body, inputs)).last_hidden_state
-        head = LMHead(*answer.recipe.parts(layer.weight, layer.bias))
-        K = targets.shape[1]
-        # The last state predicts nothing that is there; it is ignored, not cut off by a copy.
-        targets = pad(targets, (0, 1), value=IGNORE_INDEX)
-        if isinstance(temperature, Tensor) and temperature.shape[-1:] == (K,):
-            temperature = pad(temperature, (0, 1), value=1.0)
-        stats = linear_logprobs(hidden[:, -K - 1 :], head, targets, temperature=temperature)
-    # No views: FSDP2 hooks its backward pass onto what a forward returns, which views may lose.
-    return TokenStats(*(t[:, :-1].clone() for t in stats))
+        hidden = hidden[:, -K - 1 :]
+        # A unit of its own is gathered by its own call alone.
+        return through(layer, formed, hidden) if gathers(layer) else formed(layer, hidden)
 
 
 def _completion(targets: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_rl import checks, reference
-from fused_rl.models import asked, parts
+from fused_rl.models import asked, parts, sharded
 from fused_rl.models.placed import is_placed, rows_of, states_of
 from fused_rl.models.recipes import Recipe
 from fused_rl.ops import in_full
@@ -46,10 +46,11 @@ class LMHead:
         hidden: how hidden states lie on the ranks. Those that are a DTensor say it themselves.
 
     Raises:
-        ValueError: a shape, dtype or value that is not as above; a weight without elements, as
-            sharded training leaves it when the parameter is not gathered; a DTensor without a
-            group, or a quantised tensor; a start without a vocabulary, or any option of a group
-            without one.
+        ValueError: a shape, dtype or value that is not as above; a weight without elements or
+            memory, as sharded training leaves it where the parameter is not gathered; a DTensor
+            without a group, or what full_tensor() or to_local() makes of a trained one, whose
+            gradient would be one rank's; a quantised tensor; a start without a vocabulary, or any
+            option of a group without one.
     """
 
     weight: Tensor
@@ -66,13 +67,16 @@ class LMHead:
         self._place()
         checks.is_floating("weight", self.weight)
         parts.is_whole("weight", self.weight)
+        if self.group is None and not torch.compiler.is_compiling():
+            parts.has_its_gradient("weight", self.weight)
         # A rank may have no rows, and has no other reason for an empty weight.
         has_elements = self.weight.numel() > 0 or (self.group is not None and len(self.weight) == 0)
         checks.require(
             self.weight.dim() == 2 and has_elements,
             lambda: (
                 f"weight must be [V, H] with elements, got {list(self.weight.shape)}; "
-                "a sharded parameter must be gathered first"
+                "a sharded parameter must be gathered first, by what reduces its gradient too: "
+                "call fused_rl.model_policy_loss, or form the head in a forward that gathers it"
             ),
         )
         checks.is_number("scale", self.scale)
@@ -190,23 +194,26 @@ class LMHead:
         """head itself, a head of that weight alone, or of that layer's weight and bias.
 
         Raises:
-            ValueError: a layer that is no plain torch.nn.Linear, or that has forward hooks or a
-                forward of its own: its output need not be hidden @ weight.T + bias.
+            ValueError: a layer that is no plain torch.nn.Linear, or that has forward hooks other
+                than FSDP's or a forward of its own: its output need not be hidden @ weight.T +
+                bias; one whose weight FSDP has not gathered.
         """
         if isinstance(head, LMHead):
+            # It may have been formed in another step.
+            parts.is_whole("weight", head.weight)
             return head
         if isinstance(head, Tensor):
             return cls(head)
+        given, head = head, sharded.linear_of(head)
         checks.require(
-            type(head) is torch.nn.Linear,
+            sharded.is_linear(head),
             lambda: (
                 "head must be an LMHead, a weight [V, H] or a torch.nn.Linear, "
-                f"got {type(head).__module__}.{type(head).__qualname__}"
+                f"got {type(given).__module__}.{type(given).__qualname__}"
             ),
         )
-        own = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
         checks.require(
-            not own,
+            not sharded.has_hooks(head),
             lambda: (
                 "head is a torch.nn.Linear with forward hooks or a forward of its own, so that its "
                 "weight need not tell what it does: give LMHead(weight, bias) if it does"
@@ -240,15 +247,15 @@ class LMHead:
                 embeddings that are not a plain linear layer with a plain weight (an adapter on
                 them, quantised, sharded, offloaded).
         """
-        recipe = asked.answer(model, ask=ask).recipe
         layer = parts.output_layer(parts.unwrap(model))
-        if not is_placed(layer.weight):
-            return cls(*recipe.parts(layer.weight, layer.bias))
-        return cls._of_rows(recipe, layer)
+        recipe = asked.answer(model, ask=ask).recipe
+        return cls.of_recipe(recipe, layer)
 
     @classmethod
-    def _of_rows(cls, recipe: Recipe, layer: nn.Linear) -> LMHead:
-        """This rank's part of a tensor-parallel output layer."""
+    def of_recipe(cls, recipe: Recipe, layer: nn.Linear) -> LMHead:
+        """The head of an output layer; of a tensor-parallel one this rank's part."""
+        if not is_placed(layer.weight):
+            return cls(*recipe.parts(layer.weight, layer.bias))
         rows = rows_of("weight", layer.weight)
         bias = None if layer.bias is None else rows_of("bias", layer.bias).local
         local, bias, scale, softcap = recipe.of_rows(rows.local, bias, rows.start)

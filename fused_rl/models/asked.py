@@ -4,6 +4,9 @@
     2  again, with wide numbers where its output layer's product would be    -> scale, softcap, ...
     3  its backbone alone, and the product of its output layer               -> our logits
 
+Where the weights are in shards, only the model's own forward gathers them: in the third place are
+then the hidden states and the product that it had in the first.
+
 Our logits must be the model's. The second pass shows what the logits of a fresh model are too small
 to show: a softcap bends numbers of 30000. Parameters that are read between the hidden states and
 the logits are noted, because a norm or a bias may be there that changes nothing yet.
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.functional import linear
 
-from fused_rl.models import parts, recipes
+from fused_rl.models import parts, recipes, sharded
 from fused_rl.models.placed import is_placed, whole
 from fused_rl.models.recipes import Recipe
 from fused_rl.models.watched import Reads, Seen, at_least_float, undisturbed, watched
@@ -57,16 +60,17 @@ def answer(model: Any, *, ask: bool = True, within: bool = False) -> Answer:
     """What the model says, from memory unless something that it depends on has changed.
 
     Args:
-        model: as models.unwrap takes it.
+        model: as models.unwrap takes it; or in an engine's wrapper, whose forward is then the one
+            that runs. Where weights are sharded, every rank asks.
         ask: False believes the config's names.
         within: whether this is called inside the model's own forward, around which its hooks are.
 
     Raises:
-        ValueError: as models.unwrap and models.output_layer; a model whose logits no scale,
+        ValueError: as models.unwrap and models.output_linear; a model whose logits no scale,
             softcap, cut or mask of its output layer's product gives, or that cannot be asked.
     """
-    inner = parts.unwrap(model)
-    parts.output_layer(inner)
+    inner, model = parts.unwrap(sharded.inside(model)), sharded.runs(model)
+    parts.output_linear(inner)
     if not ask:
         return Answer(parts.described(inner))
     if torch.compiler.is_compiling():
@@ -77,8 +81,8 @@ def answer(model: Any, *, ask: bool = True, within: bool = False) -> Answer:
 
 
 def _remembered(model: Any, within: bool) -> Answer:
-    inner = parts.unwrap(model)
-    layer = parts.output_layer(inner)
+    inner = parts.unwrap(sharded.inside(model))
+    layer = parts.output_linear(inner)
     if layer.weight.is_meta or isinstance(layer.weight, FakeTensor):
         return Answer(parts.described(inner))
     state = _depends_on(inner, layer)
@@ -115,12 +119,19 @@ def _depends_on(inner: Any, layer: nn.Linear) -> tuple:
     forwards = (vars(layer).get("forward"), own_forward(inner), type(inner).forward)
     return (
         weakref.ref(layer),
-        *(layer.weight.shape, layer.bias is None),
+        *(_size(layer), layer.bias is None),
         *(tuple(m._forward_hooks) for m in (layer, inner)),
         *(tuple(m._forward_pre_hooks) for m in (layer, inner)),
         *(id(forward) for forward in forwards),
         *(_numbers(thing) for thing in (config, text, inner)),
     )
+
+
+def _size(layer: nn.Linear) -> tuple[int, int]:
+    """[V, H], of a weight that is in shards too."""
+    if sharded.is_here(layer.weight):
+        return tuple(layer.weight.shape)
+    return layer.out_features, layer.in_features
 
 
 def _numbers(thing: object) -> tuple:
@@ -144,12 +155,15 @@ def accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _ask(model: Any, inner: Any, layer: nn.Linear, within: bool) -> Answer:
     name, device = type(inner).__name__, layer.weight.device
+    # Beside the model's own forward its backbone has weights only where nobody shards them.
+    alone = all(sharded.is_here(t) for t in (layer.weight, _embeddings(inner, layer)))
+    alone = alone or sharded.is_tensor_parallel(inner, layer)
     body, hint = parts.backbone(inner), parts.described(inner)
     inputs = {"input_ids": _tokens(inner, layer), "use_cache": False, "return_dict": True}
     reads = Reads(model, layer)
 
     def own(put: Tensor | None = None) -> Seen:
-        run = model.forward if within else model._call_impl
+        run = model.forward if within or sharded.in_forward(model) else model._call_impl
         with reads, watched(layer, body, reads, put) as seen:
             output = run(**accepted(inner, inputs))
         seen.logits = whole(output.logits if hasattr(output, "logits") else output[0])
@@ -160,10 +174,14 @@ def _ask(model: Any, inner: Any, layer: nn.Linear, within: bool) -> Answer:
             plain = own()
             wide = own(recipes.wide_numbers(plain.product)) if plain.calls == 1 else None
             with Answer(hint, plain.autocast).around(device):
-                hidden = whole(body(**accepted(body, inputs)).last_hidden_state)
+                hidden = whole(plain.hidden)
+                if alone:
+                    hidden = whole(body(**accepted(body, inputs)).last_hidden_state)
                 recipe, proved = _recipe(layer, wide, hidden, hint)
-                y = (recipe.before * hidden).to(layer.weight.dtype)
-                y = product(y, layer.weight, layer.bias)
+                y = plain.product
+                if alone:
+                    y = (recipe.before * hidden).to(layer.weight.dtype)
+                    y = product(y, layer.weight, layer.bias)
             gap, allowed = recipes.difference(recipe.logits(at_least_float(y)), plain.logits)
     except Exception as error:
         raise ValueError(
@@ -204,18 +222,26 @@ def _recipe(
         return hint, False
     exact = torch.finfo(wide.into.dtype).eps < 1e-5
     shown = recipes.like(
-        replace(shown, before=before), hint, layer.weight.shape[0], 1e-5 if exact else 1e-2
+        replace(shown, before=before), hint, _size(layer)[0], 1e-5 if exact else 1e-2
     )
     # What a hook does need not be what it does tomorrow: with one there, only the config's recipe.
-    if parts.has_hooks(layer) and shown != hint:
+    if sharded.has_hooks(layer) and shown != hint:
         return hint, False
     return shown, recipes.agrees(shown, wide.product, wide.logits)
 
 
+def _embeddings(inner: Any, layer: nn.Linear) -> Tensor:
+    """The input embeddings' weight; the output layer's where they have none."""
+    return getattr(inner.get_input_embeddings(), "weight", layer.weight)
+
+
 def _tokens(inner: Any, layer: nn.Linear) -> Tensor:
     """Some ids from within the vocabulary, none of them special."""
-    embeddings = inner.get_input_embeddings()
-    known = [getattr(embeddings, "weight", layer.weight).shape[0], layer.weight.shape[0]]
+    embeddings, V = inner.get_input_embeddings(), _size(layer)[0]
+    if sharded.is_here(_embeddings(inner, layer)):
+        known = [_embeddings(inner, layer).shape[0], V]
+    else:
+        known = [getattr(embeddings, "num_embeddings", V), V]
     size, special = min(known), _special(inner.config)
     ids = [i for i in (*range(size // 3, size), *range(size // 3)) if i not in special]
     wanted = _SHAPE[0] * _SHAPE[1]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_rl.checks import require
-from fused_rl.models.placed import is_placed
+from fused_rl.models import sharded
 from fused_rl.models.recipes import Recipe
 
 
@@ -46,9 +46,10 @@ def unwrap(model: Any) -> Any:
         not isinstance(inner, nn.Module),
         lambda: (
             f"{name_of(model)} wraps a {type(inner).__name__}, and what it does around the forward "
-            "(gradients between ranks, gathering of weights) would be left out: patch_model the "
-            "model before it is wrapped and call the wrapper with return_logprobs=True, or, where "
-            "no gradient is wanted, pass its .module"
+            "(gradients between ranks, gathering of weights) would be left out: give the wrapper "
+            "to fused_rl.model_policy_loss; or patch_model the model before it is wrapped and call "
+            "the wrapper with return_logprobs=True; or, where no gradient is wanted, pass its "
+            ".module"
         ),
     )
     require(
@@ -75,27 +76,35 @@ def _learns_prompts(peft: Any) -> bool:
     return any(getattr(peft.peft_config[name], "is_prompt_learning", False) for name in active)
 
 
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether there is more to its call than its class's forward."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
-
-
 def output_layer(model: Any) -> nn.Linear:
-    """The linear layer that gives the logits, if its weight is all there is to it.
+    """The linear layer that gives the logits, if its weight is all there is to it, and is here, or
+    a tensor-parallel plan's.
+
+    Raises:
+        ValueError: as output_linear; a weight that is sharded over ranks or quantised.
+    """
+    layer = output_linear(model)
+    if not sharded.is_tensor_parallel(model, layer):
+        is_whole(f"the output embeddings' weight of {type(model).__name__}", layer.weight)
+    return layer
+
+
+def output_linear(model: Any) -> nn.Linear:
+    """The linear layer that gives the logits, its weight perhaps sharded over ranks.
 
     Raises:
         ValueError: no such layer; one of another class; a weight that a hook renews before every
-            forward; a weight that is offloaded, sharded over ranks or quantised.
+            forward; a weight that is offloaded.
     """
-    layer = model.get_output_embeddings()
-    if type(layer) is not nn.Linear:
+    layer = sharded.linear_of(model.get_output_embeddings())
+    if not sharded.is_linear(layer):
         raise ValueError(
             "LMHead.from_model needs a model whose output embeddings are a torch.nn.Linear, got "
             f"{type(layer).__name__} from {type(model).__name__} ({name_of(layer)} from "
             f"{name_of(model)}): {_way_out(layer)}"
         )
     require(
-        "weight" in layer._parameters or not layer._forward_pre_hooks,
+        "weight" in layer._parameters or not layer._forward_pre_hooks or sharded.is_fsdp2(layer),
         lambda: (
             f"the weight of {type(model).__name__}'s output embeddings is formed anew by a hook "
             "before every forward (weight_norm, prune): its value here may be an old one. Make it "
@@ -109,22 +118,7 @@ def output_layer(model: Any) -> nn.Linear:
             "device): keep that layer on a device, by device_map"
         ),
     )
-    if not is_tensor_parallel(model, layer):
-        is_whole(f"the output embeddings' weight of {type(model).__name__}", layer.weight)
     return layer
-
-
-def is_tensor_parallel(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether the layer's weight is cut along the vocabulary over ranks that share their tokens.
-
-    The weight of an FSDP unit looks alike while it is sharded: its ranks have tokens of their own.
-    A plan leaves hooks, or a forward, that bring the columns together.
-    """
-    if not is_placed(layer.weight) or len(layer.weight.placements) != 1 or not has_hooks(layer):
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return not any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _way_out(layer: object) -> str:
@@ -135,30 +129,65 @@ def _way_out(layer: object) -> str:
         return "merge the adapter, or leave lm_head out of target_modules and modules_to_save"
     if room in {"bitsandbytes", "torchao", "optimum", "hqq", "auto_gptq", "awq", "gptqmodel"}:
         return "leave lm_head out of the quantisation, or dequantise it"
-    if room == "torch" and "fsdp" in type(layer).__module__:
-        return "leave it in the unit of the whole model, and call that, patched by patch_model"
     return "its product is not hidden @ weight.T, or not that alone"
 
 
-def is_whole(name: str, tensor: Tensor) -> None:
-    """ValueError for tensors whose numbers are elsewhere: sharded over ranks, or quantised.
+_SHARDS = (
+    "where every rank has tokens of its own (FSDP), call fused_rl.model_policy_loss, or the model "
+    "itself, patched by patch_model, or work between unshard() and reshard() of the module that "
+    "holds it, so that gradients are reduced; where all ranks have the same tokens (tensor "
+    "parallelism), give LMHead the group, mesh.get_group()"
+)
 
-    Their mark is that they are made of other tensors, which torch asks them for by name.
+
+def is_whole(name: str, tensor: Tensor) -> None:
+    """ValueError for tensors whose numbers are elsewhere: sharded over ranks, freed, or quantised.
+
+    The mark of the former and the latter is that they are made of other tensors, which torch asks
+    them for by name.
     """
     kind = type(tensor)
     # The plain ones first, so that dynamo has no more to trace.
     if kind is Tensor or kind is nn.Parameter or not hasattr(kind, "__tensor_flatten__"):
+        require(
+            not sharded.is_freed(tensor),
+            lambda: (
+                f"{name} {list(tensor.shape)} has no memory: it was gathered for a call that is "
+                "over, and freed (FSDP). Form the head anew in every step and inside the forward "
+                "that gathers it, or call fused_rl.model_policy_loss, which does"
+            ),
+        )
         return
     if hasattr(tensor, "placements"):
         raise ValueError(
             f"{name} is a {kind.__module__}.{kind.__qualname__}, sharded over ranks "
-            f"({tensor.placements}): under FSDP2 call the model itself, patched by patch_model, or "
-            "work between unshard() and reshard() of the module that holds it, so that gradients "
-            "are reduced; a tensor-parallel lm_head must be left out of the plan"
+            f"({tensor.placements}): {_SHARDS}"
         )
     raise ValueError(
         f"{name} is a {kind.__module__}.{kind.__qualname__}, not a plain tensor: dequantise it, or "
         "leave it out of the quantisation"
+    )
+
+
+def has_its_gradient(name: str, tensor: Tensor) -> None:
+    """ValueError for a trained tensor that was made of a DTensor in such a way that its gradient
+    would be that of one rank's tokens or rows alone. Who says what the gradient is, is believed.
+    """
+    made = None if tensor.grad_fn is None else sharded.of_dtensor(tensor)
+    if made is None or made.ranks == 1 or made.said is not None:
+        return
+    require(
+        all(placement.is_replicate() for placement in made.placements),
+        lambda: (
+            f"{name} {list(tensor.shape)} holds the rows of this rank alone (to_local() of a "
+            f"DTensor, {made.placements}): {_SHARDS}"
+        ),
+    )
+    raise ValueError(
+        f"{name} was gathered by full_tensor(), whose gradient counts as the same on all ranks. "
+        "Under FSDP each rank has that of its own tokens, and nothing would average them: call "
+        "fused_rl.model_policy_loss, or full_tensor(grad_placements=[Partial('avg')]). If all "
+        "ranks have the same tokens, say so: full_tensor(grad_placements=[Replicate()])"
     )
 
 

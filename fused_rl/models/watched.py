@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fused_rl.models.placed import placed_like, whole
+from fused_rl.models.sharded import is_fsdp1
 
 # Elements: counters, statistics and tables of positions, but not weights that are kept as buffers.
 _SMALL = 2**20
@@ -50,6 +51,7 @@ def watched(layer: nn.Linear, body: nn.Module, reads: Reads, put: Tensor | None)
         kind = layer.weight.device.type
         if torch.is_autocast_enabled(kind):
             seen.autocast = torch.get_autocast_dtype(kind)
+        reads.look()
         reads.open = True
 
     def receives(module: nn.Module, args: tuple) -> tuple | None:
@@ -85,10 +87,17 @@ class Reads(TorchFunctionMode):
         super().__init__()
         self.open = False
         self.found: set[str] = set()
+        self.model, self.layer = model, layer
+        self.look()
+
+    def look(self) -> None:
+        """Takes the parameters as they are now: FSDP2 puts others in their place for a forward."""
         # Kept, so that no tensor that comes while a module is loaded and offloaded has its number.
-        self.tensors = [*model.named_parameters(), *model.named_buffers()]
-        self.names = {id(t): name for name, t in self.tensors if t.is_floating_point()}
-        for own in (layer.weight, layer.bias):
+        self.tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        # FSDP1 gathers a unit's parameters into one, of which the layer's are views.
+        named = [(n, t) for n, t in self.tensors if not n.endswith("_flat_param")]
+        self.names = {id(t): name for name, t in named if t.is_floating_point()}
+        for own in (self.layer.weight, self.layer.bias):
             self.names.pop(id(own), None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,11 +112,14 @@ class Reads(TorchFunctionMode):
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation without gradient, compilation or autocast, of which no trace remains."""
     modules = list(model.modules())
+    training = [(m, m.training) for m in modules]
+    # FSDP1 keeps its own state on itself, begun by its first forward.
+    modules = [m for m in modules if not is_fsdp1(m)]
     kept = [(m, dict(vars(m)), dict(m._buffers)) for m in modules]
     buffers = {id(b): b for b in model.buffers() if b.numel() <= _SMALL and not b.is_inference()}
     values = [(b, b._version, b.clone()) for b in buffers.values()]
     devices = [] if device.type in ("cpu", "meta") else [device]
-    for module in modules:
+    for module, _ in training:
         vars(module)["training"] = False
     try:
         with (
@@ -124,6 +136,8 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(own_buffers)
+        for module, mode in training:
+            vars(module)["training"] = mode
         with torch.no_grad():
             for buffer, version, value in values:
                 if buffer._version != version:
