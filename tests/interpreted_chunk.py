@@ -41,9 +41,8 @@ def test_exponentials_stand_for_logits_where_they_should(kind):
     assert z.dtype == (BF16 if kind == KINDS["E"] else FP32)
 
 
-@pytest.mark.parametrize("transform", [False, True])
-def test_a_summand_is_what_is_rounded_otherwise(kind, transform):
-    head = cases.random_head(17, 19, 70, kind[0], transform)
+def test_a_summand_is_what_is_rounded_otherwise(kind):
+    head = cases.random_head(17, 19, 70, kind[0], transform=True)
     up = cases.random_upstream(head)
     up.dlogprobs[::3] = up.dentropy[::3] = 0
     whole, summand = (cases.formed(WAY, head, up, partial=p) for p in (False, True))
@@ -69,9 +68,9 @@ def test_parts_of_a_vocabulary_have_the_gradients_of_the_whole(kind, transform):
     cases.check_parts(WAY, head, (1, 3, 76), kind[1])
 
 
-@pytest.mark.parametrize("V", [1, 3, 64, 70])
+@pytest.mark.parametrize("V", [1, 3, 70])
 def test_labels_of_other_parts_add_nothing(kind, V):
-    head = cases.random_head(17, 19, V, kind[0], transform=V != 64)
+    head = cases.random_head(9, 19, V, kind[0], transform=True)
     cases.check_labels_elsewhere(WAY, head, kind[1])
 
 
