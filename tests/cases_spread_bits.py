@@ -170,6 +170,27 @@ def traffic(rank, world, hidden="REPLICATED", dtype="bfloat16"):
         sums.exchanged = exchange
 
 
+def ignored_as_zero(rank, world, compile_it=False):
+    """The ignore_index is 0, an entry of the first part and the first row of every other."""
+    problem = Problem.drawn(N=24)
+    problem.labels = problem.labels.where(problem.labels >= 0, 0)
+    starts = [cut(97, r, world).start for r in range(world)]
+    problem.labels[:world] = torch.tensor(starts)
+    h0, w0, b0 = problem.leaves()
+    exact = linear_logprobs(h0, LMHead(w0, b0), problem.labels, ignore_index=0)
+    objective(exact).backward()
+    rows, (h, w, b), head = part(problem, rank, world)
+
+    def step(h, labels):
+        return linear_logprobs(h, head, labels, ignore_index=0)
+
+    run = torch.compile(step, fullgraph=True, backend="aot_eager") if compile_it else step
+    found = run(h, problem.labels)
+    objective(found).backward()
+    gradients = [(h.grad, h0.grad), (w.grad, w0.grad[rows]), (b.grad, b0.grad[rows])]
+    return max(map(relative, found, exact)), max(relative(*pair) for pair in gradients)
+
+
 def compiled(rank, world, backend="aot_eager", trained=True, hidden="REPLICATED"):
     """Without a break, the same numbers."""
     problem = Problem.drawn(N=24)

@@ -148,6 +148,13 @@ def test_what_a_spread_head_is_not_for_is_said_on_every_rank(ranks):
         assert expected in first[name]
 
 
+@pytest.mark.parametrize("options", [{}, {"compile_it": True}], ids=named)
+def test_an_ignore_index_that_is_an_entry(ranks, options):
+    found = ranks(2).run("cases_spread_bits", "ignored_as_zero", 90, **options)
+    values, gradients = largest(found)
+    assert values <= FLOAT64 and gradients <= FLOAT64
+
+
 @pytest.mark.parametrize("options", [{}, {"trained": False}], ids=named)
 def test_torch_compile(ranks, options):
     found = ranks(2).run("cases_spread_bits", "compiled", 90, **options)

@@ -11,6 +11,9 @@ from fused_rl import ops
 from fused_rl.derivatives import transformed
 from fused_rl.parallel.spread import Spread, Total, backward, chunk, formed
 
+# The label of an ignored token at a part. The caller's own may be that of a row there.
+_NOWHERE = -1
+
 
 def statistics(head: ops.Head, limits: ops.Limits, spread: Spread) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs, entropy and top, [N] each, on every rank.
@@ -87,14 +90,20 @@ class _Statistics(torch.autograd.Function):
 
 def values(head: ops.Head, limits: ops.Limits, spread: Spread) -> ops.Statistics:
     """[N] each; 0 where ignored."""
-    rows, ignored = len(head.weight), head.labels == limits.ignore_index
-    part = None
-    if rows:
-        labels = (head.labels - spread.start).where(spread.owns(head.labels, rows), 0)
-        labels = labels.masked_fill(ignored, limits.ignore_index)
-        part = ops.linear_logprobs(head._replace(labels=labels), limits)
-    stats = spread.merged(part, head)
+    stats = spread.merged(of_rows(head, limits, spread), head)
+    ignored = head.labels == limits.ignore_index
     return ops.Statistics(*(t.masked_fill(ignored, 0.0) for t in stats))
+
+
+def of_rows(head: ops.Head, limits: ops.Limits, spread: Spread) -> ops.Statistics | None:
+    """[N] each, of this rank's part of the vocabulary; None where that is empty."""
+    rows, ignored = len(head.weight), head.labels == limits.ignore_index
+    if rows == 0:
+        return None
+    labels = (head.labels - spread.start).where(spread.owns(head.labels, rows), 0)
+    labels = labels.masked_fill(ignored, _NOWHERE)
+    mine = limits._replace(ignore_index=_NOWHERE)
+    return ops.linear_logprobs(head._replace(labels=labels), mine)
 
 
 def _with_unit(head: ops.Head, limits: ops.Limits, spread: Spread) -> tuple[ops.Statistics, Tensor]:
@@ -207,10 +216,11 @@ def _at_once(
     whole, rows = spread.gathered(head), len(head.weight)
     ignored = head.labels == limits.ignore_index
     labels = (head.labels - spread.start).where(spread.owns(head.labels, rows), rows)
-    mine = whole._replace(labels=labels.masked_fill(ignored, limits.ignore_index))
+    mine = whole._replace(labels=labels.masked_fill(ignored, _NOWHERE))
     found = (torch.zeros_like(whole.hidden), head.weight, head.bias)
     if rows:
-        found = ops.linear_logprobs_backward(upstream, mine, limits, known, needs)
+        here = limits._replace(ignore_index=_NOWHERE)
+        found = ops.linear_logprobs_backward(upstream, mine, here, known, needs)
     total = Total(spread, head.hidden, len(head.labels), head.hidden.dtype)
     if needs.need_dhidden:
         total.add(found[0].to(head.dtype), slice(None))
