@@ -206,8 +206,13 @@ def chunk_bytes_is_positive(chunk_bytes: int | None) -> None:
         is_positive("chunk_bytes", chunk_bytes)
 
 
-def grad_filter_is_possible(grad_filter: float | None, device: torch.device) -> None:
-    """ValueError unless grad_filter is None, or within (0, 1) on a device that has it."""
+def grad_filter_is_possible(
+    grad_filter: float | None, device: torch.device, group: object = None
+) -> None:
+    """ValueError unless grad_filter is None, or within (0, 1) on a device that has it.
+
+    group: the ranks that the head's vocabulary is spread over.
+    """
     if grad_filter is None:
         return
     is_real("grad_filter", grad_filter)
@@ -215,4 +220,8 @@ def grad_filter_is_possible(grad_filter: float | None, device: torch.device) -> 
     require(
         device.type != "cuda",
         lambda: f"grad_filter has kernels for CPUs only, got {grad_filter} on {device}",
+    )
+    require(
+        group is None,
+        lambda: f"grad_filter is for heads on one rank, got {grad_filter} and a group",
     )

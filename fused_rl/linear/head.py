@@ -29,7 +29,10 @@ class LMHead:
     every rank makes with the same labels gives every rank the numbers of the whole vocabulary.
     linear_logprobs, linear_top_logprobs, linear_kept_logprobs and linear_policy_loss take such a
     head; collectives are in those calls and in their backward passes, none is in this constructor.
-    The gradients of weight and bias are those of this rank's rows, complete.
+    The gradients of weight and bias are those of this rank's rows, complete. With
+    Hidden.OWN_TOKENS each rank has labels of its own, and gets the numbers and gradients of those;
+    the gradients of weight and bias are then divided by the number of ranks, as sharded training
+    has them.
 
     Args:
         weight: [V, H], any floating dtype, any strides. With a group this rank's rows, [V_r, H],
@@ -157,6 +160,10 @@ class LMHead:
             return hidden, None
         how, dim = self.hidden, 0
         if is_placed(hidden):
+            checks.require(
+                how is not Hidden.OWN_TOKENS,
+                lambda: "hidden is a DTensor: with Hidden.OWN_TOKENS give this rank's own tensor",
+            )
             hidden, cut = states_of(hidden, self.group)
             how = Hidden.REPLICATED if cut is None else Hidden.SEQUENCE_SHARDED
             dim = cut or 0

@@ -16,6 +16,7 @@ from fused_rl import checks, ops
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.logprobs import named, spread_arguments
 from fused_rl.parallel.kept import kept_statistics
+from fused_rl.parallel.states import Hidden
 from fused_rl.stats import IGNORE_INDEX
 
 
@@ -68,6 +69,13 @@ def linear_kept_logprobs(
             for wrong offsets).
     """
     head = LMHead.of(head)
+    checks.require(
+        head.hidden is not Hidden.OWN_TOKENS,
+        lambda: (
+            "linear_kept_logprobs takes no Hidden.OWN_TOKENS: linear_logprobs, linear_top_logprobs "
+            "and linear_policy_loss do"
+        ),
+    )
     flat, spread = spread_arguments(hidden, head, labels, temperature)
     checks.is_integer("ignore_index", ignore_index)
     checks.chunk_bytes_is_positive(chunk_bytes)

@@ -21,9 +21,10 @@ from fused_rl import checks, ops
 from fused_rl.derivatives import transformed
 from fused_rl.linear.head import LMHead
 from fused_rl.models.placed import is_placed
-from fused_rl.parallel import two_passes
+from fused_rl.parallel import own_tokens, two_passes
 from fused_rl.parallel.spread import Spread
 from fused_rl.parallel.states import Hidden
+from fused_rl.parallel.visits import Journey, told
 from fused_rl.reference import acc_dtype
 from fused_rl.stats import IGNORE_INDEX, TokenStats, TopStats
 
@@ -116,10 +117,11 @@ def linear_top_logprobs(
         ValueError: as for linear_logprobs.
     """
     head = LMHead.of(head)
-    flat, spread = spread_arguments(hidden, head, labels, temperature)
-    checks.is_integer("ignore_index", ignore_index)
-    checks.chunk_bytes_is_positive(chunk_bytes)
-    checks.grad_filter_is_possible(grad_filter, hidden.device)
+    with told(head.group, head.hidden, head.weight.device):
+        flat, spread = spread_arguments(hidden, head, labels, temperature)
+        checks.is_integer("ignore_index", ignore_index)
+        checks.chunk_bytes_is_positive(chunk_bytes)
+        checks.grad_filter_is_possible(grad_filter, hidden.device, head.group)
     options = (ignore_index, chunk_bytes, grad_filter, spread)
     stats = named(flat_top_logprobs, flat, *options, shape=labels.shape)
     return TopStats(*(x.reshape(labels.shape) for x in stats))
@@ -232,11 +234,10 @@ def flat_top_logprobs(
     hidden, weight, bias, *_ = head
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     limits = ops.Limits(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes))
+    if spread is not None and spread.hidden is Hidden.OWN_TOKENS:
+        journey = Journey.met(head, ignore_index, spread, chunk_bytes)
+        return TopStats(*own_tokens.statistics(head, limits, journey))
     if spread is not None:
-        checks.require(
-            grad_filter is None,
-            lambda: f"grad_filter is for heads on one rank, got {grad_filter} and a group",
-        )
         return TopStats(*two_passes.statistics(head, limits, spread))
     op, options = ops.linear_logprobs, ()
     if grad_filter is not None and torch.is_grad_enabled():

@@ -29,6 +29,10 @@ class Way(NamedTuple):
     policies: Policies
     most: int  # tokens of a chunk
 
+    def sizes(self, tokens: int) -> list[int]:
+        """Those of the chunks of so many tokens."""
+        return self.policies.sizes(tokens, self.most)
+
     @torch.no_grad()
     def formed(
         self, heads: Heads, batch: TokenBatch, needs: Sequence[bool]
@@ -47,7 +51,7 @@ class Way(NamedTuple):
         whole = self.policies.gathered(heads)
         hidden, weight, bias, *_ = whole
         need_hidden, need_weight, need_bias = needs
-        counted = Counted.of(batch.loss_mask, self.most)
+        counted = Counted.of(batch.loss_mask, self.sizes)
         evaluation = Evaluation(self.loss, batch, counted)
         of_sum = heads.dtype if len(counted.chunks) > 1 else ops.waiting_dtype(weight)
         allocate = weight.new_empty if counted.chunks else weight.new_zeros
@@ -55,7 +59,7 @@ class Way(NamedTuple):
         dweight = allocate(weight.shape if need_weight else 0, dtype=of_sum)
         dbias = allocate(weight.shape[0] if need_bias else 0, dtype=of_sum)
         for i, chunk in enumerate(counted.chunks):
-            stats, backward = self.policies.chunk(whole.at(chunk))
+            stats, backward = self.policies.chunk(whole.at(chunk), i)
             sums = ops.Sums(dweight, dbias, i > 0)
             of_chunk = backward(evaluation.gradients(stats, chunk), sums)
             del backward

@@ -1,13 +1,12 @@
 """A loss evaluated once: at all tokens where one chunk holds them, else chunk by chunk."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_rl import ops
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.policy import Loss, LossOutput, PolicyLoss, Terms
 from fused_rl.losses.statistics import Stats, chosen, differentiated, placed, with_reference
@@ -21,10 +20,10 @@ class Counted(NamedTuple):
     chunks: list[slice] | list[Tensor]
 
     @classmethod
-    def of(cls, loss_mask: Tensor, most: int) -> "Counted":
-        """In chunks of at most `most` tokens."""
+    def of(cls, loss_mask: Tensor, cut: Callable[[int], list[int]]) -> "Counted":
+        """In chunks of the sizes that cut gives so many tokens."""
         rows = loss_mask.nonzero()[:, 0]
-        sizes = ops.chunk_sizes(len(rows), most)
+        sizes = cut(len(rows))
         if len(rows) < len(loss_mask):
             return cls(len(loss_mask), rows, list(rows.split(sizes)) if sizes else [])
         bounds = pairwise(accumulate(sizes, initial=0))

@@ -3,6 +3,7 @@
                           NHV in one pass: logits, gradient      statistics
     Alone                 2, 4                                   TokenStats
     Spread                2, 4 over all ranks                    TokenStats
+    OwnTokens             2, 4, N the mean over ranks            TokenStats
     BesideReference       4, 4                                   DivergenceStats
 
 Each says how a chunk of tokens is formed and how its gradient is; the rest of the pass is one code.
@@ -20,7 +21,9 @@ from fused_rl.linear.divergence import Side, flat_divergence, two_heads
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.logprobs import flat_top_logprobs, spread_arguments
 from fused_rl.one_pass.evaluation import Counted
-from fused_rl.parallel import spread
+from fused_rl.parallel import own_tokens, spread, visits
+from fused_rl.parallel.collectives import ranks_of
+from fused_rl.parallel.states import Hidden
 from fused_rl.stats import IGNORE_INDEX, DivergenceStats, TokenStats
 
 Heads = ops.Head | ops.TwoHeads
@@ -31,7 +34,23 @@ Backward = Callable[[tuple[Tensor, ...], ops.Sums], Tensor]
 for dweight and dbias -> dhidden. It is called once, and holds the logits until it is dropped."""
 
 
-class Here:
+class Cut:
+    """How chunks are cut where a rank has all the tokens that a pass is of."""
+
+    def agreed(self, heads: Heads, chunk_bytes: int | None) -> "Policies":
+        """What ranks must know of each other before the first chunk: nothing."""
+        return self
+
+    def tokens(self, heads: Heads) -> int:
+        """How many tokens' logits are formed here, at most."""
+        return len(heads.labels)
+
+    def sizes(self, tokens: int, most: int) -> list[int]:
+        """Of the chunks of so many tokens."""
+        return ops.chunk_sizes(tokens, most)
+
+
+class Here(Cut):
     """What all of one rank do alike."""
 
     def gathered(self, heads: Heads) -> Heads:
@@ -70,8 +89,10 @@ class Alone(Here):
         """Tokens whose logits a chunk may hold."""
         return ops.chunk_tokens(head.hidden, head.weight, chunk_bytes)
 
-    def chunk(self, head: ops.Head) -> tuple[TokenStats, Backward]:
-        """The statistics of a chunk's tokens [n], and what their gradients go to."""
+    def chunk(self, head: ops.Head, _: int) -> tuple[TokenStats, Backward]:
+        """The statistics of a chunk's tokens [n], and what their gradients go to; and its number,
+        which only ranks with tokens of their own need.
+        """
         logprobs, entropy, lse, _, z = ops.linear_logprobs_chunk(head)
         logits, known = ops.ChunkLogits(z), ops.Known(lse, entropy)
 
@@ -101,7 +122,7 @@ class BesideReference(Here):
         """Tokens whose logits, both heads', a chunk may hold."""
         return ops.pair_rows(heads, ops.scratch_bytes(heads.hidden.device, chunk_bytes))
 
-    def chunk(self, heads: ops.TwoHeads) -> tuple[DivergenceStats, Backward]:
+    def chunk(self, heads: ops.TwoHeads, _: int) -> tuple[DivergenceStats, Backward]:
         """As of Alone."""
         of = self.divergence
         measure = ops.Measure(of.kind, of.parameter, of.factor)
@@ -125,7 +146,7 @@ class BesideReference(Here):
 
 
 @dataclass(frozen=True)
-class Spread:
+class Spread(Cut):
     """The policy's head, its vocabulary spread over ranks that all have the same batch and loss."""
 
     how: spread.Spread
@@ -145,7 +166,7 @@ class Spread:
         dtype = ops.waiting_dtype(head.hidden)
         return spread.Total(self.how, head.hidden, counted.tokens, dtype)
 
-    def chunk(self, head: ops.Head) -> tuple[TokenStats, Backward]:
+    def chunk(self, head: ops.Head, _: int) -> tuple[TokenStats, Backward]:
         """As of Alone; dhidden is this rank's summand."""
         stats, of_chunk = spread.chunk(head, self.how)
 
@@ -162,7 +183,58 @@ class Spread:
         return TokenStats(*flat_top_logprobs(head, *options)[:2])
 
 
-Policies = Alone | BesideReference | Spread
+@dataclass(frozen=True)
+class OwnTokens:
+    """The policy's head, its vocabulary spread over ranks that have a batch and a loss each."""
+
+    how: spread.Spread
+    journey: visits.Journey | None = None
+    heads: ClassVar = ops.Head
+    stats: ClassVar = TokenStats
+
+    def agreed(self, head: ops.Head, chunk_bytes: int | None) -> "OwnTokens":
+        """With the numbers of tokens of all ranks."""
+        return OwnTokens(self.how, visits.Journey.met(head, IGNORE_INDEX, self.how, chunk_bytes))
+
+    def tokens(self, head: ops.Head) -> int:
+        """The same on every rank."""
+        return max(self.journey.counts) * ranks_of(self.how.group)
+
+    def chunk_tokens(self, head: ops.Head, chunk_bytes: int | None) -> int:
+        """As of Alone, everybody's."""
+        return self.journey.most * ranks_of(self.how.group)
+
+    def sizes(self, tokens: int, _: int) -> list[int]:
+        """As many on every rank; the last ones may be of no token."""
+        return self.journey.shares(tokens)
+
+    def gathered(self, head: ops.Head) -> ops.Head:
+        """This rank's own, until their turn comes."""
+        return head
+
+    def total(self, head: ops.Head, counted: Counted) -> visits.DHidden:
+        """Where dhidden of this rank's tokens is added up."""
+        like, dtype = head.hidden, ops.waiting_dtype(head.hidden)
+        return visits.DHidden(self.how, like.new_zeros(like.shape, dtype=dtype))
+
+    def chunk(self, head: ops.Head, i: int) -> tuple[TokenStats, Backward]:
+        """As of Alone; dhidden is this rank's summands for everybody."""
+        stats, of_chunk = visits.chunk(head, self.journey.turn(i, head.labels.device))
+
+        def backward(gradients: tuple[Tensor, ...], sums: ops.Sums) -> Tensor:
+            return of_chunk(ops.Upstream(*gradients), sums)
+
+        return TokenStats(stats.logprobs, stats.entropy), backward
+
+    def two_passes(
+        self, head: ops.Head, chunk_bytes: int | None, grad_filter: float | None
+    ) -> TokenStats:
+        """As of Alone."""
+        limits = ops.Limits(IGNORE_INDEX, ops.scratch_bytes(head.hidden.device, chunk_bytes))
+        return TokenStats(*own_tokens.statistics(head, limits, self.journey)[:2])
+
+
+Policies = Alone | BesideReference | Spread | OwnTokens
 
 
 def flattened(
@@ -176,7 +248,9 @@ def flattened(
     """linear_policy_loss's arguments, checked and flat [N, ...]; the reference without gradient."""
     if reference is None:
         flat, how = spread_arguments(hidden, head, labels, temperature)
-        return flat, Alone() if how is None else Spread(how)
+        if how is None:
+            return flat, Alone()
+        return flat, OwnTokens(how) if how.hidden is Hidden.OWN_TOKENS else Spread(how)
     head.is_here("linear_policy_loss with a reference")
     checks.require(
         isinstance(reference, tuple) and len(reference) == 2,

@@ -23,6 +23,7 @@ from fused_rl.losses.policy import Loss, LossOutput
 from fused_rl.losses.statistics import with_reference
 from fused_rl.one_pass.chunks import Way, needs, one_pass
 from fused_rl.one_pass.policies import flattened
+from fused_rl.parallel.visits import told
 from fused_rl.stats import IGNORE_INDEX
 
 _MAKERS = (*NAMES.values(), *(getattr(distillation, name) for name in distillation.__all__))
@@ -82,19 +83,23 @@ def linear_policy_loss(
             a reference for a batch that has ref_logprobs: one of them would be ignored.
     """
     head = LMHead.of(head)
-    _are_arguments(hidden, batch, loss)
-    checks.chunk_bytes_is_positive(chunk_bytes)
-    checks.grad_filter_is_possible(grad_filter, hidden.device)
-    _can_have(reference, batch, grad_filter)
-    labels = batch.labels.reshape(batch.shape)
-    divergence = getattr(loss, "divergence", Divergence.REVERSE)
-    heads, policies = flattened(hidden, head, labels, temperature, reference, divergence)
+    # What is wrong on one rank is said on every rank that waits for it.
+    with told(head.group, head.hidden, head.weight.device):
+        _are_arguments(hidden, batch, loss)
+        checks.chunk_bytes_is_positive(chunk_bytes)
+        checks.grad_filter_is_possible(grad_filter, hidden.device, head.group)
+        _can_have(reference, batch, grad_filter)
+        labels = batch.labels.reshape(batch.shape)
+        divergence = getattr(loss, "divergence", Divergence.REVERSE)
+        heads, policies = flattened(hidden, head, labels, temperature, reference, divergence)
+    policies = _named(policies.agreed, heads, chunk_bytes, shape=batch.shape)
     trained = torch.is_grad_enabled() and any(needs(heads))
     separable = getattr(loss, "token_separable", False) and not torch.compiler.is_compiling()
     in_one = trained and separable and grad_filter is None and not transformed()
     if in_one and checks.has_values(hidden):
         most = policies.chunk_tokens(heads, chunk_bytes)
-        if ops.one_pass_pays(len(heads.labels), most, hidden.device, head.requires_grad):
+        formed = policies.tokens(heads)
+        if ops.one_pass_pays(formed, most, hidden.device, head.requires_grad):
             V = len(heads.weight) if head.vocabulary is None else head.vocabulary
             tokens = (heads.labels, heads.temperature, V, IGNORE_INDEX)
             _named(ops.check_tokens, *tokens, shape=batch.shape)

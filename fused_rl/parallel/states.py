@@ -12,8 +12,15 @@ class Hidden(Enum):
         parallelism, as Megatron and torch's SequenceParallel have it.
     PARTIAL: as REPLICATED, but the gradient is this rank's summand, and the caller adds the ranks'
         up: what follows a gather whose backward pass sums, and verl's contract.
+    OWN_TOKENS: every rank has tokens, labels and a batch of its own, as many as it likes, perhaps
+        none, and gets the statistics, the loss and the whole gradient of those; the tokens travel
+        to the rows. Data parallelism, with a head that is sharded and never gathered. Gradients of
+        weight and bias are divided by the number of ranks, as engines average gradients. Every rank
+        makes the same calls and backward passes, one without tokens too, and scales its loss by the
+        same number before its backward pass.
     """
 
     REPLICATED = "replicated"
     SEQUENCE_SHARDED = "sequence sharded"
     PARTIAL = "partial"
+    OWN_TOKENS = "own tokens"
