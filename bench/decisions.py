@@ -89,7 +89,7 @@ def with_unproven(ways: dict[str, Call]) -> dict[str, Call]:
 
 
 def unproven(run: Call) -> Call:
-    """run() with kernels, too, that no GPU has run yet. What first uses have shown stays known."""
+    """run() with kernels, too, that have no proof yet. What first uses have shown stays known."""
     from fused_rl.ops import trust
 
     def with_them() -> Any:

@@ -86,8 +86,7 @@ def in_registers(case: Case, sizes: Sizes, device: Any) -> Ways:
 
     # Descriptors are for Hopper and later, and for the interpreter.
     with_tma = (False, True) if device.major >= 9 or device.interpreted else (False,)
-    kinds = [(tma, exp2) for tma in with_tma for exp2 in (False, True)]
-    others = [configs.Config(*blocks, *kind) for kind in kinds for blocks in sizes.fused]
+    others = [configs.Config(*blocks, tma) for tma in with_tma for blocks in sizes.fused]
     table = [config for config in configs.configs(device.major) if not config.stores]
     for config in (*table, *others):
         settings = (kernel, "chosen", lambda *_, config=config: config)

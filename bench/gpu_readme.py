@@ -6,6 +6,11 @@ The page is written between gpu:begin and gpu:end: every case of the first shape
 as a table and as a picture beside the result; the ways through the forward pass; of the other
 shapes ours alone; and by name what was wrong, failed, or did not fit. The README gets a row between
 marks of the same name.
+
+A result of divergences alone is a table between gpu-divergence:begin and gpu-divergence:end.
+
+A result that is the proof of kernels in kernels/configs.py has them as "unproven". Since then they
+are what users have: on the pages they are ours, and what was on when it ran is "before".
 """
 
 from __future__ import annotations
@@ -24,7 +29,10 @@ from run import FRONT_PAGE, PAGE, SUMMARY, replace_block, row
 from fused_rl.bench.figures import write_ratios
 from fused_rl.bench.records import MIB, OURS, PRODUCTS, Content, Record, error_of, of_case
 from fused_rl.bench.tasks import KINDS
+from fused_rl.kernels.configs import CONFIGS
 
+# What ours were when the kernels that a result proves were off.
+BEFORE = ", before"
 # Whose cells the README's row has beside ours and the fastest peer's.
 FRONT_PEERS = ("eager torch", "torch.compile")
 
@@ -37,14 +45,38 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help="what to write into")
     parser.add_argument("--front", type=Path, default=FRONT_PAGE, help="where the row goes")
     arguments = parser.parse_args(argv)
-    content = json.loads(arguments.result.read_text())
+    content = as_now(json.loads(arguments.result.read_text()), arguments.result.stem)
+    link = link_to(arguments.result, arguments.page)
+    if content.get("parts") == ["divergences"]:
+        replace_block(arguments.page, "gpu-divergence", divergences(content, link))
+        return 0
     picture = arguments.result.with_suffix(".svg")
     write_ratios(picture, of_first_shape(content["records"]))
     print(f"written to {picture}")
-    replace_block(arguments.page, "gpu", lines(content, link_to(arguments.result, arguments.page)))
+    replace_block(arguments.page, "gpu", lines(content, link))
     front = front_page(content, link_to(arguments.result, arguments.front))
     replace_block(arguments.front, "gpu", front)
     return 0
+
+
+def as_now(content: Content, name: str) -> Content:
+    """A result by its name, with the providers that are ours as users have them since."""
+    if not is_proof(name):
+        return content
+    return {**content, "records": [renamed(record) for record in content["records"]]}
+
+
+def is_proof(name: str) -> bool:
+    """Whether a configuration of the kernels is on because of that result."""
+    return any(config.proof == name for table in CONFIGS.values() for config in table)
+
+
+def renamed(record: Record) -> Record:
+    provider = record["provider"]
+    if not provider.startswith(OURS):
+        return record
+    now = provider.removesuffix(UNPROVEN) if provider.endswith(UNPROVEN) else provider + BEFORE
+    return {**record, "provider": now}
 
 
 def link_to(path: Path, page: Path) -> str:
@@ -53,14 +85,11 @@ def link_to(path: Path, page: Path) -> str:
 
 def lines(content: Content, link: str) -> list[str]:
     """The block: where, the first shape in full, the others in short, what is missing."""
-    where, records = content["environment"], content["records"]
+    records = content["records"]
     first = of_first_shape(records)
     shape = first[0]
     return [
-        f"{where['gpu']}, torch {where['torch']}, triton {where['triton']}: "
-        f"[{Path(link).name}]({link}), by `python bench/gpu.py` (commit {content['commit'][:7]}). "
-        f"{shape['shape']}'s head, N = {shape['tokens']}, H = {shape['hidden']}, "
-        f"V = {shape['vocabulary']}, {shape['dtype']}; medians of interleaved runs.",
+        measured_where(content, shape, link) + told(first),
         "",
         f"![Time of ours and of the peers over that of the bare products]({picture_of(link)})",
         "",
@@ -73,6 +102,33 @@ def lines(content: Content, link: str) -> list[str]:
         "",
         *faults(content),
     ]
+
+
+def measured_where(content: Content, shape: Record, link: str) -> str:
+    where = content["environment"]
+    return (
+        f"{where['gpu']}, torch {where['torch']}, triton {where['triton']}: "
+        f"[{Path(link).name}]({link}), by `python bench/gpu.py` (commit {content['commit'][:7]}). "
+        f"{shape['shape']}'s head, N = {shape['tokens']}, H = {shape['hidden']}, "
+        f"V = {shape['vocabulary']}, {shape['dtype']}; medians of interleaved runs."
+    )
+
+
+def divergences(content: Content, link: str) -> list[str]:
+    """The block of two heads, whose kernels do not depend on what is proven."""
+    shown = [r for r in of_first_shape(content["records"]) if not r["provider"].endswith(UNPROVEN)]
+    where = measured_where(content, shown[0], link)
+    return [where, "", *cases(shown), "", *faults(content)]
+
+
+def told(records: list[Record]) -> str:
+    """What "before" means, where it is there."""
+    if not any(r["provider"].endswith(BEFORE) for r in records):
+        return ""
+    return (
+        ' Ours are with the kernels that this result is the proof of, "unproven" in the file; '
+        '"before": with those that were on when it ran.'
+    )
 
 
 def picture_of(link: str) -> str:
@@ -105,10 +161,19 @@ def first_shape(records: list[Record]) -> str:
 
 
 def of_first_shape(records: list[Record]) -> list[Record]:
-    """Case by case, in the order of KINDS, and what is no kind last."""
+    """Case by case, in the order of KINDS, and what is no kind last; products and ours first."""
     here = [r for r in records if r["shape"] == first_shape(records)]
     titles = dict.fromkeys([*(kind.title for kind in KINDS), *(r["case"] for r in here)])
-    return [r for title in titles for r in here if r["case"] == title]
+    return [r for t in titles for r in sorted(of_case(here, t), key=place)]
+
+
+def place(record: Record) -> int:
+    """In its case: the products, ours as users have them, what ours were, others."""
+    if record["provider"] == PRODUCTS:
+        return 0
+    if not record["provider"].startswith(OURS):
+        return 3
+    return 1 if is_default(record) else 2
 
 
 def ways(records: list[Record], shape: str) -> list[str]:
@@ -165,7 +230,9 @@ def short_rows(records: list[Record]) -> list[str]:
 
 def is_default(record: Record) -> bool:
     """Whether it is ours, as users have it."""
-    return record["provider"].startswith(OURS) and not record["provider"].endswith(UNPROVEN)
+    return record["provider"].startswith(OURS) and not record["provider"].endswith(
+        (UNPROVEN, BEFORE)
+    )
 
 
 def faults(content: Content) -> list[str]:

@@ -4,6 +4,7 @@
 
 docs/benchmarks.md        between predicted:begin and predicted:end, each case beside its target
 docs/predictions.md       between errors:begin and errors:end, the model beside each measurement
+                          that it is fitted to; unseen, beside those that it is not
 fused_rl/plan/measured.py   the medians of bench/results that `fused-rl plan` shows
 
 It measures nothing. Predictions are predictions.
@@ -17,19 +18,24 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from decisions import UNPROVEN
 from run import replace_block
 
 from fused_rl.bench.records import PRODUCTS, Content, Record
+from fused_rl.kernels.configs import Config
 from fused_rl.ops import chunk_sizes
 from fused_rl.ops.chunks import ONE_PASS_TOKENS
 from fused_rl.plan import steps
 from fused_rl.plan.devices import CARDS, Card
+from fused_rl.plan.memory import own_bytes
 from fused_rl.plan.time import (
     GRADIENT,
+    MERGED,
     STATISTICS,
     Part,
     Tile,
@@ -43,11 +49,41 @@ from fused_rl.plan.time import (
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, ERRORS, MODULE = "docs/benchmarks.md", "docs/predictions.md", "fused_rl/plan/measured.py"
-MEASURED_CARDS = ("h100", "h200")
-# The code that was measured: tiles of 4096 x 2048 from 513 tokens on, a merge part by part, chunks
-# of 1 GiB.
-TILE, FUSED_ROWS, MERGED, SCRATCH = (4096, 2048), 512, 1, 2**30
-FUSED = re.compile(r"(TMA|pointers) (\d+)x(\d+)x(\d+), (\d+) warps, (\d+) stages$")
+FUSED = re.compile(
+    r"(TMA|pointers|Gluon) (\d+)x(\d+)x(\d+), (\d+) warps, (\d+) stages(, exp2|, stores)?$"
+)
+# Instructions per logit of the epilogue with natural exponentials, which every result has.
+NATURAL = 23
+
+
+class Code(NamedTuple):
+    """What a commit that was measured does, where that is not what the code does now."""
+
+    forward: Callable[[Card, int, int, int], list[Part]]  # of many tokens
+    sides: Callable[[int, int, int], tuple[int, int]]  # of a tile in L2: of N, rows, logits
+    merged: int  # parts that a step of the merge takes
+    scratch: int  # bytes of a chunk
+
+
+# Tiles in L2 of 4096 x 2048, for fewer tokens just lower; a merge part by part; chunks of 1 GiB.
+D709148 = Code(
+    lambda card, N, H, V: tiled_forward(card, N, H, V, (4096, 2048), 1),
+    lambda N, rows, logits: (rows, logits // rows),
+    *(1, 2**30),
+)
+# Logits in registers with natural exponentials. As "unproven" it ran what is chosen now.
+_WIDE = Tile(128, 256, 64, 8, 3, True, NATURAL)
+C50F1677 = Code(
+    lambda card, N, H, V: fused_forward(card, N, H, V, _WIDE),
+    steps.tile_sides,
+    *(MERGED, own_bytes("h100")),
+)
+# card -> what the constants are fitted to; and a later result, that nothing is fitted to.
+FITTED = {"h100": ("h100-bfloat16-145b923", D709148), "h200": ("h200-bfloat16", D709148)}
+UNSEEN = {"h100": ("h100-bfloat16", C50F1677)}
+MEASURED_CARDS = tuple(FITTED)
+# What is on by default now ran as unproven in the result that is the proof.
+NEWEST = {name: UNSEEN.get(name, of)[0] for name, of in FITTED.items()}
 
 
 class Case(NamedTuple):
@@ -68,22 +104,30 @@ class Case(NamedTuple):
 
 
 @functools.lru_cache
-def result(card: str) -> Content:
-    return json.loads((ROOT / f"bench/results/{card}-bfloat16.json").read_text())
+def result(name: str) -> Content:
+    return json.loads((ROOT / f"bench/results/{name}.json").read_text())
 
 
-def cases(cards: tuple[str, ...] = MEASURED_CARDS) -> list[Case]:
-    """Every measurement of ours, of eager torch and of bare products."""
+def cases(
+    cards: tuple[str, ...] = MEASURED_CARDS, of: dict[str, tuple[str, Code]] = FITTED
+) -> list[Case]:
+    """Every measurement of ours, of eager torch and of bare products, in a result of each card."""
     found = []
     for name in cards:
-        content, card = result(name), CARDS[name]
-        for kind in (records, forwards, products, row_kernels, chunks):
-            for record, title, parts, ms in kind(card, content):
+        title, code = of[name]
+        content, card = result(title), CARDS[name]
+        kinds = {
+            "records": partial(records, code),
+            "forwards": partial(forwards, code),
+            "products": products,
+            "row_kernels": row_kernels,
+            "chunks": partial(chunks, code),
+        }
+        for kind, of_kind in kinds.items():
+            for record, title, parts, ms in of_kind(card, content):
                 tokens = record["tokens"] if "tokens" in record else tokens_of(content, record)
                 predicted = times(card, parts)
-                found.append(
-                    Case(kind.__name__, name, record["shape"], title, tokens, predicted, ms)
-                )
+                found.append(Case(kind, name, record["shape"], title, tokens, predicted, ms))
     return found
 
 
@@ -94,53 +138,50 @@ def tokens_of(content: Content, record: Record) -> int:
     return next(r["tokens"] for r in content["records"] if r["shape"] == record["shape"])
 
 
-def records(card: Card, content: Content) -> Found:
+def records(code: Code, card: Card, content: Content) -> Found:
     """The four kinds of work of a head."""
     for r in content["records"]:
-        if "seconds_median" in r and (parts := record_parts(card, r)):
+        if "seconds_median" in r and (parts := record_parts(code, card, r)):
             yield r, f"{r['case']}: {r['provider']}", parts, r["seconds_median"] * 1e3
 
 
-def record_parts(card: Card, r: Record) -> list[Part] | None:
+def record_parts(code: Code, card: Card, r: Record) -> list[Part] | None:
     """None of a peer that has no model."""
     N, H, V = r["tokens"], r["hidden"], r["vocabulary"]
     counted = r.get("counted_tokens", N)
-    frozen = r["name"] == "grpo_step_frozen"
     if r["provider"] == PRODUCTS:
         return steps.products(card, N, H, V, r["nhv"])
     if r["provider"] == "eager torch":
         return steps.eager(card, N, H, V, r["nhv"])
-    if r["provider"] == "fused_rl":
-        return old_forward(card, N, H, V)
-    sizes = sizes_of(card, counted, H, V)
-    if r["provider"] == "fused_rl linear_policy_loss":
-        pays = frozen or len(sizes) == 1 or sizes[0] >= ONE_PASS_TOKENS["cuda"]
-        one_pass = steps.one_pass(card, sizes, H, V, trained=not frozen)
-        return one_pass if pays else old_two_passes(card, counted, H, V, SCRATCH)
-    if r["provider"] == "fused_rl linear_logprobs":
-        two_passes = old_two_passes(card, counted, H, V, SCRATCH)
-        return steps.frozen(card, sizes, H, V) if frozen else two_passes
+    unproven = r["provider"].endswith(UNPROVEN)
+    forward = (steps.no_gradient if unproven else code.forward)(card, counted, H, V)
+    provider = r["provider"].removesuffix(UNPROVEN)
+    if provider == "fused_rl":
+        return forward
+    two_passes = steps.two_passes(card, counted, H, V, code.scratch, forward)
+    trained = r["name"] != "grpo_step_frozen"
+    sizes = sizes_of(code, card, counted, H, V, 2 if unproven else 6)
+    if provider == "fused_rl linear_policy_loss":
+        pays = not trained or len(sizes) == 1 or sizes[0] >= ONE_PASS_TOKENS["cuda"]
+        way = steps.stored if unproven else steps.one_pass
+        return way(card, sizes, H, V, trained=trained) if pays else two_passes
+    if provider == "fused_rl linear_logprobs":
+        if trained:
+            fits = unproven and code.scratch >= 2 * N * V
+            return steps.stored(card, [counted], H, V, trained=True) if fits else two_passes
+        return steps.frozen(card, sizes, H, V, stored=unproven)
     return None
 
 
-def sizes_of(card: Card, tokens: int, H: int, V: int) -> list[int]:
+def sizes_of(code: Code, card: Card, tokens: int, H: int, V: int, per_logit: int) -> list[int]:
     """Of the chunks of the one pass."""
     from fused_rl.kernels.linear_gradients import chunk_tokens
 
-    return chunk_sizes(tokens, chunk_tokens(V, H, 6, SCRATCH, card.multiprocessors))
+    most = chunk_tokens(V, H, per_logit, code.scratch, card.multiprocessors)
+    return chunk_sizes(tokens, most)
 
 
-def old_forward(card: Card, N: int, H: int, V: int) -> list[Part]:
-    """Of the code that was measured."""
-    assert N > FUSED_ROWS
-    return tiled_forward(card, N, H, V, TILE, MERGED)
-
-
-def old_two_passes(card: Card, N: int, H: int, V: int, scratch: int) -> list[Part]:
-    return steps.two_passes(card, N, H, V, scratch, old_forward(card, N, H, V))
-
-
-def forwards(card: Card, content: Content) -> Found:
+def forwards(code: Code, card: Card, content: Content) -> Found:
     """Every way of the forward, of 64 to 8192 tokens."""
     for r in content["forwards"]:
         if "ms_median" not in r:
@@ -149,13 +190,21 @@ def forwards(card: Card, content: Content) -> Found:
         if r["way"] == PRODUCTS:
             parts = steps.products(card, *shape, 2)
         elif fused := FUSED.match(r["way"]):
-            blocks = map(int, fused.groups()[1:])
-            tile = Tile(*blocks, fused[1] == "TMA", steps.NATURAL)
-            parts = fused_forward(card, *shape, tile, MERGED)
+            parts = fused_forward(card, *shape, tile_of(fused), code.merged)
         else:
             rows, columns = map(int, r["way"].split()[-1].split("x"))
-            parts = tiled_forward(card, *shape, (rows, columns), MERGED)
+            sides = code.sides(r["tokens"], rows, rows * columns)
+            parts = tiled_forward(card, *shape, sides, code.merged)
         yield r, r["way"], parts, r["ms_median"]
+
+
+def tile_of(way: re.Match) -> Tile:
+    """Of a configuration's title."""
+    operands, *blocks, epilogue = way.groups()
+    config = Config(*map(int, blocks), operands != "pointers")
+    config = config._replace(gluon=operands == "Gluon", stores=epilogue == ", stores")
+    found = steps.tile(config)
+    return found if epilogue else found._replace(instructions=NATURAL)
 
 
 def products(card: Card, content: Content) -> Found:
@@ -178,7 +227,7 @@ def row_kernels(card: Card, content: Content) -> Found:
             yield r, name, [part], r["ms_median"]
 
 
-def chunks(card: Card, content: Content) -> Found:
+def chunks(code: Code, card: Card, content: Content) -> Found:
     """The step in chunks of each size, and in two passes."""
     for r in content["chunks"]:
         N, H, V = tokens_of(content, r), r["H"], r["V"]
@@ -187,7 +236,8 @@ def chunks(card: Card, content: Content) -> Found:
             sizes = chunk_sizes(N, int(way[1]))
             parts = steps.one_pass(card, sizes, H, V, trained=not r["frozen"])
         elif way := re.match(r"two passes(?:, (\d+) bytes)?$", r["way"]):
-            parts = old_two_passes(card, N, H, V, int(way[1] or SCRATCH))
+            forward = code.forward(card, N, H, V)
+            parts = steps.two_passes(card, N, H, V, int(way[1] or code.scratch), forward)
         else:
             continue
         yield r, title, parts, r["ms_median"]
@@ -204,6 +254,7 @@ def main() -> int:
 
     replace_block(ROOT / PAGE, "predicted", pages.predicted())
     replace_block(ROOT / ERRORS, "errors", pages.errors(cases()))
+    replace_block(ROOT / ERRORS, "unseen", pages.unseen())
     (ROOT / MODULE).write_text(pages.measured_module())
     return 0
 

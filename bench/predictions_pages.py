@@ -6,13 +6,23 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from predictions import MEASURED_CARDS, Case, deviation, result
+import torch
+from decisions import UNPROVEN
+from predictions import (
+    MEASURED_CARDS,
+    NEWEST,
+    UNSEEN,
+    Case,
+    cases,
+    deviation,
+    result,
+)
 
 from fused_rl.kernels.linear_gradients import chunk_tokens
 from fused_rl.ops import chunk_sizes
 from fused_rl.plan import steps
 from fused_rl.plan.devices import CARDS, Card
-from fused_rl.plan.memory import own_bytes
+from fused_rl.plan.memory import keeps_exponentials, own_bytes
 from fused_rl.plan.time import (
     ISSUE,
     LATENCY,
@@ -36,12 +46,12 @@ FORWARD, STEP, ANY, FROZEN, HALF = (
     "GRPO step, half the tokens masked",
 )
 OURS, ONE_PASS, TWO_PASSES = "fused_rl", "fused_rl linear_policy_loss", "fused_rl linear_logprobs"
-# Of the ways to come: whether by Gluon, whether a chunk's synchronisation is waited for.
-COMING = ((False, True), (False, False), (True, False))
+# What is on now where it can be, and what a way that is measured and gone took.
+TODAY, IN_L2, IN_FLOAT32 = "today", "in tiles in L2", "logits in float32"
 
 
 class Row(NamedTuple):
-    """target: ms on an H200. older: the provider that has been measured in this case."""
+    """target: ms on an H200. older: the provider that has been measured there in this way."""
 
     case: str
     way: str
@@ -51,25 +61,36 @@ class Row(NamedTuple):
 
 
 def rows(name: str) -> Iterator[Row]:
-    """Today's way of each case, and the ways to come."""
+    """The ways of each case: what has been measured on an H200, today's, and what is to come."""
     card = CARDS[name]
-    sizes, half = (sizes_of(name, tokens, 6) for tokens in (N, N // 2))
-    yield Row(FORWARD, "today", steps.no_gradient(card, *SHAPE), older=OURS)
-    yield Row(
-        FORWARD, "Triton, exp2 epilogue", steps.no_gradient(card, *SHAPE, unproven=True), "14.5"
-    )
-    if has_gluon(card):
-        yield Row(FORWARD, "Gluon", steps.no_gradient(card, *SHAPE, gluon=True), "13.9")
-    yield Row(STEP, "today", steps.one_pass(card, sizes, H, V, trained=True), older=ONE_PASS)
-    yield from _stored(name, STEP, N, True, "42")
-    yield Row(ANY, "today", steps.two_passes(card, *SHAPE, own_bytes(name)), older=TWO_PASSES)
-    for gluon in (False, True)[: 1 + has_gluon(card)]:
-        parts = steps.stored(card, [N], H, V, trained=True, gluon=gluon)
-        yield Row(ANY, f"E of all tokens, {_kernel(gluon)}", parts, "50")
-    yield Row(FROZEN, "today", steps.one_pass(card, sizes, H, V, trained=False), older=ONE_PASS)
-    yield from _stored(name, FROZEN, N, False, "28")
-    yield Row(HALF, "today", steps.one_pass(card, half, H, V, trained=True), older=ONE_PASS)
-    yield from _stored(name, HALF, N // 2, True, "24")
+    of_tiles = steps.tiled_forward(card, *SHAPE, steps.tile_sides(N))
+    yield Row(FORWARD, IN_L2, of_tiles, older=OURS)
+    if steps.chosen(card, N):
+        yield Row(FORWARD, TODAY, steps.no_gradient(card, *SHAPE), "13.9")
+    yield from _step(name, STEP, N, True, "42")
+    two_passes = steps.two_passes(card, *SHAPE, own_bytes(name))
+    if steps.chosen(card, N, stores=True, unproven=True):
+        today = keeps_exponentials(name, torch.bfloat16, N) and own_bytes(name) >= 2 * N * V
+        yield Row(ANY, "two passes" if today else TODAY, two_passes, older=TWO_PASSES)
+        kept = steps.stored(card, [N], H, V, trained=True)
+        yield Row(ANY, TODAY if today else "E of all tokens", kept, "50")
+    else:
+        yield Row(ANY, TODAY, two_passes, older=TWO_PASSES)
+    yield from _step(name, FROZEN, N, False, "28")
+    yield from _step(name, HALF, N // 2, True, "24")
+
+
+def _step(name: str, case: str, tokens: int, trained: bool, target: str) -> Iterator[Row]:
+    """In chunks of logits, then of exponentials, then without their synchronisation."""
+    card = CARDS[name]
+    of_logits = steps.one_pass(card, sizes_of(name, tokens, 6), H, V, trained=trained)
+    kept = keeps_exponentials(name, torch.bfloat16, N)
+    yield Row(case, IN_FLOAT32 if kept else TODAY, of_logits, older=ONE_PASS)
+    if not steps.chosen(card, N, stores=True, unproven=True):
+        return
+    for waits, way in ((True, TODAY if kept else "E"), (False, "E, nothing waited for")):
+        parts = steps.stored(card, sizes_of(name, tokens, 2), H, V, trained=trained, waits=waits)
+        yield Row(case, way, parts, target)
 
 
 def sizes_of(name: str, tokens: int, per_logit: int) -> list[int]:
@@ -78,43 +99,27 @@ def sizes_of(name: str, tokens: int, per_logit: int) -> list[int]:
     return chunk_sizes(tokens, most)
 
 
-def _stored(name: str, case: str, tokens: int, trained: bool, target: str) -> Iterator[Row]:
-    card = CARDS[name]
-    for gluon, waits in COMING:
-        if has_gluon(card) or not gluon:
-            how = {"trained": trained, "gluon": gluon, "waits": waits}
-            parts = steps.stored(card, sizes_of(name, tokens, 2), H, V, **how)
-            way = f"E, {_kernel(gluon)}" + ("" if waits else ", nothing waited for")
-            yield Row(case, way, parts, target)
-
-
-def _kernel(gluon: bool) -> str:
-    return "Gluon" if gluon else "Triton"
-
-
-def has_gluon(card: Card) -> bool:
-    """Whether it has asynchronous products and tensor descriptors."""
-    return card.major >= 9
-
-
 def predicted() -> list[str]:
     """The block of docs/benchmarks.md."""
     card = CARDS["h200"]
     bare = [str(times(card, steps.products(card, *SHAPE, nhv))) for nhv in (2, 4, 6)]
-    older = {(r["case"], r["provider"]): r for r in result("h200")["records"] if is_first(r)}
+    older = {
+        (r["case"], r["provider"]): r for r in result(NEWEST["h200"])["records"] if is_first(r)
+    }
     return [
         f"Predictions, not measurements: an H200 at N = {N}, H = {H}, V = {V}, bfloat16. The first "
         "time is that of a chip that keeps its clock, the second that of one at its power limit. "
         f"By the same model bare products of 2, 4 and 6 NHV take {', '.join(bare)} ms: a target "
         "below the second time cannot be met by a chip that products keep at its limit. Under "
         "arithmetic are the parts of the first time. The measured times are of older code (commit "
-        f"{commit('h200')}), whose forward took tiles in L2.",
+        f"{commit('h200')}): a forward in tiles in L2, logits in float32.",
         "",
         "| case | way | predicted, ms | target, ms | met | measured, ms | arithmetic, ms |",
         "|---|---|---|---|---|---|---|",
         *(row_line(card, row, older) for row in rows("h200")),
         "",
-        "The same on other cards, predicted, ms; today's code, and the best of the ways to come:",
+        "The same on other cards, predicted, ms; today's code, and the best that is there to be "
+        "asked for, or to come:",
         "",
         "| card | " + " | ".join((FORWARD, STEP, ANY, FROZEN, HALF)) + " | ceilings |",
         "|---|" + "---|" * 6,
@@ -129,7 +134,7 @@ def is_first(record: dict) -> bool:
 
 
 def commit(name: str) -> str:
-    return result(name)["commit"][:7]
+    return result(NEWEST[name])["commit"][:7]
 
 
 def row_line(card: Card, row: Row, older: dict) -> str:
@@ -158,28 +163,29 @@ def arithmetic(parts: list[Part]) -> str:
 
 
 def card_line(name: str) -> str:
-    """Today, and the best to come, of each case."""
+    """Today, and the best other way where that is faster, of each case."""
     card, cells = CARDS[name], []
     found = [(row.case, row.way, times(card, row.parts)) for row in rows(name)]
     for case in (FORWARD, STEP, ANY, FROZEN, HALF):
-        here = [(way, t) for c, way, t in found if c == case]
-        best = min((t for way, t in here if way != "today"), key=lambda t: t.middle)
-        cells.append(f"{here[0][1]}, then {best}")
+        here = {way: t for c, way, t in found if c == case}
+        today = here.get(TODAY) or here[IN_L2]
+        best = min(here.values(), key=lambda t: t.middle)
+        cells.append(str(today) if best == today else f"{today}, then {best}")
     c = card.ceilings
     figures = f"{c.alone:.0f} / {c.sustained:.0f} TFLOP/s, {c.copy:.0f} GB/s"
     return f"| {card.title} | {' | '.join(cells)} | {figures}, {c.source} |"
 
 
 def worked(card: Card) -> list[str]:
-    """The arithmetic of one prediction: the forward by the exp2 epilogue."""
-    config = steps.chosen(card, N, unproven=True)
+    """The arithmetic of one prediction: today's forward."""
+    config = steps.chosen(card, N)
     tile = steps.tile(config)
     m, n, k = tile.block_m, tile.block_n, tile.block_k
     across, along = -(-N // m), -(-V // n)
     splits = max(1, 2 * card.multiprocessors // across)
     mine = -(-across * splits // card.multiprocessors) * -(-along // splits)
     contended = overlapped(1, shared_memory(tile)) / overlapped(1, shared_memory(LIBRARY))
-    share = MAIN_LOOP[tile.tma] / contended
+    share = (tile.main_loop or MAIN_LOOP[tile.tma]) / contended
     of_sm = rate(card) / card.multiprocessors
     main_loop = 2 * m * n * H / of_sm / share
     loads = -(-H // k) * LATENCY / (tile.num_stages - 1)
@@ -189,7 +195,8 @@ def worked(card: Card) -> list[str]:
     return [
         f"One of them step by step, {config.title} on an {card.title}: of {across} x {along} tiles "
         f"the busiest of {card.multiprocessors} multiprocessors has {mine}. A tile's main loop is "
-        f"2 x {m} x {n} x {H} FLOP at {of_sm / 1e12:.2f} TFLOP/s x {share:.2f} (fitted) = "
+        f"2 x {m} x {n} x {H} FLOP at {of_sm / 1e12:.2f} TFLOP/s x {share:.2f} "
+        f"({'assumed' if tile.main_loop else 'fitted'}) = "
         f"{micro(main_loop)}; its loads take {-(-H // k)} x {LATENCY * 1e6:.2f} us (fitted) / "
         f"{tile.num_stages - 1} in flight = {micro(loads)} beside it; its epilogue "
         f"{tile.instructions} instructions x {m} x {n} / ({card.lanes} x {clock} x {ISSUE} "
@@ -203,17 +210,41 @@ def micro(seconds: float) -> str:
 
 
 def errors(found: list[Case]) -> list[str]:
-    """The block of docs/predictions.md."""
-    lines = [
-        "| measured | cases | median deviation | largest | within the range, or 3 % of it |",
-        "|---|---|---|---|---|",
-    ]
+    """The block of docs/predictions.md: of what the model is fitted to."""
     kinds = list(dict.fromkeys(case.kind for case in found))
-    lines += [summary(kind, [c for c in found if c.kind == kind]) for kind in kinds]
+    lines = [*HEADER, *(summary(kind, [c for c in found if c.kind == kind]) for kind in kinds)]
     for kind in kinds:
         lines += ["", f"### {kind.replace('_', ' ').capitalize()}", ""]
-        lines += table([c for c in found if c.kind == kind])
+        lines += table([c for c in found if c.kind == kind], MEASURED_CARDS)
     return lines
+
+
+def unseen() -> list[str]:
+    """The block of docs/predictions.md: of a later result, its steps case by case."""
+    found = cases(tuple(UNSEEN), UNSEEN)
+    kinds = list(dict.fromkeys(case.kind for case in found))
+    of_records = [c for c in found if c.kind == "records"]
+    groups = {
+        "records of ours": [c for c in of_records if ": fused_rl" in c.name],
+        "of these, what is on by default now": [c for c in of_records if is_today(c)],
+    }
+    return [
+        *HEADER,
+        *(summary(kind, [c for c in found if c.kind == kind]) for kind in kinds),
+        *(summary(title, of) for title, of in groups.items()),
+        "",
+        *table(groups["of these, what is on by default now"], tuple(UNSEEN)),
+    ]
+
+
+def is_today(case: Case) -> bool:
+    return case.name.endswith(UNPROVEN)
+
+
+HEADER = [
+    "| measured | cases | median deviation | largest | within the range, or 3 % of it |",
+    "|---|---|---|---|---|",
+]
 
 
 def summary(kind: str, found: list[Case]) -> str:
@@ -227,18 +258,18 @@ def inside(predicted: Times, ms: float) -> bool:
     return predicted.low / 1.03 <= ms <= predicted.high * 1.03
 
 
-def table(found: list[Case]) -> list[str]:
+def table(found: list[Case], cards: tuple[str, ...]) -> list[str]:
     """A line for each case, the cards side by side."""
     header = " | ".join(
-        f"{CARDS[name].title}: predicted, ms | measured, ms | ratio" for name in MEASURED_CARDS
+        f"{CARDS[name].title}: predicted, ms | measured, ms | ratio" for name in cards
     )
     cells = {(c.card, c.shape, c.name, c.tokens): c for c in found}
     lines = [
         f"| head | tokens | case | {header} |",
-        "|---|" + "---|" * (2 + 3 * len(MEASURED_CARDS)),
+        "|---|" + "---|" * (2 + 3 * len(cards)),
     ]
     for shape, name, tokens in dict.fromkeys(key[1:] for key in cells):
-        here = [cells.get((card, shape, name, tokens)) for card in MEASURED_CARDS]
+        here = [cells.get((card, shape, name, tokens)) for card in cards]
         values = " | ".join(f"{figures(c)} | {c.ratio:.2f}" if c else " | | " for c in here)
         lines.append(f"| {shape} | {tokens} | {name} | {values} |")
     return lines
@@ -273,8 +304,10 @@ def measured_ways() -> dict[tuple, dict[str, float]]:
     """By the names that a plan gives them."""
     found: dict[tuple, dict[str, float]] = {}
     for card in MEASURED_CARDS:
-        for r in result(card)["records"]:
-            way = way_name(r)
+        # In the later result, the proof of kernels, today's ways ran as unproven.
+        suffix = UNPROVEN if card in UNSEEN else ""
+        for r in result(NEWEST[card])["records"]:
+            way = way_name(r, suffix)
             if way is None or "seconds_median" not in r:
                 continue
             for frozen in (False, True):
@@ -284,9 +317,13 @@ def measured_ways() -> dict[tuple, dict[str, float]]:
     return dict(sorted(found.items()))
 
 
-def way_name(record: dict) -> str | None:
-    """Of a record, or None where a plan has no such way."""
+def way_name(record: dict, suffix: str) -> str | None:
+    """Of a record, or None where a plan has no such way; suffix: of ours, as they are now."""
     provider = record["provider"]
+    if provider.startswith(OURS):
+        if not provider.endswith(suffix):
+            return None
+        provider = provider.removesuffix(suffix)
     if record["case"] == FORWARD:
         names = {OURS: "linear_logprobs, no gradient", "eager torch": "eager torch, no gradient"}
         return names.get(provider)

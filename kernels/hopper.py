@@ -154,7 +154,7 @@ def statistics(
     softcap: float,
     device: Device,
     config: Config,
-) -> Tensor:  # [splits, 4, N] fp32, in multiples of linear_logprobs.unit(config, bias)
+) -> Tensor:  # [splits, 4, N] fp32, in multiples of linear_logprobs.unit(bias)
     """Parts of the running softmax: the largest logit, the two sums, the label's logit."""
     head = (hidden, weight, bias, labels, temperature, scale, softcap)
     partial = parts_of(head, device, config)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import hopper, logprobs
 from .configs import Config, Device
-from .linear_logprobs import blocks, descriptors, parts, raw_tile
+from .linear_logprobs import blocks, descriptors, parts, raw_tile, unit
 
 # log2 of how far above r a logit may be: 2^FAR V is far from the end of fp32, and so is its inverse
 # times a small gradient.
@@ -278,7 +278,7 @@ def fwd(
         partial, form = _formed_by(head, e, reference, device, config)
         form(None)
         form(_again(partial, reference, config, bias))
-    return _statistics(partial, labels, reference, V, logprobs.LN2 if bias is None else 1.0)
+    return _statistics(partial, labels, reference, V, unit(bias))
 
 
 def _refer(head: tuple, reference: Tensor, device: Device) -> None:

@@ -4,10 +4,10 @@
 
 Two ways. `fused_statistics` never writes a logit: a program owns a tile of tokens and one of
 `splits` parts of the vocabulary, multiplies tile by tile with fp32 accumulators in registers, and
-keeps the running softmax of its tokens, in units of log2 where the configuration says so: one
-instruction less for each exponential. Traffic: reads NH and VH (from L2 for all but the first of
-the programs that share a part), writes 4 N splits. `tiled_statistics` lets the vendor's library
-write tiles of fp32 logits that stay in L2, and reads them there. Parts merge in a fixed order.
+keeps the running softmax of its tokens in units of log2: one instruction less for each
+exponential. Traffic: reads NH and VH (from L2 for all but the first of the programs that share a
+part), writes 4 N splits. `tiled_statistics` lets the vendor's library write tiles of fp32 logits
+that stay in L2, and reads them there. Parts merge in a fixed order.
 """
 
 from __future__ import annotations
@@ -87,7 +87,6 @@ def _linear_statistics_kernel(
     weight_row_stride,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    EXP2: tl.constexpr,
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -101,9 +100,9 @@ def _linear_statistics_kernel(
     rows = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
     row_mask = rows < N
     labels = tl.load(labels_ptr + rows, mask=row_mask, other=-1)
-    inv_temperature = 1.0 / tl.load(temperature_ptr + rows, mask=row_mask, other=1.0)
     # In int32, and -1 for those that no int32 holds: they are in no tile.
-    short_labels = tl.where((labels >= 0) & (labels < V), labels, -1).to(tl.int32)
+    labels = tl.where((labels >= 0) & (labels < V), labels, -1).to(tl.int32)
+    inv_temperature = 1.0 / tl.load(temperature_ptr + rows, mask=row_mask, other=1.0)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     s_i = tl.zeros((BLOCK_M,), tl.float32)
     t_i = tl.zeros((BLOCK_M,), tl.float32)
@@ -122,21 +121,14 @@ def _linear_statistics_kernel(
         if HAS_BIAS:
             bias = bias.to(tl.float32)[None, :]
         per_token = inv_temperature[:, None]
-        if EXP2:
-            z = logprobs.in_units(z, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP)
-            if v0 + BLOCK_N > end:
-                z = tl.where(col_mask[None, :], z, float("-inf"))
-            m_i, s_i, t_i = logprobs.added_by_exp2(m_i, s_i, t_i, z, not HAS_BIAS)
-            here = short_labels - v0
-            if tl.max(((here >= 0) & (here < BLOCK_N)).to(tl.int32)) > 0:
-                at_label += tl.sum(tl.where(offsets[None, :] == here[:, None], z, 0.0), axis=1)
-        else:
-            z = logprobs.transformed(z, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP)
+        z = logprobs.in_units(z, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP)
+        if v0 + BLOCK_N > end:
             z = tl.where(col_mask[None, :], z, float("-inf"))
-            m_i, s_i, t_i = logprobs.added(m_i, s_i, t_i, z)
-            is_label = (cols[None, :] == labels[:, None]) & col_mask[None, :]
-            at_label += tl.sum(tl.where(is_label, z, 0.0), axis=1)
-    if EXP2 and HAS_BIAS:
+        m_i, s_i, t_i = logprobs.added_by_exp2(m_i, s_i, t_i, z, not HAS_BIAS)
+        here = labels - v0
+        if tl.max(((here >= 0) & (here < BLOCK_N)).to(tl.int32)) > 0:
+            at_label += tl.sum(tl.where(offsets[None, :] == here[:, None], z, 0.0), axis=1)
+    if HAS_BIAS:
         t_i *= logprobs.LOG_2
     out = partial_ptr + split * 4 * N + rows
     tl.store(out + 0 * N, m_i, mask=row_mask)
@@ -182,11 +174,11 @@ def blocks(config: Config, device: Device) -> dict[str, object]:
     }
 
 
-def unit(config: Config, bias: Tensor | None) -> float:
+def unit(bias: Tensor | None) -> float:
     """Of what `fused_statistics` writes: log2 but for a bias, which may be near the largest number
     there is, so that its multiple by log2(e) would be infinite.
     """
-    return logprobs.LN2 if config.exp2 and bias is None else 1.0
+    return logprobs.LN2 if bias is None else 1.0
 
 
 def fused_statistics(
@@ -199,7 +191,7 @@ def fused_statistics(
     softcap: float,
     device: Device,
     config: Config,
-) -> Tensor:  # [splits, 4, N] fp32, in multiples of unit(config, bias)
+) -> Tensor:  # [splits, 4, N] fp32, in multiples of unit(bias)
     """Parts of the running softmax, from logits that stay in registers."""
     if config.gluon:
         call = (hidden, weight, bias, labels, temperature, scale, softcap)
@@ -223,7 +215,6 @@ def fused_statistics(
         weight.stride(0),
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap != 0.0,
-        EXP2=config.exp2,
         **blocks(config, device),
     )
     return partial
@@ -296,4 +287,4 @@ def fwd(
     if config is None:
         return logprobs.merge(tiled_statistics(*args), labels, len(weight), ignore_index)
     partial = fused_statistics(*args, device, config)
-    return logprobs.merge(partial, labels, len(weight), ignore_index, unit(config, bias))
+    return logprobs.merge(partial, labels, len(weight), ignore_index, unit(bias))

@@ -107,7 +107,8 @@ def cases(major: int) -> Iterator[Case]:
             kernel = getattr(logprobs, f"_{name}_kernel")
             yield from with_flags(f"{name} {dtype}", kernel, rows, logits_ptr=f"*{dtype}")
     yield from of_divergences()
-    for config in configs.configs(major):
+    # What is there for few tokens, and again for many, is compiled once.
+    for config in {config.title: config for config in configs.configs(major)}.values():
         yield from fused(config, major)
     yield from around_exponentials()
     parts = dict(zip(("BLOCK_S", "BLOCK_N"), logprobs.MERGE_TILE, strict=True)) | FOUR_WARPS
@@ -138,7 +139,7 @@ def of_divergences() -> Iterator[Case]:
 def fused(config: configs.Config, major: int) -> Iterator[Case]:
     """A configuration of the fused forward. Where it stores, it also forms tiles again."""
     launch = linear_logprobs.blocks(config, configs.Device(multiprocessors=1, major=major))
-    tile = {**launch, "EXP2": config.exp2, "transforms": config.transforms}
+    tile = {**launch, "transforms": config.transforms}
     tile |= {"STORE": config.stores, "STAGES": config.num_stages, "AGAIN": False}
     kernel, types, warps = linear_logprobs._linear_statistics_kernel, operands(config), 0
     if config.gluon:

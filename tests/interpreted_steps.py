@@ -1,7 +1,7 @@
 """Whole steps through the public functions, most with exponentials for logits, interpreted.
 
 test_exponentials.py runs this file. The operators of a GPU take the place of those of the CPU, as
-bench/interpreted.py puts them there, and the way that no GPU has run is turned on.
+bench/interpreted.py puts them there, and the way that has no proof is turned on.
 """
 
 import importlib
@@ -23,7 +23,7 @@ from fused_rl import LMHead, TokenBatch, linear_logprobs, linear_policy_loss, op
 from fused_rl.kernels import configs
 from fused_rl.one_pass import chunks as one_pass_chunks
 
-TILE = configs.Config(16, 32, 16, 4, 2, False, exp2=True)
+TILE = configs.Config(16, 32, 16, 4, 2, False)
 # The interpreter cuts off what does not fit into bfloat16, where a GPU rounds.
 BUDGET = 1.5e-2
 N, H, V = 48, 24, 130

@@ -35,7 +35,7 @@ from fused_rl.ops.two_heads import TwoUpstream
 CPU = torch.device("cpu")
 LIMITS = Limits(-100, 2**20)
 PROVEN = configs.Config(16, 32, 16, 4, 2, False, proof="a result")
-NEW = PROVEN._replace(exp2=True, proof=None)
+NEW = PROVEN._replace(block_n=64, proof=None)
 INTERPRETED = configs.Device(2, 0, interpreted=True)
 
 
@@ -220,13 +220,13 @@ def test_what_is_unproven_runs_where_it_is_asked_for(place, taken):
 
 def test_a_configuration_that_is_wrong_gives_way_to_the_next(place, taken, monkeypatch):
     trust.trust_kernels(unproven=True)
-    right = logprobs.merge
+    right = linear_logprobs.fused_statistics
 
-    def wrong(partial, labels, V, ignore_index, unit=1.0):
-        return right(partial, labels, V, ignore_index, 1.1 * unit if unit != 1.0 else unit)
+    def wrong(*args):
+        return right(*args) * (1.1 if args[-1] == NEW else 1.0)
 
-    monkeypatch.setattr(logprobs, "merge", wrong)
-    with pytest.warns(RuntimeWarning, match="linear_logprobs, pointers 16x32x16.*exp2 is not used"):
+    monkeypatch.setattr(linear_logprobs, "fused_statistics", wrong)
+    with pytest.warns(RuntimeWarning, match="linear_logprobs, pointers 16x64x16.* is not used"):
         found = on_cuda.served(ops.linear_logprobs, (head(), LIMITS), CPU, place)
     assert taken[-1] == PROVEN
     torch.manual_seed(0)

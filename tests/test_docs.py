@@ -142,10 +142,13 @@ def test_measured_tables_are_those_of_the_results_they_name(monkeypatch):
     assert block(page, "curves") == run.curves(pictures)
     assert block("README.md", "summary") == run.summary(content, f"bench/results/{cpu}.json")
     card = "h100-bfloat16"
-    assert block(page, "gpu") == gpu.lines(result(f"{card}.json"), f"{where}{card}.json")
-    front = gpu.front_page(result(f"{card}.json"), f"bench/results/{card}.json")
+    of = gpu.as_now(result(f"{card}.json"), card)
+    assert block(page, "gpu") == gpu.lines(of, f"{where}{card}.json")
+    front = gpu.front_page(of, f"bench/results/{card}.json")
     assert block("README.md", "gpu") == front
     assert (ROOT / "bench" / "results" / f"{card}.svg").exists()
+    of = f"{card}-divergence.json"
+    assert block(page, "gpu-divergence") == gpu.divergences(result(of), where + of)
     step, of = script("bench/trl_step.py"), "trl-epyc-turin-2c.json"
     assert block(page, "trl") == step.table(result(of), where + of)
     for marks, end in (("divergence-32768", ""), ("divergence-151936", "-interrupted")):
@@ -158,10 +161,39 @@ def test_measured_tables_are_those_of_the_results_they_name(monkeypatch):
     assert block(page, "filter") == filters.page(result(of), where + of)
 
 
+def test_the_status_has_the_ratios_of_the_result():
+    """README and docs/benchmarks.md, "Status on GPUs": what was on, what is, and the best peer."""
+    gpu, name = script("bench/gpu_readme.py"), "h100-bfloat16"
+    of = gpu.as_now(result(f"{name}.json"), name)
+    cases = {}
+    for r in gpu.of_first_shape(of["records"]):
+        if r["verdict"] == "right":
+            cases.setdefault(r["name"], {})[r["provider"]] = f"{r['ratio_to_products']:.2f}"
+    steps = ("grpo_step", "grpo_step_frozen", "grpo_step_half")
+    ours = {"linear_logprobs": "fused_rl"} | dict.fromkeys(steps, "fused_rl linear_policy_loss")
+    found = [(cases[case][f"{way}, before"], cases[case][way]) for case, way in ours.items()]
+    peers = [
+        min(x for way, x in cases[case].items() if not way.startswith(("fused_rl", "bare")))
+        for case in ours
+    ]
+    page = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
+    (a, b), (c, d), (e, f), (g, h) = found
+    assert (
+        f"{a} to {b} without gradient, {c} to {d} for a GRPO step in one pass, {e} to {f} with a "
+        f"frozen head, {g} to {h} with half the tokens masked."
+    ) in page
+    assert f"The best peers take {', '.join(peers[:3])} and {peers[3]} in these four cases" in page
+    any_loss = cases["grpo_step"]["fused_rl linear_logprobs, before"]
+    assert f"by default: {any_loss} to {cases['grpo_step']['fused_rl linear_logprobs']}." in page
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"the H100 {b} x the bare products without gradient and {d} x for a training" in readme
+    assert f"take {peers[0]} x and {peers[1]} x." in readme
+
+
 def test_scripts_write_where_their_marks_are(monkeypatch):
     for name, marks in {
         "run": ("bench", "curves"),
-        "gpu_readme": ("gpu",),
+        "gpu_readme": ("gpu", "gpu-divergence"),
         "trl_step": ("trl",),
         "divergence_errors": ("divergence-errors",),
         "grad_filter": ("filter",),

@@ -34,7 +34,7 @@ def run(case: Case) -> torch.Tensor:
 
 
 def statistics(case: Case) -> torch.Tensor:
-    return merged(run(case), linear_logprobs.unit(CONFIG, case.bias))
+    return merged(run(case), linear_logprobs.unit(case.bias))
 
 
 def check(case: Case) -> None:
@@ -42,7 +42,7 @@ def check(case: Case) -> None:
     ours = statistics(case)
     torch.testing.assert_close(ours, case.exact(), **CLOSE)
     theirs = linear_logprobs.fused_statistics(*case.head, device(), TRITON)
-    theirs = merged(theirs, linear_logprobs.unit(TRITON, case.bias))
+    theirs = merged(theirs, linear_logprobs.unit(case.bias))
     torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
@@ -109,7 +109,7 @@ def test_huge_logits_stay_finite(spread):
 @pytest.mark.parametrize("V", [3001, 2560, 100])
 def test_exponentials_are_two_to_the_logit_less_the_reference(dtype, bias, softcap, V):
     case = Case(300, 192, V, dtype, bias=bias, softcap=softcap, spread=4.0).to("cuda")
-    z, of = case.logits(), linear_logprobs.unit(CONFIG, case.bias)
+    z, of = case.logits(), linear_logprobs.unit(case.bias)
     reference = (z.median(-1).values / of).float()
     memory = torch.full((300, -(-V // 64) * 64), 7.0, dtype=torch.bfloat16, device="cuda")
     stored = hopper.Stored(memory[:, :V], reference.cuda())

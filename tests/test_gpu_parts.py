@@ -88,7 +88,8 @@ def test_every_forward_runs_with_its_own_tile(monkeypatch, major):
             run()
     assert [config.title for config in tried] == list(ways)
     plain = [config for config in table if not config.stores]
-    assert list(ways)[: len(plain)] == [config.title for config in plain]
+    titles = dict.fromkeys(config.title for config in plain)
+    assert list(ways)[: len(titles)] == list(titles)
     assert {config[:5] for config in tried} == {c[:5] for c in plain} | set(decisions.LARGE.fused)
     titles = [
         title for title, _ in forwards.stored(case, decisions.LARGE, configs.Device(2, major))

@@ -9,11 +9,13 @@ import pytest
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 WAY = "TMA 128x256x64, 8 warps, 3 stages"
+STEP = "GRPO step, head trained"
 
 
 @pytest.fixture
 def content() -> dict:
-    found = json.loads((RESULTS / "h100-bfloat16.json").read_text())
+    """Of code that has no proof in it: every provider is what it was."""
+    found = json.loads((RESULTS / "h100-bfloat16-145b923.json").read_text())
     return {**copy.deepcopy(found), "environment": {**found["environment"], "gpu": "NVIDIA X1"}}
 
 
@@ -109,3 +111,54 @@ def test_faults_are_named(content):
     told = "\n".join(readme.faults(content))
     assert "float16, logits: errors [nan]" in told and "2 of the forwards" in told
     assert "the last part" in told and "Nothing of ours" not in told
+
+
+def test_what_a_result_proves_is_ours_since(written, tmp_path):
+    """Ours are those that ran as unproven; what was on is "before", and in no summary."""
+    name = "h100-bfloat16"
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    assert readme.is_proof(name) and not readme.is_proof("x1")
+    (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    options = ["--page", str(tmp_path / "page.md"), "--front", str(tmp_path / "README.md")]
+    assert readme.main([str(tmp_path / f"{name}.json"), *options]) == 0
+    page, front = ((tmp_path / f).read_text() for f in ("page.md", "README.md"))
+    step = {
+        r["provider"]: r
+        for r in result["records"]
+        if (r["shape"], r["case"]) == ("Qwen3-8B", STEP) and "seconds_median" in r
+    }
+    one_pass = "fused_rl linear_policy_loss"
+    for title, provider in ((one_pass, f"{one_pass}, unproven"), (f"{one_pass}, before", one_pass)):
+        r = step[provider]
+        cells = f"| {title} | {r['seconds_median'] * 1e3:.0f} | {r['ratio_to_products']:.2f} |"
+        assert cells in page
+    assert "unproven |" not in page and '"unproven" in the file' in page
+    ms = f"{step[f'{one_pass}, unproven']['seconds_median'] * 1e3:.0f}"
+    assert f"| {STEP} | {ms}, " in front and "before" not in front.split("\n", 1)[1][:-6]
+    # Of another head: without gradient, then the two steps of ours.
+    (row,) = (line for line in page.splitlines() if line.startswith("| Llama-3.1-8B, "))
+    ratios = [
+        f"{r['ratio_to_products']:.2f}"
+        for r in result["records"]
+        if r["shape"] == "Llama-3.1-8B" and r["provider"].endswith(", unproven")
+    ]
+    assert row.split(" | ")[1:] == [
+        ratios[0],
+        *(" / ".join(ratios[i : i + 2]) for i in (1, 3)),
+        " / ".join(ratios[5:]) + " |",
+    ]
+
+
+def test_divergences_are_a_table_of_their_own(tmp_path):
+    """Ratios of the file; what did not fit by name; no picture, and nothing on the front page."""
+    result, page = RESULTS / "h100-bfloat16-divergence.json", tmp_path / "page.md"
+    page.write_text("<!-- gpu-divergence:begin -->\n<!-- gpu-divergence:end -->\n")
+    assert readme.main([str(result), "--page", str(page), "--front", str(tmp_path / "none")]) == 0
+    text, content = page.read_text(), json.loads(result.read_text())
+    for r in content["records"]:
+        cells = f"| {r['seconds_median'] * 1e3:.0f} | {r['ratio_to_products']:.2f} |"
+        if not r["provider"].endswith("unproven") and r["provider"] != "bare products":
+            assert f"| {r['provider']} {cells}" in text
+    assert "unproven" not in text
+    assert all(f"did not fit into the time: {title}" in text for title in content["left out"])
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]

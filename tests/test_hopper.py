@@ -21,7 +21,7 @@ from fused_rl.kernels.linear_logprobs import unit
 
 pytestmark = pytest.mark.skipif(hopper.kernels is None, reason="this triton has no Gluon")
 HALF = [torch.float16, torch.bfloat16]
-SMALL = Config(16, 16, 16, 4, 3, True, exp2=True)
+SMALL = Config(16, 16, 16, 4, 3, True)
 DEVICE = Device(multiprocessors=3, major=9)
 
 
@@ -40,7 +40,7 @@ def emulated(monkeypatch):
 
 def check(case: Case, config: Config = SMALL, atol: float = 2e-5, rtol: float = 2e-6) -> None:
     partial = hopper.statistics(*case.head, DEVICE, config)
-    ours = merged(partial, unit(config, case.bias))
+    ours = merged(partial, unit(case.bias))
     torch.testing.assert_close(ours, case.exact(), atol=atol, rtol=rtol, equal_nan=True)
 
 
@@ -61,7 +61,7 @@ def test_sizes_that_no_tile_divides(emulated, poisoned, N, H, V):
 def test_a_nan_poisons_its_row_alone(emulated):
     case = Case(20, 24, 40)
     case.hidden[3, 5] = float("nan")
-    ours = merged(hopper.statistics(*case.head, DEVICE, SMALL), unit(SMALL, None))
+    ours = merged(hopper.statistics(*case.head, DEVICE, SMALL), unit(None))
     assert ours[1:3].isnan().any(0).nonzero().flatten().tolist() == [3]
 
 
@@ -84,7 +84,7 @@ def test_a_row_of_minus_infinity_keeps_no_sum(emulated):
 @pytest.mark.parametrize("spread", [1e9, 1e30])
 def test_huge_logits_stay_finite(emulated, spread):
     case = Case(20, 24, 40, spread=spread)
-    ours = merged(hopper.statistics(*case.head, DEVICE, SMALL), unit(SMALL, None))
+    ours = merged(hopper.statistics(*case.head, DEVICE, SMALL), unit(None))
     top, _, entropy, at_label = case.exact()
     # They lie so far apart that the largest has all the probability.
     assert entropy.eq(0.0).all() and ours[2].eq(0.0).all() and torch.equal(ours[0], ours[1])
@@ -115,7 +115,7 @@ def test_exponentials_are_two_to_the_logit_less_the_reference(
     emulated, poisoned, dtype, bias, softcap, V
 ):
     case = Case(37, 40, V, dtype, bias=bias, softcap=softcap, spread=4.0)
-    z, of = case.logits(), unit(SMALL, case.bias)
+    z, of = case.logits(), unit(case.bias)
     kept = Kept(case, (z.median(-1).values / of).float())
     (m, s, t, at_label), e = kept.form()
     exact = (z - kept.stored.reference.double()[:, None] * of).exp()
@@ -188,7 +188,7 @@ def test_parts_that_are_empty_change_nothing(emulated, monkeypatch):
     monkeypatch.setattr(hopper, "cut", lambda *_: parts)
     partial = hopper.statistics(*case.head, DEVICE, SMALL)
     assert partial[3:, 0].eq(float("-inf")).all() and partial[3:, 1:].eq(0.0).all()
-    torch.testing.assert_close(merged(partial, unit(SMALL, None)), case.exact(), atol=2e-5, rtol=0)
+    torch.testing.assert_close(merged(partial, unit(None)), case.exact(), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 5, 7])

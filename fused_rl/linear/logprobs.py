@@ -8,7 +8,7 @@
 The cost in multiples of N * H * V multiply-adds, a product counting 2: 2 without gradients; 8 with
 them (the backward pass recomputes the logits); 4 where the head is not trained; 6 where the loss is
 known in the forward pass (`linear_policy_loss`), and for any loss where chunk_bytes has room for
-all exponentials (GPUs, bfloat16, `trust_kernels(unproven=True)`).
+all exponentials (bfloat16, on sm_90; on other GPUs after `trust_kernels(unproven=True)`).
 """
 
 from collections.abc import Callable

@@ -44,7 +44,7 @@ def _cuda() -> Backend:
         note = f"triton is not installed: pip install triton{here}"
         return Backend("cuda", "reference (plain torch)", note)
     note = "float64 in plain torch; proved in the interpreter, run on an H100 and an H200"
-    note += "; with those that no GPU has run yet" if trust.options().unproven else ""
+    note += "; with those that no result has shown to be faster" if trust.options().unproven else ""
     for verdict in trust.verdicts():
         if verdict.error is not None:
             note += f"; {verdict.kernel} is not used on {verdict.device}: {verdict.error}"

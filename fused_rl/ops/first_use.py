@@ -107,7 +107,7 @@ def formed(head: Head, config: Any, place: Any) -> tuple[Tensor, ...]:
         e = linear_gradients.logits_room(N, V, head.hidden.dtype, head.hidden.device)
         return linear_exponentials.fwd(*head, place, config, e)[0]
     partial = linear_logprobs.fused_statistics(*head, place, config)
-    return logprobs.merge(partial, head.labels, V, -100, linear_logprobs.unit(config, head.bias))
+    return logprobs.merge(partial, head.labels, V, -100, linear_logprobs.unit(head.bias))
 
 
 def parts_difference(device: torch.device) -> str | None:

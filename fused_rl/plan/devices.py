@@ -59,7 +59,7 @@ class Card(NamedTuple):
 
 
 # `ceilings` of the result, and of its products "logits, half" at 8192 tokens.
-_RESULT = "measured: bench/results/{}-bfloat16.json"
+_RESULT = "measured: bench/results/{}.json"
 # Lanes and exponentials: "Throughput of Native Arithmetic Instructions" in NVIDIA's CUDA C++
 # Programming Guide, compute capabilities 8.0, 9.0 and 10.0.
 CARDS: dict[str, Card] = {
@@ -67,13 +67,13 @@ CARDS: dict[str, Card] = {
         "H100 SXM",
         *(9, 132, 4096, 128, 16, 80, 50, 989.4, 3350),
         "NVIDIA H100 data sheet and architecture white paper",
-        Ceilings(784.8, 694.5, 3006, _RESULT.format("h100")),
+        Ceilings(784.8, 694.5, 3006, _RESULT.format("h100-bfloat16-145b923")),
     ),
     "h200": Card(
         "H200 SXM",
         *(9, 132, 4096, 128, 16, 141, 50, 989.4, 4800),
         "NVIDIA H200 data sheet",
-        Ceilings(775.3, 654.2, 4274, _RESULT.format("h200")),
+        Ceilings(775.3, 654.2, 4274, _RESULT.format("h200-bfloat16")),
     ),
     "b200": Card(
         "B200",

@@ -7,7 +7,7 @@ import torch
 from fused_rl.plan import steps
 from fused_rl.plan.devices import CARDS
 from fused_rl.plan.measured import COMMITS, MEASURED
-from fused_rl.plan.memory import Plan, own_bytes
+from fused_rl.plan.memory import Plan, keeps_exponentials, own_bytes
 from fused_rl.plan.time import Times, times
 
 
@@ -18,8 +18,16 @@ def predicted(p: Plan) -> dict[str, Times]:
     card, nhv = CARDS[p.device], 4 if p.frozen else 6
     shape = (p.tokens, p.hidden, p.vocabulary)
     two_passes = steps.two_passes(card, *shape, p.chunk_bytes)
-    any_loss = steps.frozen(card, p.chunks, *shape[1:]) if p.frozen else two_passes
-    one_pass = steps.one_pass(card, p.chunks, *shape[1:], trained=not p.frozen)
+    kept = keeps_exponentials(p.device, p.dtype, p.tokens)
+    one_pass = (steps.stored if kept else steps.one_pass)(
+        card, p.chunks, *shape[1:], trained=not p.frozen
+    )
+    if p.frozen:
+        any_loss = steps.frozen(card, p.chunks, *shape[1:], stored=kept)
+    elif p.ways[-2].nhv == 6:
+        any_loss = steps.stored(card, [p.tokens], *shape[1:], trained=True)
+    else:
+        any_loss = two_passes
     parts = {
         "eager torch, no gradient": steps.eager(card, *shape, 2),
         "linear_logprobs, no gradient": steps.no_gradient(card, *shape),

@@ -3,10 +3,10 @@
     peak = max over the phases of a way of the sum of what is alive in it
 
 Sizes are those of the code: logits in the accumulator dtype, for all tokens (eager torch) or for
-one chunk; dweight in the dtype of the head, or in float32 while chunks add to it; dhidden in
-float32 until it is handed over; the operands that a pass lays out for its products. Every token
-counts, and hidden states and weight, which are there already, are left out. On a CPU the C++
-kernels are assumed.
+one chunk, and on a card that keeps them exponentials in bfloat16 in their place; dweight in the
+dtype of the head, or in float32 while chunks add to it; dhidden in float32 until it is handed over;
+the operands that a pass lays out for its products. Every token counts, and hidden states and
+weight, which are there already, are left out. On a CPU the C++ kernels are assumed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fused_rl import ops
 from fused_rl.ops import chunk_sizes, one_pass_pays, round_up
 from fused_rl.plan.config import head_shape, size
 from fused_rl.plan.devices import CARDS
+from fused_rl.plan.steps import chosen
 from fused_rl.reference import acc_dtype
 
 # Of the one pass; a plan with more is a slip of the pen, and its list would fill the memory.
@@ -72,7 +73,8 @@ class Plan(NamedTuple):
 
 class Sizes(NamedTuple):
     """N, H, V; bytes of a number: of the model, of an accumulator, of an operand of a product, and
-    of a gradient that waits for the loss's scale. device: its type.
+    of a gradient that waits for the loss's scale. device: its type. kept: whether exponentials in
+    bfloat16 stand for logits.
     """
 
     N: int
@@ -83,6 +85,7 @@ class Sizes(NamedTuple):
     op: int
     waiting: int
     device: str
+    kept: bool
 
     def way(self, name: str, nhv: int, **phases: Parts) -> Way:
         return Way(name, nhv, nhv * self.N * self.H * self.V, phases)
@@ -128,7 +131,7 @@ def plan(
         )
     sizes = chunk_sizes(tokens, most)
     s = sizes_of(tokens, H, V, dtype, device)
-    any_loss = _frozen(s, most) if frozen else _two_passes(s, "linear_logprobs", scratch)
+    any_loss = _frozen(s, most) if frozen else _any_loss(s, scratch)
     pays = one_pass_pays(tokens, most, torch.device(s.device), not frozen)
     loss = one_pass(s, sizes, frozen) if pays else _two_passes(s, "linear_policy_loss", scratch)
     ways = [_eager_no_grad(s), _no_grad(s), _eager(s, frozen), any_loss, loss]
@@ -143,6 +146,7 @@ def sizes_of(tokens: int, H: int, V: int, dtype: torch.dtype, device: str) -> Si
         op=_operand_bytes(dtype, kind),
         waiting=4 if dtype == torch.float16 else dtype.itemsize,
         device=kind,
+        kept=keeps_exponentials(device, dtype, tokens),
     )
 
 
@@ -153,13 +157,20 @@ def own_bytes(device: str) -> int:
     return ops.scratch_bytes(torch.device(device), None)
 
 
+def keeps_exponentials(device: str, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether a chunk on a card that CARDS knows has them in the place of logits."""
+    known = device in CARDS and ops.HAS_TRITON and dtype == torch.bfloat16
+    return known and chosen(CARDS[device], tokens, stores=True) is not None
+
+
 def _chunk_tokens(hidden: Tensor, weight: Tensor, scratch: int, device: str) -> int:
     """ops.chunk_tokens, as it would be on a card that CARDS knows."""
     if device not in CARDS or not ops.HAS_TRITON:
         return ops.chunk_tokens(hidden, weight, scratch)
     from fused_rl.kernels import linear_gradients
 
-    per_logit = linear_gradients.bytes_per_logit(hidden.element_size())
+    kept = keeps_exponentials(device, hidden.dtype, len(hidden))
+    per_logit = 2 if kept else linear_gradients.bytes_per_logit(hidden.element_size())
     count = CARDS[device].multiprocessors
     return linear_gradients.chunk_tokens(*weight.shape, per_logit, scratch, count)
 
@@ -210,7 +221,8 @@ def _no_grad(s: Sizes) -> Way:
 def _pass_operands(s: Sizes, n: int, *, dweight: bool, recompute: bool) -> int:
     """Bytes that a backward pass over n tokens lays out, beside gradients and stored logits."""
     if s.device != "cpu":
-        return 0
+        # Hidden states times a factor for each token.
+        return n * s.H * s.w if s.kept and dweight and not recompute else 0
     n, rows, H = round_up(n, 16), min(SUPER_BLOCK, s.V), s.H
     columns = round_up(H, PANEL)
     at_once = min(n, PASS_TOKENS)
@@ -226,13 +238,36 @@ def _pass_dhidden(s: Sizes, n: int) -> int:
 
 
 def _chunk_logits(s: Sizes, n: int) -> int:
-    """The logits of a chunk; on CUDA their gradient stands beside them in half precision."""
+    """The logits of a chunk; on CUDA their gradient stands beside them in half precision. Or
+    exponentials, whose rows begin at multiples of 128 bytes.
+    """
+    if s.kept:
+        return 2 * n * round_up(s.V, 64)
     beside = s.w if s.device != "cpu" and s.w < s.acc else 0
     return round_up(n, 16) * s.V * (s.acc + beside)
 
 
+def _any_loss(s: Sizes, scratch: int) -> Way:
+    """One pass where exponentials of all tokens fit."""
+    kept = _chunk_logits(s, s.N)
+    if not s.kept or kept > scratch:
+        return _two_passes(s, "linear_logprobs", scratch)
+    return s.way(
+        "linear_logprobs",
+        6,
+        backward={
+            "logits": kept,
+            "dweight": s.V * s.H * s.w,
+            "dhidden": _pass_dhidden(s, s.N),
+            "operands": _pass_operands(s, s.N, dweight=True, recompute=False),
+        },
+    )
+
+
 def _two_passes(s: Sizes, name: str, scratch: int) -> Way:
-    # The kernels of a CPU keep a super-block of logit gradients, those of CUDA fill the scratch.
+    # The kernels of a CPU keep a super-block of logit gradients, those of CUDA fill the scratch with
+    # logits, which are formed again.
+    s = s._replace(kept=False)
     logits = min(scratch, _chunk_logits(s, s.N)) if s.device != "cpu" else 0
     return s.way(
         name,

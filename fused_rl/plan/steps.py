@@ -1,12 +1,12 @@
 """What a call is made of: the parts of each way, whose times time.py knows.
 
-`no_gradient`, `one_pass`, `two_passes`, `frozen`, `eager` are the ways of today's code; those whose
-name begins with `stored` keep E = 2^(z - r) in a half precision instead of logits, one reference r
-per token, so that their backward pass is two products and no pass over rows:
+`one_pass`, `frozen` and `two_passes` have logits in float32; `stored` keeps E = 2^(z - r) in
+bfloat16 in their place, one reference r per token, so that its backward pass is two products and no
+pass over rows:
 
     dhidden = -c (E W)      dweight = -E^T (c h)
 
-Half precisions only.
+`chosen` says whether a card does that today. Half precisions only.
 """
 
 from __future__ import annotations
@@ -40,53 +40,50 @@ CHUNK_HOST, CHUNK_GAP = 4.0e-3, 0.85e-3
 # the half precision 6.
 EAGER_FORWARD, EAGER_BACKWARD = 46, 30
 
-# Instructions per logit of an epilogue, counted in the machine code for sm_90: with natural
-# exponentials; in units of log2; warp-specialised, and the same where it keeps E.
-NATURAL, EXP2, GLUON, GLUON_STORED = 23, 11.8, 8.7, 9.4
+# Instructions per logit of an epilogue, counted in the machine code for sm_90, without E and with
+# it: Triton's, and the warp-specialised one.
+TRITON, GLUON = (11.4, 11.8), (8.7, 9.4)
+# The main loop of the warp-specialised forward, in the library's; its epilogue does not overlap.
+GLUON_LOOP = 1.0
 # Tokens and logits of a tile in L2, at most: kernels/linear_logprobs.py.
 TILE_ROWS, TILE_LOGITS = 2048, 2**24
-# What kernels/linear_exponentials.py compiles at, by the major number of the compute capability;
-# assumed elsewhere.
-STORED = {
-    9: Tile(128, 256, 64, 8, 3, True, EXP2, stored=2),
-    10: Tile(128, 128, 64, 8, 3, True, EXP2, stored=2),
-}
-STORED_ELSEWHERE = Tile(128, 128, 64, 8, 3, False, EXP2, stored=2)
-# Gluon's main loop is built as the library's is, and assumed to be as fast; its epilogue is assumed
-# not to overlap with it.
-GLUON_TILE = Tile(128, 256, 64, 8, 4, True, GLUON, main_loop=1.0)
-GLUON_STORING = GLUON_TILE._replace(instructions=GLUON_STORED, stored=2)
 
 
 def tile(config: Config) -> Tile:
-    """A configuration of Triton's."""
-    return Tile(*config[:6], EXP2 if config.exp2 else NATURAL)
+    """A configuration of the kernels' table."""
+    bytes_ = 2 if config.stores else 0
+    if config.gluon:
+        # Two consumers of so many warps.
+        m, n, k, warps, stages, tma = config[:6]
+        cost = GLUON[config.stores]
+        return Tile(m, n, k, 2 * warps, stages, tma, cost, GLUON_LOOP, bytes_)
+    return Tile(*config[:6], TRITON[config.stores], stored=bytes_)
 
 
-def chosen(card: Card, N: int, *, unproven: bool = False) -> Config | None:
-    """Triton's first configuration for the card's architecture that takes N tokens of a head
-    without bias; None: tiles in L2. unproven: whether one may be taken that no GPU has run.
+def chosen(card: Card, N: int, *, stores: bool = False, unproven: bool = False) -> Config | None:
+    """The first configuration for the card's architecture that takes N tokens of a head without
+    bias, where triton has Gluon. None: tiles in L2, or logits for E.
+
+    Args:
+        stores: those that keep E.
+        unproven: also those that no result has shown right and faster.
     """
-    table = (c for c in configs(card.major) if c.rows >= N and not c.stores and not c.gluon)
+    table = (c for c in configs(card.major) if c.rows >= N and c.stores == stores)
     return next((c for c in table if c.proof or unproven), None)
 
 
-def no_gradient(
-    card: Card, N: int, H: int, V: int, *, unproven: bool = False, gluon: bool = False
-) -> list[Part]:
-    """The forward that the library takes, or Gluon's."""
-    config = chosen(card, N, unproven=unproven)
-    if gluon:
-        return fused_forward(card, N, H, V, GLUON_TILE)
+def no_gradient(card: Card, N: int, H: int, V: int) -> list[Part]:
+    """The forward that the library takes."""
+    config = chosen(card, N)
     if config is None:
         return tiled_forward(card, N, H, V, tile_sides(N))
     return fused_forward(card, N, H, V, tile(config))
 
 
-def tile_sides(N: int) -> tuple[int, int]:
-    """Tokens and columns of a tile in L2."""
-    rows = ceil(N, ceil(N, TILE_ROWS))
-    return rows, max(1, TILE_LOGITS // (rows * ROW_BLOCK)) * ROW_BLOCK
+def tile_sides(N: int, rows: int = TILE_ROWS, logits: int = TILE_LOGITS) -> tuple[int, int]:
+    """Tokens and columns of a tile in L2, of so many tokens and logits at most."""
+    rows = ceil(N, ceil(N, rows))
+    return rows, max(1, logits // (rows * ROW_BLOCK)) * ROW_BLOCK
 
 
 def products(card: Card, N: int, H: int, V: int, nhv: int) -> list[Part]:
@@ -106,44 +103,38 @@ def eager(card: Card, N: int, H: int, V: int, nhv: int) -> list[Part]:
 
 
 def one_pass(card: Card, sizes: Sequence[int], H: int, V: int, *, trained: bool) -> list[Part]:
-    """linear_policy_loss, in chunks of these numbers of tokens."""
+    """linear_policy_loss, in chunks of these numbers of tokens whose logits are in float32."""
     parts = _chunks(sizes, lambda n, i: _chunk(card, n, H, V, trained, i, len(sizes)), CHUNK_HOST)
     return [*parts, *(_handed_over(card, H, V, len(sizes)) if trained else ())]
 
 
-def frozen(card: Card, sizes: Sequence[int], H: int, V: int) -> list[Part]:
-    """linear_logprobs of a head that is not trained: its gradient is formed in the forward."""
-    parts = _chunks(sizes, lambda n, i: _chunk(card, n, H, V, False, i, len(sizes)), 0.0)
+def frozen(card: Card, sizes: Sequence[int], H: int, V: int, *, stored: bool = False) -> list[Part]:
+    """linear_logprobs of a head that is not trained: its gradient is formed in the forward.
+
+    stored: whether chunks keep E.
+    """
+    of_chunk = _stored_chunk if stored else _chunk
+    count = len(sizes)
+    parts = _chunks(sizes, lambda n, i: of_chunk(card, n, H, V, False, i, count), 0.0)
     scaled = elementwise(card, "dhidden scaled", sum(sizes) * H * 16)
     return [*parts, scaled, Part("waiting for the host", 0, CHUNK_HOST)]
 
 
 def stored(
-    card: Card,
-    sizes: Sequence[int],
-    H: int,
-    V: int,
-    *,
-    trained: bool,
-    gluon: bool = False,
-    waits: bool = True,
+    card: Card, sizes: Sequence[int], H: int, V: int, *, trained: bool, waits: bool = True
 ) -> list[Part]:
-    """A step that keeps E of a chunk; of all tokens, for any loss, where there is one chunk.
+    """`one_pass` that keeps E of a chunk; of all tokens, for any loss, where there is one chunk.
 
-    waits: whether the device waits at a chunk's synchronisation, as it does today.
+    Proven or not. waits: whether the device waits at a chunk's synchronisation, as it does today.
     """
-    way = GLUON_STORING if gluon else STORED.get(card.major, STORED_ELSEWHERE)
-
-    def chunk(n: int, i: int) -> list[Part]:
-        return [
-            *fused_forward(card, n, H, V, way),
-            product(card, "dhidden", n, H, V, width=4),
-            *([_dweight(card, n, H, V, i, len(sizes))] if trained else ()),
-        ]
-
-    parts = _chunks(sizes, chunk, CHUNK_HOST if waits else 0.0)
+    count = len(sizes)
+    parts = _chunks(
+        sizes,
+        lambda n, i: _stored_chunk(card, n, H, V, trained, i, count),
+        CHUNK_HOST if waits else 0.0,
+    )
     parts = [p for p in parts if waits or p.name != "synchronisation"]
-    return [*parts, *(_handed_over(card, H, V, len(sizes)) if trained else ())]
+    return [*parts, *(_handed_over(card, H, V, count) if trained else ())]
 
 
 def _chunks(
@@ -166,6 +157,17 @@ def _chunk(
         product(card, "logits", n, V, H, width=4),
         row_pass(card, "statistics", n * V, STATISTICS, 4),
         row_pass(card, "gradient", n * V, GRADIENT, 6),
+        product(card, "dhidden", n, H, V, width=4),
+        *([_dweight(card, n, H, V, index, chunks)] if trained else ()),
+    ]
+
+
+def _stored_chunk(
+    card: Card, n: int, H: int, V: int, trained: bool, index: int, chunks: int
+) -> list[Part]:
+    way = tile(chosen(card, n, stores=True, unproven=True))
+    return [
+        *fused_forward(card, n, H, V, way),
         product(card, "dhidden", n, H, V, width=4),
         *([_dweight(card, n, H, V, index, chunks)] if trained else ()),
     ]
