@@ -256,10 +256,10 @@ class LMHead:
         """
         layer = parts.output_layer(parts.unwrap(model))
         recipe = asked.answer(model, ask=ask).recipe
-        return cls.of_recipe(recipe, layer)
+        return cls.of_layer(recipe, layer)
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe, layer: nn.Linear) -> LMHead:
+    def of_layer(cls, recipe: Recipe, layer: nn.Linear) -> LMHead:
         """The head of an output layer; of a tensor-parallel one this rank's part."""
         if not is_placed(layer.weight):
             return cls(*recipe.parts(layer.weight, layer.bias))

@@ -156,8 +156,8 @@ def accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 def _ask(model: Any, inner: Any, layer: nn.Linear, within: bool) -> Answer:
     name, device = type(inner).__name__, layer.weight.device
     # Beside the model's own forward its backbone has weights only where nobody shards them.
-    alone = all(sharded.is_here(t) for t in (layer.weight, _embeddings(inner, layer)))
-    alone = alone or sharded.is_tensor_parallel(inner, layer)
+    weights = layer.weight, _embeddings(inner, layer)
+    alone = sharded.is_tensor_parallel(inner, layer) or all(map(sharded.is_here, weights))
     body, hint = parts.backbone(inner), parts.described(inner)
     inputs = {"input_ids": _tokens(inner, layer), "use_cache": False, "return_dict": True}
     reads = Reads(model, layer)

@@ -77,8 +77,8 @@ def _learns_prompts(peft: Any) -> bool:
 
 
 def output_layer(model: Any) -> nn.Linear:
-    """The linear layer that gives the logits, if its weight is all there is to it, and is here, or
-    a tensor-parallel plan's.
+    """The linear layer that gives the logits, if its weight is all there is to it, and is here:
+    all of it, or this rank's rows by a tensor-parallel plan.
 
     Raises:
         ValueError: as output_linear; a weight that is sharded over ranks or quantised.

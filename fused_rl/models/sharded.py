@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fused_rl.models.placed import is_placed
+
 
 def is_fsdp2(module: object) -> bool:
     """Whether fully_shard was called on it."""
@@ -83,7 +85,7 @@ def has_hooks(layer: nn.Module) -> bool:
 
 def is_here(tensor: Tensor) -> bool:
     """Whether the numbers of a weight [V, H] are on this rank: not in shards, not freed."""
-    if hasattr(tensor, "placements"):
+    if is_placed(tensor):
         return False
     # FSDP1's shards are flat, ZeRO-3's empty.
     return tensor.dim() == 2 and tensor.numel() > 0 and not is_freed(tensor)
@@ -101,6 +103,19 @@ def _has_storage(tensor: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def is_tensor_parallel(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether the layer's weight is cut along the vocabulary over ranks that share their tokens.
+
+    The weight of an FSDP2 unit looks alike while it is in shards, on the unit's own mesh. A plan
+    leaves hooks, or a forward, that bring the columns together.
+    """
+    weight = layer.weight
+    if not is_placed(weight) or weight.device_mesh.ndim != 1 or not has_hooks(layer):
+        return False
+    units = (module for module in model.modules() if is_fsdp2(module))
+    return all(weight.device_mesh != mesh for unit in units for mesh in _meshes(unit))
+
+
 def in_forward(module: nn.Module) -> bool:
     """Whether a forward of the FSDP2 model that the module is part of is under way."""
     return is_fsdp2(module) and module._get_fsdp_state()._state_ctx.iter_forward_root is not None
@@ -109,19 +124,6 @@ def in_forward(module: nn.Module) -> bool:
 def gathers(layer: nn.Module) -> bool:
     """Whether the layer's own call gathers its weight, and reduces its gradient."""
     return is_fsdp1(layer) or is_fsdp2(layer) or hasattr(layer.weight, "ds_id")
-
-
-def is_tensor_parallel(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether the layer's weight is cut along the vocabulary over ranks that share their tokens.
-
-    The weight of an FSDP2 unit looks alike while it is in shards, on the unit's own mesh. A plan
-    leaves hooks, or a forward, that bring the columns together.
-    """
-    weight = layer.weight
-    if not hasattr(weight, "placements") or weight.device_mesh.ndim != 1 or not has_hooks(layer):
-        return False
-    units = (module for module in model.modules() if is_fsdp2(module))
-    return all(weight.device_mesh != mesh for unit in units for mesh in _meshes(unit))
 
 
 def is_called_out_of_turn(layer: nn.Module) -> bool:
@@ -140,7 +142,7 @@ def is_called_out_of_turn(layer: nn.Module) -> bool:
 
 def _is_parallel(weight: Tensor, unit: nn.Module) -> bool:
     """Whether a weight is cut by more than the FSDP2 of its unit."""
-    if not hasattr(weight, "placements"):
+    if not is_placed(weight):
         return False
     return all(weight.device_mesh != mesh for mesh in _meshes(unit))
 
@@ -167,8 +169,8 @@ def around(model: Any, layer: nn.Module) -> list[nn.Module]:
     if gathers(layer) or is_here(weight) or any(map(is_fsdp1, calls)):
         return calls
     units = [m for m in _above(model, layer) if is_fsdp2(m) or is_fsdp1(m)]
-    if not units and hasattr(weight, "placements"):
-        # A tensor-parallel plan's: its rows are a head's as they are.
+    if is_tensor_parallel(model, linear_of(layer)):
+        # Its rows are a head's as they are.
         return calls
     if not units:
         raise ValueError(_NOBODY.format(type(model).__name__))

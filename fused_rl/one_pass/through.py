@@ -69,9 +69,8 @@ def model_policy_loss(
 
     def formed(states: Tensor) -> Tensor:
         options = {"temperature": temperature, "chunk_bytes": chunk_bytes}
-        outputs.append(
-            linear_policy_loss(states, LMHead.of_recipe(recipe, linear), batch, loss, **options)
-        )
+        head = LMHead.of_layer(recipe, linear)
+        outputs.append(linear_policy_loss(states, head, batch, loss, **options))
         return outputs[0].loss
 
     def of_layer(states: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def of_part(stats: ops.Statistics | None, own: Tensor) -> Tensor:
     parts = (
         lse,
         entropy.masked_fill(empty, 0.0),
-        logprobs.masked_fill(~own, -torch.inf),
+        logprobs.masked_fill(~own | empty, -torch.inf),
         top.masked_fill(empty, -torch.inf),
     )
     return torch.stack(parts)
