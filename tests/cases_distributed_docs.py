@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from cases_spread import relative
 from cases_tensor_parallel import model_of, saved
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 import fused_rl
@@ -52,15 +53,25 @@ def run(rank, world, source, share, loss="dapo"):
         "model": model,
         "ids": given[0],
         "batch": batch_of(*given),
+        **dict(zip(("mask", "advantages", "old_logprobs"), given[1:], strict=True)),
         "folder": saved(model, rank) if "folder" in source else None,
         "torch": torch,
         "dist": dist,
         "fused_rl": fused_rl,
     }
     exec(compile(source, "docs/distributed.md", "exec"), names)
+    if isinstance(names.get("policy"), FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(
+            names["policy"], with_grads=True, writeback=False
+        ):
+            return largest(names, exact, rank)
+    return largest(names, exact, rank)
+
+
+def largest(names, exact, rank):
     differences = []
     for name, p in names["model"].named_parameters():
-        key = name.removeprefix("module.")
+        key = name.replace("_fsdp_wrapped_module.", "")
         if p.grad is None:
             assert "rows" in names and key == "lm_head.weight", key
             start = rank * len(names["rows"])
@@ -70,3 +81,14 @@ def run(rank, world, source, share, loss="dapo"):
             differences.append(relative(plain(p.grad), exact[key]))
     assert len(differences) == len(exact)
     return max(differences)
+
+
+def log_probs(rank, world, source):
+    """The largest relative difference of a statistic that the block has named `stats`."""
+    model, ids = model_of(), rollouts()[0]
+    labels = ids.roll(-1, 1)
+    head = fused_rl.LMHead.from_model(model)
+    exact = fused_rl.linear_logprobs(model.model(ids).last_hidden_state, head, labels)
+    names = {"model": model, "ids": ids, "torch": torch, "dist": dist, "fused_rl": fused_rl}
+    exec(compile(source, "docs/distributed.md", "exec"), names)
+    return max(relative(a.T, b) for a, b in zip(names["stats"], exact, strict=True))
