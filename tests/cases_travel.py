@@ -66,9 +66,10 @@ def compared(step, rank, world, counts=None, uneven=False, trained=True, repeats
         exact.append((h0.grad, found))
     mine = owned(problem, rank, counts)
     rows, (h, w, b), head = here(problem, mine, rank, world, uneven, trained)
+    total, found = step(h, head, mine)
     for _ in range(repeats):
-        total, found = step(h, head, mine)
-        total.backward()
+        # From the second time on, one pass forms its gradients again.
+        total.backward(retain_graph=True)
     dhidden, values = exact[rank]
     gradients = [relative(h.grad, repeats * dhidden)]
     if trained:
@@ -142,6 +143,36 @@ def bits(rank, world, dtype="float32"):
         dist.broadcast(whole, 0)
         alike.append(torch.equal(whole[mine], at_home))
     return repeated, all(alike)
+
+
+def rounding(rank, world):
+    """The errors of this rank's dhidden and dweight in bfloat16, over those of one process."""
+    counts = [16] * world
+    problem = Problem.drawn(N=sum(counts), H=64, V=1003, dtype=torch.bfloat16, bias=False)
+    weights = torch.linspace(0.5, 2, 16, dtype=torch.float64)
+
+    def gradients(head, hidden, theirs):
+        stats = linear_logprobs(hidden, head, theirs.labels, temperature=theirs.temperature)
+        (weights * (stats.logprobs + stats.entropy)).sum().backward()
+        return hidden.grad.double()
+
+    found = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        w0 = problem.weight.to(dtype, copy=True).requires_grad_()
+        dhidden = [
+            gradients(LMHead(w0), theirs.hidden.to(dtype, copy=True).requires_grad_(), theirs)
+            for theirs in (owned(problem, other, counts) for other in range(world))
+        ]
+        found[dtype] = (dhidden[rank], w0.grad.double() / world)
+    mine = owned(problem, rank, counts)
+    rows, (h, w, _), head = here(problem, mine, rank, world)
+    dhidden = gradients(head, h, mine)
+    exact, alone = found[torch.float64], found[torch.bfloat16]
+    error = lambda a, b: (a - b).norm().item()  # noqa: E731
+    return (
+        error(dhidden, exact[0]) / error(alone[0], exact[0]),
+        error(w.grad.double(), exact[1][rows]) / error(alone[1][rows], exact[1][rows]),
+    )
 
 
 def traffic(rank, world, two=False, dtype="bfloat16"):

@@ -9,7 +9,7 @@ ANY_LOSS = [
     {},
     {"uneven": True, "softcap": 3.0, "bias": False, "repeats": 2},
     {"trained": False},
-    {"trained": False, "with_entropy": False, "uneven": True},
+    {"trained": False, "with_entropy": False, "uneven": True, "V": 9},
 ]
 KNOWN_LOSS = [
     {"repeats": 2},
@@ -37,6 +37,13 @@ def test_policy_losses(ranks, world, options):
 def test_float32(ranks, case):
     values, gradients = largest(ranks(4).run("cases_travel", case, dtype="float32", V=1003))
     assert values <= FLOAT32 and gradients <= FLOAT32
+
+
+@pytest.mark.parametrize("world", [3, 4])
+def test_rounding(ranks, world):
+    """Errors of dhidden and dweight in bfloat16, over those of one process."""
+    dhidden, dweight = largest(ranks(world).run("cases_travel", "rounding"))
+    assert dhidden <= 1.25 and dweight <= 1.25
 
 
 @pytest.mark.parametrize("world", [3, 4])
