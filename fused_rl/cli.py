@@ -9,9 +9,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +17,25 @@ import torch
 
 import fused_rl
 from fused_rl import ops
-from fused_rl.system import outputs, signals
-from fused_rl.system.numbers import above_zero, not_negative, positive, seed
+from fused_rl.system import commands, outputs
+from fused_rl.system.commands import missing_of, usage_error
+from fused_rl.system.numbers import above_zero, positive
 
-DEMO_NEEDS = ("transformers", "rich", "matplotlib")
 BENCH_NEEDS = ("rich", "matplotlib")
 DTYPES = ("bfloat16", "float16", "float32")
-FAILURE, USAGE_ERROR = 1, 2
-# What a shell reports of a process that wrote to a pipe that nobody reads any more.
-BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status; argv without the program's name.
 
-    1 after a result that could not be written, 2 after a mistake in the options; 130, 143 or 129
-    after Ctrl-C, SIGTERM or SIGHUP; 141 where stdout was closed (`fused-rl doctor | head -1`).
+    Which status says what is in `system.commands.status_of`.
     """
-    with signals.stoppable():
-        try:
-            return run(argv)
-        except BrokenPipeError:
-            return BROKEN_PIPE
-        except outputs.Unwritable as error:
-            return complain("", str(error), FAILURE)
-        except BaseException as error:
-            if stop := signals.stop_behind(error):
-                return signals.status_of(stop)
-            # What rich makes of a broken pipe.
-            if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
-                return BROKEN_PIPE
-            raise
 
-
-def run(argv: Sequence[str] | None) -> int:
-    """What main does if nothing comes in between."""
-    try:
+    def run() -> int:
         arguments = build_parser().parse_args(argv)
         return arguments.command(arguments)
-    finally:
-        outputs.flush()
+
+    return commands.status_of(run)
 
 
 class Command(argparse.ArgumentParser):
@@ -106,36 +83,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_demo(commands: argparse._SubParsersAction) -> None:
-    """The options of the demo; their names are those of DemoConfig and DistillConfig."""
-    estimators = ("k1", "k2", "k3", "abs")
-    demo_parser = commands.add_parser(
+    """The demo."""
+    commands.add_parser(
         "demo",
         help="train a small model to sort digits by GRPO, or by a teacher",
-        description="Train a transformers model to sort digits, through the fused head: by GRPO, "
-        "or by distillation on its own answers from a larger model that has learned it. "
-        "Nothing is downloaded. Writes log.json and curves.png; Ctrl-C keeps what was logged.",
         argument_default=argparse.SUPPRESS,
+        later=add_demo_options,
     )
-    add = demo_parser.add_argument
-    add("--task", choices=("grpo", "distill"), default="grpo", help="(default: grpo)")
-    add("--steps", type=positive, help="rollouts to train on (default: 400; distill: 250)")
-    add("--seed", type=seed, help="the same seed gives the same run (default: 0)")
-    add("--out", metavar="DIR", help="where the log and the curves go (default: out/demo)")
-    add = demo_parser.add_argument_group("of the task grpo").add_argument
-    add("--beta", type=not_negative, help="weight of the KL penalty (default: 0.02)")
-    add("--kl", choices=estimators, help="estimator of the KL that is logged (default: k3)")
-    add(
-        "--kl-grad",
-        choices=estimators,
-        help="estimator whose derivative trains the model (default: that of --kl)",
-    )
-    add(
-        "--model",
-        metavar="PATH",
-        help="directory of a transformers model and its tokenizer, to train on the same task "
-        "(default: a new model of two layers)",
-    )
-    demo_parser.set_defaults(command=demo)
+
+
+def add_demo_options(demo_parser: argparse.ArgumentParser) -> None:
+    """The options of the demo; their names are those of DemoConfig and DistillConfig."""
+    from fused_rl.demo import command
+
+    command.add_options(demo_parser)
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
@@ -249,25 +210,6 @@ def installed_version(name: str) -> str:
         return "not installed"
 
 
-def demo(arguments: argparse.Namespace) -> int:
-    """Runs the demo, if what it needs is there."""
-    if missing := missing_of(DEMO_NEEDS):
-        return usage_error("demo", f'needs {missing}: pip install "fused-rl[demo]"')
-    from fused_rl.demo.distill import DistillConfig
-    from fused_rl.demo.task import UnusableModel
-    from fused_rl.demo.train import DemoConfig, run
-
-    options = {n: value for n, value in vars(arguments).items() if n not in ("command", "task")}
-    made = DistillConfig if arguments.task == "distill" else DemoConfig
-    if others := options.keys() - {field.name for field in fields(made)}:
-        option = min(others).replace("_", "-")
-        return usage_error("demo", f"--{option} is of another task than {arguments.task}")
-    try:
-        return run(made(**options))
-    except (outputs.UnusableFolder, UnusableModel) as error:
-        return usage_error("demo", str(error))
-
-
 def bench(arguments: argparse.Namespace) -> int:
     """Runs the benchmark, if what it needs is there."""
     if missing := missing_of(BENCH_NEEDS):
@@ -366,22 +308,6 @@ def export_hub(arguments: argparse.Namespace) -> int:
     for folder in written:
         print(folder)
     return 0
-
-
-def missing_of(names: Sequence[str]) -> str:
-    """Those that are not installed."""
-    return ", ".join(name for name in names if find_spec(name) is None)
-
-
-def usage_error(command: str, message: str) -> int:
-    """Says on stderr why a command does not run."""
-    return complain(command, message, USAGE_ERROR)
-
-
-def complain(command: str, message: str, status: int) -> int:
-    """Says one line on stderr and returns the status."""
-    print(f"{f'fused-rl {command}'.strip()}: {outputs.one_line(message)}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

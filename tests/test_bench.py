@@ -24,6 +24,7 @@ from fused_rl.bench.peers import PEERS, Case, Peer, batch_of, eager
 from fused_rl.bench.records import PRODUCTS, on_axis, shape_of
 from fused_rl.bench.run import BenchConfig
 from fused_rl.bench.tasks import NO_GRAD, STEP, head_task
+from fused_rl.system import commands
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -699,6 +700,6 @@ def test_bench_without_its_extra(capsys, monkeypatch):
     def find_spec(name, original=importlib.util.find_spec):
         return None if name == "rich" else original(name)
 
-    monkeypatch.setattr(cli, "find_spec", find_spec)
+    monkeypatch.setattr(commands, "find_spec", find_spec)
     assert cli.main(["bench"]) == 2
     assert 'needs rich: pip install "fused-rl[bench]"' in capsys.readouterr().err

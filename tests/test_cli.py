@@ -15,6 +15,7 @@ import torch
 import fused_rl
 from fused_rl import cli, ops
 from fused_rl.ops import trust
+from fused_rl.system import commands
 
 
 def test_doctor_names_every_backend_and_version(capsys):
@@ -89,7 +90,7 @@ def test_demo_without_its_extra(capsys, monkeypatch):
     def find_spec(name, original=importlib.util.find_spec):
         return None if name in ("rich", "matplotlib") else original(name)
 
-    monkeypatch.setattr(cli, "find_spec", find_spec)
+    monkeypatch.setattr(commands, "find_spec", find_spec)
     assert cli.main(["demo"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -236,7 +237,7 @@ def test_results_that_have_nowhere_to_go_are_a_mistake(command, capsys, tmp_path
 
 
 def test_mistakes_are_one_printable_line(capsys):
-    assert cli.usage_error("plan", "a\nb \x1b[31m" + "x" * 10**6) == 2
+    assert commands.usage_error("plan", "a\nb \x1b[31m" + "x" * 10**6) == 2
     error = capsys.readouterr().err
     assert error.startswith(r"fused-rl plan: a b \x1b[31mxxx") and len(error) < 500
     assert error.count("\n") == 1 and error[:-1].isprintable()

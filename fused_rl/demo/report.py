@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 import fused_rl
+from fused_rl.demo import ranks
 from fused_rl.system import outputs
 
 FIRST_STEPS = 5
@@ -83,6 +84,7 @@ def write_log(
             "transformers": version("transformers"),
             "python": sys.version.split()[0],
             "threads": torch.get_num_threads(),
+            "processes": ranks.world(),
         },
         "interrupted": interrupted,
         "summary": summarise(records),

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fused_rl import LMHead, linear_logprobs
+from fused_rl.demo import ranks
 from fused_rl.demo.task import DIGITS, Problem, UnusableModel, explained, reward
 
 
@@ -37,7 +38,9 @@ def sample(
     """One answer per problem, and its reward."""
     encoded = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True)
     prompts, prompt_mask = encoded.input_ids, encoded.attention_mask
-    sequences = model.generate(input_ids=prompts, attention_mask=prompt_mask)
+    # Where the weights are sharded, a process with short answers has to help those with long ones.
+    options = {"attention_mask": prompt_mask, "synced_gpus": ranks.world() > 1}
+    sequences = model.generate(input_ids=prompts, **options)
     labels = sequences[:, prompts.shape[1] :]
     ended = (labels == tokenizer.eos_token_id).int()
     loss_mask = ended.cumsum(-1) - ended == 0
@@ -76,9 +79,13 @@ def answer_states(model: PreTrainedModel, rollout: Rollout, rows: Tensor) -> Ten
 @torch.no_grad()
 def answer_logprobs(model: PreTrainedModel, rollout: Rollout, temperature: float) -> Tensor:
     """Log-probabilities [B, T] of the answers."""
-    hidden = answer_states(model, rollout, torch.arange(len(rollout.labels)))
-    head = LMHead.from_model(model)
-    return linear_logprobs(hidden, head, rollout.labels, temperature=temperature).logprobs
+
+    def formed() -> Tensor:
+        hidden = answer_states(model, rollout, torch.arange(len(rollout.labels)))
+        head = LMHead.from_model(model)
+        return linear_logprobs(hidden, head, rollout.labels, temperature=temperature).logprobs
+
+    return ranks.inside(model, formed)
 
 
 def try_out(

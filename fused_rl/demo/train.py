@@ -2,7 +2,7 @@
 
 One step: sample groups of answers with model.generate, score them, take their advantages within
 each group, and make a few AdamW updates of linear_policy_loss on them. KL is measured towards a
-frozen copy of the model as it was at the start.
+frozen copy of the model as it was at the start. Several processes share prompts and weights.
 """
 
 import copy
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fused_rl import KL, LMHead, LossOutput, PolicyLoss, TokenBatch, grpo, linear_policy_loss
+from fused_rl.demo import ranks
 from fused_rl.demo.comparison import compare_loss_steps, print_comparison
 from fused_rl.demo.report import Config, Panel, Record, summarise, write_figure, write_log
 from fused_rl.demo.rollout import Rollout, answer_logprobs, answer_states, sample, try_out
@@ -90,6 +91,7 @@ class DemoConfig:
 
     def prepared(self, console: Console) -> Iterator[Record]:
         """The steps of the training, once the model is there."""
+        ranks.can_share(self.prompts, ranks.world())
         model, tokenizer = start(self.model, self.temperature)
         if self.model:
             try_out(model, tokenizer, self.model, self.temperature)
@@ -115,31 +117,36 @@ def update(
     config: DemoConfig,
 ) -> LossOutput:
     """One step of the optimizer on the answers at rows, whose tokens are batch."""
-    output = linear_policy_loss(
-        answer_states(model, rollout, rows),
-        LMHead.from_model(model),
-        batch,
-        config.policy_loss(),
-        temperature=config.temperature,
-    )
+    outputs: list[LossOutput] = []
+
+    def formed() -> Tensor:
+        hidden, head = answer_states(model, rollout, rows), LMHead.from_model(model)
+        loss, temperature = config.policy_loss(), config.temperature
+        outputs.append(linear_policy_loss(hidden, head, batch, loss, temperature=temperature))
+        return outputs[0].loss
+
+    loss = ranks.inside(model, formed)
     optimizer.zero_grad()
-    output.loss.backward()
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
-    return output
+    return outputs[0]
 
 
 def train(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: DemoConfig
 ) -> Iterator[Record]:
     """Trains model in place; one record per step."""
-    reference = copy.deepcopy(model).requires_grad_(False)
+    reference = ranks.shard(copy.deepcopy(model).requires_grad_(False))
+    model = ranks.shard(model)
+    ranks.seeded(config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     generator = torch.Generator().manual_seed(config.seed)
     for step in range(1, config.steps + 1):
         began = time.perf_counter()
+        ranks.hold_signals()
         optimizer.param_groups[0]["lr"] = config.learning_rate_at(step)
-        problems = sample_problems(config.prompts, generator)
+        problems = ranks.part(sample_problems(config.prompts, generator))
         rollout = sample(model, tokenizer, [p for p in problems for _ in range(config.group_size)])
         advantages = group_zscore_advantages(rollout.rewards, config.group_size)
         old, ref = (answer_logprobs(m, rollout, config.temperature) for m in (model, reference))
@@ -154,8 +161,10 @@ def train(
                     old_logprobs=old[rows],
                     ref_logprobs=ref[rows],
                 )
+                batch = ranks.counted(batch)
                 outputs.append(update(model, optimizer, rollout, rows, batch, config))
-        yield record_of(step, rollout, outputs, time.perf_counter() - began)
+        yield ranks.of_all(record_of(step, rollout, outputs, time.perf_counter() - began))
+        ranks.stop_together()
 
 
 def record_of(step: int, rollout: Rollout, outputs: list[LossOutput], seconds: float) -> Record:
@@ -209,11 +218,13 @@ def run(config: Config) -> int:
     Raises:
         UnusableModel: a ValueError; see task.load.
         UnusableFolder: a ValueError; config.out cannot be written to.
+        UnusableProcesses: a ValueError; processes that cannot share the prompts.
         Unwritable: it could be, at the start.
     """
-    try_folder(Path(config.out), LOG, CURVES)
-    console = Console(highlight=False, markup=False)
-    with threads(torch.get_num_threads() if config.model else 1), stoppable():
+    if ranks.is_first():
+        try_folder(Path(config.out), LOG, CURVES)
+    console = Console(highlight=False, markup=False, quiet=not ranks.is_first())
+    with threads(torch.get_num_threads() if config.model else 1), stoppable(), ranks.joined():
         return train_and_report(config, console)
 
 
@@ -249,7 +260,7 @@ def train_and_report(config: Config, console: Console) -> int:
     say(config, console, records)
     if stop:
         return status_of(stop)
-    if not config.compares:
+    if not config.compares or ranks.world() > 1:
         return 0
     try:
         stops.release()
@@ -267,6 +278,8 @@ def train_and_report(config: Config, console: Console) -> int:
 
 def save(config: Config, records: list[Record]) -> None:
     """Writes the log and the curves."""
+    if not ranks.is_first():
+        return
     save_log(config, records)
     write_figure(Path(config.out) / CURVES, records, config.panels)
 
