@@ -1,5 +1,7 @@
 """Heads whose weights engines keep in shards: the gradients of ranks are those of one process."""
 
+import re
+
 import pytest
 import torch
 
@@ -110,3 +112,68 @@ def test_without_gradients_nothing_stays_gathered(ranks, unit):
     for error, sharded in run(ranks, "evaluated", unit=unit):
         assert error < NEAR
         assert sharded
+
+
+def refused(ranks, name, **options):
+    """What every rank says of each mistake."""
+    answers = ranks(2).run("cases_unsharded", name, **options)
+    answers = [a[0] if isinstance(a, tuple) else a for a in answers]
+    return {mistake: [answer[mistake] for answer in answers] for mistake in answers[0]}
+
+
+def test_a_head_that_is_not_here_is_an_error_on_every_rank(ranks):
+    """A unit of FSDP2's, of which each mistake would be a hang, a crash or a wrong gradient."""
+    found = refused(ranks, "own_unit")
+    both = r"\(FSDP\), call fused_rl.model_policy_loss.*\(tensor parallelism\), give LMHead the g"
+    expected = {
+        "the weight": r"weight is a .*DTensor, sharded.*" + both,
+        "the layer": r"weight is a .*DTensor, sharded.*" + both,
+        "the model": r"weight of FSDPQwen2ForCausalLM is a .*DTensor, sharded.*" + both,
+        "full_tensor": r"gathered by full_tensor.*model_policy_loss.*Partial\('avg'\).*Replicate",
+        "cast": r"gathered by full_tensor",
+        "to_local": r"weight \[(49|48), 32\] holds the rows of this rank alone.*" + both,
+        "stale": r"weight \[97, 32\] has no memory.*anew in every step.*model_policy_loss",
+    }
+    assert found.keys() == expected.keys()
+    for mistake, pattern in expected.items():
+        for said in found[mistake]:
+            assert re.search(pattern, said, re.DOTALL), (mistake, said)
+
+
+def test_a_head_that_was_unsharded_is_read(ranks):
+    """By its layer as by full_tensor() without gradients."""
+    assert [same for _, same in ranks(2).run("cases_unsharded", "own_unit")] == [True, True]
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_a_head_beside_the_forward_of_fsdp1_is_an_error_on_every_rank(ranks, original):
+    found = refused(ranks, "first_generation", unit="own", original=original)
+    for said in (said for ranks_said in found.values() for said in ranks_said):
+        assert "fused_rl.model_policy_loss" in said
+
+
+@pytest.mark.parametrize(("placement", "right"), [("avg", True), ("same", False)])
+def test_who_says_what_a_gathered_gradient_is_is_believed(ranks, placement, right):
+    for error in ranks(2).run("cases_unsharded", "averaged_by_hand", placement=placement):
+        assert (error < NEAR) is right
+
+
+def test_a_model_inside_the_sharded_module_is_an_error_on_every_rank(ranks):
+    for said in ranks(2).run("cases_unsharded", "nobody_gathers"):
+        assert "the module that gathers it is around the model that was given" in said
+
+
+def test_the_wrapper_of_a_model_is_no_head(ranks):
+    for said in ranks(2).run("cases_unsharded", "wrapped"):
+        assert re.search("DistributedDataParallel wraps a .*: give the wrapper to fused_rl", said)
+
+
+def test_tensor_parallel(ranks):
+    for error in ranks(2).run("cases_unsharded", "tensor_parallel", shards=1, unit=None):
+        assert error < NEAR
+
+
+@pytest.mark.parametrize("unit", ["own", "pair", "root"])
+def test_fsdp2_of_a_tensor_parallel_model(ranks, unit):
+    for error in ranks(4).run("cases_unsharded", "tensor_parallel", shards=2, unit=unit):
+        assert error < NEAR

@@ -252,7 +252,8 @@ class LMHead:
             ValueError: the model's logits are not those of any such head, by how much, in nats; an
                 encoder-decoder, prompt learning, a wrapper such as DistributedDataParallel; output
                 embeddings that are not a plain linear layer with a plain weight (an adapter on
-                them, quantised, sharded, offloaded).
+                them, quantised, offloaded), or whose weight an engine keeps in shards:
+                model_policy_loss has the engine gather it.
         """
         layer = parts.output_layer(parts.unwrap(model))
         recipe = asked.answer(model, ask=ask).recipe

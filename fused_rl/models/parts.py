@@ -84,8 +84,18 @@ def output_layer(model: Any) -> nn.Linear:
         ValueError: as output_linear; a weight that is sharded over ranks or quantised.
     """
     layer = output_linear(model)
-    if not sharded.is_tensor_parallel(model, layer):
-        is_whole(f"the output embeddings' weight of {type(model).__name__}", layer.weight)
+    if sharded.is_tensor_parallel(model, layer):
+        return layer
+    name = f"the output embeddings' weight of {type(model).__name__}"
+    is_whole(name, layer.weight)
+    require(
+        layer.weight.dim() == 2 and layer.weight.numel() > 0,
+        lambda: (
+            f"{name} is {list(layer.weight.shape)} here, a shard (FSDP, ZeRO-3): call "
+            "fused_rl.model_policy_loss, or the model itself, patched by patch_model, in whose "
+            "forward it is gathered"
+        ),
+    )
     return layer
 
 

@@ -64,8 +64,8 @@ def model_policy_loss(
     """
     inner = parts.unwrap(sharded.inside(model))
     layer, linear = inner.get_output_embeddings(), parts.output_linear(inner)
-    recipe, outputs = asked.answer(model, ask=ask).recipe, []
     calls = sharded.around(model, layer)
+    recipe, outputs = asked.answer(model, ask=ask).recipe, []
 
     def formed(states: Tensor) -> Tensor:
         options = {"temperature": temperature, "chunk_bytes": chunk_bytes}
