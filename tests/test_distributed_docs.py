@@ -16,6 +16,7 @@ STEPS = {
     ("Ranks with a part of the vocabulary", 0): (False, "dapo"),
     ("Ranks with a part of the vocabulary", 1): (False, "dapo"),
     ("Ranks with a part of the vocabulary", 2): (False, "dapo"),
+    ("Tokens travel to the rows", 0): (True, "dapo"),
     ("Sequences split over ranks", 0): (False, "gspo"),
 }
 VALUES = ("Ranks with a part of the vocabulary", 3)
