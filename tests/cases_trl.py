@@ -19,7 +19,7 @@ from tiny_models import word_tokenizer
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 import fused_rl
 from fused_rl.integrations import trl as integration
@@ -179,7 +179,7 @@ def steps(
         }
 
 
-def of_log_probs(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+def of_log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """A loss by what stands for TRL's function of log-probs."""
     names = ("hidden", "weight", "bias", "targets", "temperature", "chunk_size")
     logprobs, entropy = FusedHead(None, names).apply(hidden, weight, bias, targets, 0.7, 8)
@@ -241,5 +241,20 @@ def left_alone(rank: int, world: int) -> list[bool]:
     layer.reshard()
     with torch.no_grad():
         not_trained = layer.weight.full_tensor()
+    said = layer.weight.full_tensor(grad_placements=[Partial("avg")])
     plain = torch.randn(9, 6, requires_grad=True)
-    return [averaged(w) is w for w in (gathered_by_fsdp, not_trained, plain, 2 * plain)]
+    weights = (gathered_by_fsdp, not_trained, said, plain, 2 * plain)
+    return [averaged(weight) is weight for weight in weights]
+
+
+def scaled(rank: int, world: int) -> str:
+    """What is said of a weight that was gathered, and then became another one."""
+    layer = torch.nn.Linear(6, 9, bias=False)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (world,)))
+    weight = 2 * layer.weight.full_tensor()
+    hidden, targets = torch.randn(5, 6), torch.randint(9, (5,))
+    try:
+        of_log_probs(hidden, weight, None, targets)
+    except ValueError as error:
+        return str(error)
+    return "nothing"

@@ -42,7 +42,12 @@ def test_ranks_with_the_same_tokens_have_the_gradient_of_one(ranks):
 
 
 def test_weights_that_nobody_gathered_are_left_alone(ranks):
-    assert ranks(2).run("cases_trl", "left_alone") == [[True] * 4] * 2
+    assert ranks(2).run("cases_trl", "left_alone") == [[True] * 5] * 2
+
+
+def test_a_weight_of_unknown_making_is_an_error_of_every_rank(ranks):
+    for said in ranks(2).run("cases_trl", "scaled"):
+        assert "gathered by full_tensor()" in said
 
 
 # With TRL, whose import takes as long as the rest of the suite.

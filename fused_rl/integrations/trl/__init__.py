@@ -27,9 +27,9 @@ softcap (Gemma 2), takes a second pass over the weight, without gradient and in 
 On several processes, with TRL 1.16 and accelerate 1.15: two of them took three steps of GRPO, with
 accumulation, a reference model and tied embeddings, under DDP, FSDP2, and ZeRO-2 and ZeRO-3 of
 DeepSpeed 0.19, on CPUs. TRL's trainer, the same patched, and FusedGRPOTrainer gave the same steps
-to 1e-5 of a weight's step. Where the head is an FSDP2 unit of its own, which accelerate makes of it
-for some wrapping policies, TRL's own gradient of the head is of each rank's tokens alone; ours is
-that of all (integrations/trl/gathered.py). Neither FSDP1 nor a GPU was tried.
+to 1e-5 of a weight's step. Where the head is an FSDP2 unit of its own, as it is where accelerate
+wraps every Linear, TRL's own gradient of the head is of each rank's tokens alone; ours is that of
+all (integrations/trl/gathered.py). Neither FSDP1 nor a GPU was tried.
 
 `is_top1`, from which SFT and DPO take their token accuracy, compares float32 logits, where TRL's
 function compares those it rounded to the dtype of the model; and tokens that tie are all the most
