@@ -8,7 +8,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from fused_rl import LMHead, TokenBatch, across, dapo, linear_policy_loss
+from fused_rl import (
+    LMHead,
+    TokenBatch,
+    across,
+    dapo,
+    linear_policy_loss,
+    model_policy_loss,
+)
 from fused_rl.parallel.states import Hidden
 
 B, T = 4, 8
@@ -81,3 +88,20 @@ def fsdp2(rank, world, root="backbone", micro_batches=1, V=97):
     exact_norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     differences = compared(model, gradients), relative(norm, exact_norm)
     return relative(total, exact), max(differences)
+
+
+def by_the_model(rank, world, root):
+    """What the doors say that would take the head for gathered, or for tensor-parallel."""
+    mesh, said = init_device_mesh("cpu", (world,)), []
+    model = sharded(model_of(), mesh, root)
+    ids, mask, advantages = (t[: 1 + rank] for t in tokens(97))
+    hidden, batch = torch.ones(1 + rank, T, 32).double(), batch_of(ids, mask, advantages)
+    for call in (
+        lambda: LMHead.from_model(model, ask=False),
+        lambda: model_policy_loss(model, hidden, batch, dapo(), ask=False),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+    return said

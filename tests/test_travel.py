@@ -93,3 +93,10 @@ def test_fsdp2(ranks, options):
     """Gradients of every parameter are those of one process that has the whole batch."""
     values, gradients = largest(ranks(2).run("cases_travel_fsdp", "fsdp2", **options))
     assert values <= 1e-12 and gradients <= 1e-12
+
+
+@pytest.mark.parametrize("root", ["backbone", "model"])
+def test_a_head_beside_fsdp2_is_not_taken_for_another(ranks, root):
+    for of_head, of_loss in ranks(2).run("cases_travel_fsdp", "by_the_model", root=root):
+        assert "is a torch.distributed.tensor.DTensor, sharded over ranks" in of_head
+        assert "the weight of" in of_loss and "hidden=Hidden.OWN_TOKENS" in of_loss

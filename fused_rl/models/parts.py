@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fused_rl.checks import require
 from fused_rl.models import sharded
+from fused_rl.models.placed import is_placed
 from fused_rl.models.recipes import Recipe
 
 
@@ -97,6 +98,19 @@ def output_layer(model: Any) -> nn.Linear:
         ),
     )
     return layer
+
+
+def is_gathered(model: Any, layer: nn.Linear) -> None:
+    """ValueError where a weight is still in shards inside the calls that gather weights."""
+    weight = layer.weight
+    require(
+        not is_placed(weight) or sharded.is_tensor_parallel(model, layer),
+        lambda: (
+            f"the weight of {type(model).__name__}'s output embeddings is a DTensor that nothing "
+            "gathers: where ranks have tokens of their own and these are to travel, give "
+            "linear_policy_loss LMHead(weight, group=mesh.get_group(), hidden=Hidden.OWN_TOKENS)"
+        ),
+    )
 
 
 def output_linear(model: Any) -> nn.Linear:

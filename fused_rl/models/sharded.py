@@ -182,7 +182,8 @@ _NOBODY = (
     "the weight of {}'s output embeddings is in shards here, and the module that gathers it is "
     "around the model that was given: give model_policy_loss that module, or call it inside its "
     "forward (of FSDP2 also a method, by register_fsdp_forward_method), or shard that module with "
-    "reshard_after_forward=False"
+    "reshard_after_forward=False. Where nothing gathers it and tokens are to travel, give "
+    "linear_policy_loss LMHead(weight, group=mesh.get_group(), hidden=Hidden.OWN_TOKENS)"
 )
 
 

@@ -68,6 +68,7 @@ def model_policy_loss(
     recipe, outputs = asked.answer(model, ask=ask).recipe, []
 
     def formed(states: Tensor) -> Tensor:
+        parts.is_gathered(inner, linear)
         options = {"temperature": temperature, "chunk_bytes": chunk_bytes}
         head = LMHead.of_layer(recipe, linear)
         outputs.append(linear_policy_loss(states, head, batch, loss, **options))
