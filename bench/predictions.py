@@ -250,11 +250,12 @@ def deviation(found: list[Case]) -> tuple[float, float]:
 
 
 def main() -> int:
+    import predictions_errors as errors
     import predictions_pages as pages
 
     replace_block(ROOT / PAGE, "predicted", pages.predicted())
-    replace_block(ROOT / ERRORS, "errors", pages.errors(cases()))
-    replace_block(ROOT / ERRORS, "unseen", pages.unseen())
+    replace_block(ROOT / ERRORS, "errors", errors.errors(cases()))
+    replace_block(ROOT / ERRORS, "unseen", errors.unseen())
     (ROOT / MODULE).write_text(pages.measured_module())
     return 0
 

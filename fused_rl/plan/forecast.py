@@ -24,7 +24,7 @@ def predicted(p: Plan) -> dict[str, Times]:
     )
     if p.frozen:
         any_loss = steps.frozen(card, p.chunks, *shape[1:], stored=kept)
-    elif p.ways[-2].nhv == 6:
+    elif ("linear_logprobs", 6) in ((way.name, way.nhv) for way in p.ways):
         any_loss = steps.stored(card, [p.tokens], *shape[1:], trained=True)
     else:
         any_loss = two_passes
