@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import predictions
+import predictions_errors as errors
 import predictions_pages as pages
 import pytest
 import torch
@@ -85,8 +86,8 @@ def block(page: str, name: str) -> list[str]:
 
 def test_the_pages_are_what_the_script_writes():
     assert block(predictions.PAGE, "predicted") == pages.predicted()
-    assert block(predictions.ERRORS, "errors") == pages.errors(cases())
-    assert block(predictions.ERRORS, "unseen") == pages.unseen()
+    assert block(predictions.ERRORS, "errors") == errors.errors(cases())
+    assert block(predictions.ERRORS, "unseen") == errors.unseen()
     assert (ROOT / predictions.MODULE).read_text() == pages.measured_module()
 
 

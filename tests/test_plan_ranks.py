@@ -8,7 +8,7 @@ import torch
 
 from fused_rl import cli
 from fused_rl.plan import ranks as planner
-from fused_rl.plan import traffic
+from fused_rl.plan import steps, traffic
 from fused_rl.plan.memory import plan
 from fused_rl.plan.ranks import NAMES, Group, head_times
 
@@ -222,7 +222,9 @@ def test_times_are_those_of_the_part():
     times = {name: head_times(rank, group).middle for name, rank in found.items()}
     # Of the same products nothing is saved but the sum of dweight, R times as small.
     assert 0.9 < times["tokens"] / times["fsdp, once a step"] < 1
-    assert 7 < times["fsdp, once a step"] / times["tp"] < 9
+    # The synchronisation of a chunk, of which each has one, is as long for a part of the head.
+    waited = 3 * 1e3 * steps.CHUNK_GAP
+    assert 7 < (times["fsdp, once a step"] - waited) / (times["tp"] - waited) < 9
     once = head_times(spread("tp", device="h200")["tp"], group._replace(micro_batches=1))
     assert times["tp"] == pytest.approx(3 * once.middle)
     assert head_times(spread("tp")["tp"], group) is None

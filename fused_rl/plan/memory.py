@@ -265,8 +265,8 @@ def _any_loss(s: Sizes, scratch: int) -> Way:
 
 
 def _two_passes(s: Sizes, name: str, scratch: int) -> Way:
-    # The kernels of a CPU keep a super-block of logit gradients, those of CUDA fill the scratch with
-    # logits, which are formed again.
+    # The kernels of a CPU keep a super-block of logit gradients, those of CUDA fill the scratch
+    # with logits, which are formed again.
     s = s._replace(kept=False)
     logits = min(scratch, _chunk_logits(s, s.N)) if s.device != "cpu" else 0
     return s.way(
