@@ -1,9 +1,11 @@
 """Heads whose weights engines keep in shards: the gradients of ranks are those of one process."""
 
+import importlib.util
 import re
 
 import pytest
 import torch
+from ranks import Ranks
 
 NEAR = 3e-6
 
@@ -176,4 +178,30 @@ def test_tensor_parallel(ranks):
 @pytest.mark.parametrize("unit", ["own", "pair", "root"])
 def test_fsdp2_of_a_tensor_parallel_model(ranks, unit):
     for error in ranks(4).run("cases_unsharded", "tensor_parallel", shards=2, unit=unit):
+        assert error < NEAR
+
+
+@pytest.fixture(scope="module")
+def deepspeed_ranks():
+    """Processes of their own: DeepSpeed's settings stay in a process."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["after", "backbone", "inside"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero(deepspeed_ranks, stage, where):
+    options = {"stage": stage, "where": where, "empty": (0, 1)}
+    for error in deepspeed_ranks.run("cases_zero", "zero", seconds=120.0, **options):
+        assert error < NEAR
+
+
+@pytest.mark.slow
+def test_zero_of_tied_embeddings(deepspeed_ranks):
+    options = {"stage": 3, "where": "after", "tied": True}
+    for error in deepspeed_ranks.run("cases_zero", "zero", seconds=120.0, **options):
         assert error < NEAR

@@ -76,10 +76,10 @@ def is_linear(layer: object) -> bool:
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether it has forward hooks, or a forward of its own; FSDP's only gather its weight."""
+    """Whether it has forward hooks, or a forward of its own; those of engines gather its weight."""
     hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
-    gathers = "torch.distributed.fsdp"
-    foreign = [h for h in hooks if not (getattr(h, "__module__", None) or "").startswith(gathers)]
+    rooms = [getattr(hook, "__module__", None) or "" for hook in hooks]
+    foreign = [r for r in rooms if not r.startswith(("torch.distributed.fsdp", "deepspeed."))]
     return bool(foreign or "forward" in vars(layer))
 
 
@@ -207,10 +207,9 @@ class Made(NamedTuple):
 def of_dtensor(weight: Tensor) -> Made | None:
     """Of a trained weight, if it was made of a DTensor by full_tensor() or to_local()."""
     node = weight.grad_fn
-    # Casts, views and slices lie in between.
-    for _ in range(8):
-        if node is None or type(node).__name__ == "_ToTorchTensorBackward":
-            break
+    # Casts, views and slices lie in between. What another function in Python makes of a gradient,
+    # the mean over ranks for one, is its own affair.
+    while node is not None and not isinstance(node, torch.autograd.function.BackwardCFunction):
         before = [n for n, _ in node.next_functions if n is not None]
         node = before[0] if len(before) == 1 else None
     if type(node).__name__ != "_ToTorchTensorBackward":
