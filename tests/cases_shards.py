@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fused_rl
 from fused_rl import LMHead, TokenBatch, across, linear_policy_loss, model_policy_loss
+from fused_rl.one_pass.through import through
 
 V, H, B, T = 97, 32, 4, 7
 
@@ -156,11 +158,24 @@ def backwards(loss):
 
 
 def fsdp2(
-    rank, world, unit, reshard=None, inside=False, tied=False, frozen=False, halved=False, empty=()
+    rank,
+    world,
+    unit,
+    reshard=None,
+    inside=False,
+    tied=False,
+    frozen=False,
+    halved=False,
+    empty=(),
+    mesh=(),
 ):
+    """mesh: copies, and the shards of each: hybrid sharding."""
     model = build(tied, frozen, halved)
     expected = one_process(model, empty)
-    shard(model, unit, reshard)
+    mesh = mesh or (world,)
+    names = ("copies", "shards")[-len(mesh) :]
+    mesh = init_device_mesh("cpu", mesh, mesh_dim_names=names)
+    shard(model, unit, reshard, mesh=mesh)
     type(model).policy_loss = policy_loss
     register_fsdp_forward_method(model, "policy_loss")
     ids, batch = tokens(share(rank, world), empty)
@@ -325,3 +340,46 @@ def evaluated(rank, world, unit):
             loss = model_policy_loss(model, states(model, ids), across(batch), LOSS).loss
     sharded = isinstance(model.lm_head.weight, DTensor)
     return ((mean(loss) - value) / value).abs().item(), sharded
+
+
+def two_calls(rank, world, unit, inside=False, loss=LOSS):
+    """Two policy losses of one forward, of a sequence each, and one backward pass."""
+    model = build()
+    expected = one_process(model, loss=loss)
+    shard(model, unit, reshard=True)
+
+    def summed(self, ids, counts):
+        hidden = self.model(ids).last_hidden_state[:, :-1] if inside else states(self, ids)
+        total = 0.0
+        for i in range(len(ids)):
+            row = share(rank, world).start + i
+            batch = replace(tokens(slice(row, row + 1))[1], **counts)
+            total = total + model_policy_loss(self, hidden[i : i + 1], batch, loss).loss
+        return total
+
+    if inside:
+        type(model).summed = summed
+        register_fsdp_forward_method(model, "summed")
+    ids, batch = tokens(share(rank, world))
+    whole = across(batch)
+    counts = {"num_tokens": whole.num_tokens, "num_sequences": whole.num_sequences}
+    run = (lambda: model.summed(ids, counts)) if inside else (lambda: summed(model, ids, counts))
+    return stepped(model, lambda: backwards(run()), expected)
+
+
+def another_function(rank, world, unit):
+    """Log-probs of the head alone, through its call."""
+    model = build()
+    expected = one_process(model)
+    shard(model, unit, reshard=True)
+    ids, batch = tokens(share(rank, world))
+    labels, batch = batch.labels.reshape(batch.shape), across(batch)
+
+    def scored(layer, hidden):
+        return tuple(t.clone() for t in fused_rl.linear_logprobs(hidden, layer.weight, labels))
+
+    def run():
+        stats = through(model.lm_head, scored, states(model, ids))
+        return backwards(LOSS(fused_rl.TokenStats(*stats), batch).loss)
+
+    return stepped(model, run, expected)

@@ -5,7 +5,11 @@ import re
 
 import pytest
 import torch
+from cases_shards import LOSS, build, distance, gradients, one_process, tokens
 from ranks import Ranks
+
+import fused_rl
+from fused_rl import model_policy_loss
 
 NEAR = 3e-6
 
@@ -38,8 +42,13 @@ def test_fsdp2(ranks, unit, options):
         assert error < NEAR
 
 
-def test_fsdp2_on_four_ranks(ranks):
-    for error in run(ranks, "fsdp2", world=4, unit="own", empty=(1,)):
+@pytest.mark.parametrize(
+    ("unit", "mesh"), [("own", (4,)), ("own", (2, 2)), ("pair", (2, 2)), ("root", (2, 2))]
+)
+def test_fsdp2_on_four_ranks(ranks, unit, mesh):
+    """Also two copies of two shards."""
+    options = {"reshard": True, "mesh": mesh, "empty": (1,)}
+    for error in run(ranks, "fsdp2", world=4, unit=unit, **options):
         assert error < NEAR
 
 
@@ -179,6 +188,44 @@ def test_tensor_parallel(ranks):
 def test_fsdp2_of_a_tensor_parallel_model(ranks, unit):
     for error in ranks(4).run("cases_unsharded", "tensor_parallel", shards=2, unit=unit):
         assert error < NEAR
+
+
+@pytest.mark.parametrize(
+    ("unit", "inside"),
+    [("own", False), ("own", True), ("pair", False), ("pair", True), ("root", True)],
+)
+def test_two_losses_of_one_forward(ranks, unit, inside):
+    """gspo, whose backward pass reads the weight again."""
+    options = {"unit": unit, "inside": inside, "loss": fused_rl.gspo()}
+    for error in run(ranks, "two_calls", **options):
+        assert error < NEAR
+
+
+@pytest.mark.parametrize("unit", ["own", "pair"])
+def test_another_function_goes_through_the_head(ranks, unit):
+    for error in run(ranks, "another_function", unit=unit):
+        assert error < NEAR
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_a_plain_model_is_taken_too(backend):
+    """Without an engine, compiled as one graph as well: what linear_policy_loss gives, bit by bit
+    if not compiled.
+    """
+    model = build()
+    value, expected = one_process(model)
+    ids, batch = tokens(slice(None))
+    torch._dynamo.reset()
+
+    def step(hidden):
+        return model_policy_loss(model, hidden, batch, LOSS).loss
+
+    if backend:
+        step = torch.compile(step, fullgraph=True, backend=backend)
+    loss = step(model.model(ids).last_hidden_state[:, :-1])
+    loss.backward()
+    assert (loss - value).abs() <= (1e-6 if backend else 0)
+    assert distance(gradients(model), expected) <= (1e-6 if backend else 0)
 
 
 @pytest.fixture(scope="module")
