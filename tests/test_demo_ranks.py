@@ -47,6 +47,12 @@ def test_a_seed_repeats_a_run_of_two_ranks(ranks, tmp_path):
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_a_model_of_the_users_on_two_ranks(ranks, saved, tmp_path):
+    options = {"out": str(tmp_path), "model": str(saved), "steps": 2}
+    first, second = ranks(2).run("cases_demo", "run", **options)
+    assert first["status"] == second["status"] == 0 and len(first["log"]["steps"]) == 2
+
+
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks, tmp_path):
     first, second = ranks(2).run("cases_demo", "run", out=str(tmp_path), stopped=2)
     assert first["status"] == second["status"] == 143
