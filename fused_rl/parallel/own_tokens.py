@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_rl import ops
 from fused_rl.parallel.spread import formed
-from fused_rl.parallel.two_passes import of_rows
+from fused_rl.parallel.two_passes import Found, of_rows, room, rounded
 from fused_rl.parallel.visits import DHidden, Journey, Turn, chunk, returned
 
 
@@ -91,11 +91,11 @@ def _gradients(
     known: ops.Known,
     unit: Tensor | None,
     needs: ops.Needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Found:
     """Of hidden, weight and bias. Tokens whose upstream gradients are both 0 stay at home; with
     the unit, those whose gradient of the entropy is.
     """
-    weight, (dlogprobs, dentropy) = head.weight, upstream
+    dlogprobs, dentropy = upstream
     counted = head.labels != limits.ignore_index
     if unit is None:
         chosen = counted & ((dlogprobs != 0) | (dentropy != 0))
@@ -107,21 +107,14 @@ def _gradients(
         dhidden = scaled.to(head.hidden.dtype)
     journey = journey.again(int(chosen.sum()), chosen.device)
     chunks = _cut(chosen, journey)
-    of_sum = head.dtype if len(chunks) > 1 else weight.dtype
-    allocate = weight.new_empty if chunks and len(weight) else weight.new_zeros
-    dweight = allocate(weight.shape if needs.need_dweight else 0, dtype=of_sum)
-    dbias = allocate(weight.shape[0] if needs.need_dbias else 0, dtype=of_sum)
+    rows_of = room(head, needs, len(chunks))
     total = DHidden(journey.spread, dhidden)
     for i, rows in enumerate(chunks):
-        totals = ops.Sums(dweight, dbias, i > 0)
+        totals = ops.Sums(*rows_of, i > 0)
         part = _again(head, rows, upstream, known, totals, journey.turn(i, rows.device))
         if needs.need_dhidden:
             total.add(part, rows)
-    return (
-        total.result() if needs.need_dhidden else None,
-        dweight.to(weight.dtype) if needs.need_dweight else None,
-        dbias.to(head.bias.dtype) if needs.need_dbias else None,
-    )
+    return rounded(head, needs, total.result() if needs.need_dhidden else None, *rows_of)
 
 
 def _again(

@@ -166,6 +166,30 @@ def _again(
     return backward(formed(part, spread).z, given, part, found, totals, spread)
 
 
+Found = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""dhidden, dweight and dbias; None where not needed."""
+
+
+def room(head: ops.Head, needs: ops.Needs, chunks: int) -> tuple[Tensor, Tensor]:
+    """For dweight and dbias of so many chunks, which several add up in the dtype of the logits."""
+    weight = head.weight
+    dtype = head.dtype if chunks > 1 else weight.dtype
+    allocate = weight.new_empty if chunks and len(weight) else weight.new_zeros
+    shapes = (weight.shape if needs.need_dweight else 0, len(weight) if needs.need_dbias else 0)
+    return tuple(allocate(shape, dtype=dtype) for shape in shapes)
+
+
+def rounded(
+    head: ops.Head, needs: ops.Needs, dhidden: Tensor | None, dweight: Tensor, dbias: Tensor
+) -> Found:
+    """In the dtypes of what they are the gradients of."""
+    return (
+        dhidden,
+        dweight.to(head.weight.dtype) if needs.need_dweight else None,
+        dbias.to(head.bias.dtype) if needs.need_dbias else None,
+    )
+
+
 def by_chunks(
     head: ops.Head,
     limits: ops.Limits,
@@ -174,7 +198,7 @@ def by_chunks(
     known: ops.Known,
     needs: ops.Needs,
     beside: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Found:
     """Tokens whose upstream gradients are both 0 cost nothing.
 
     beside: [N, H], more of this rank's summands of dhidden.
@@ -182,26 +206,19 @@ def by_chunks(
     given = (upstream.dlogprobs != 0) | (upstream.dentropy != 0)
     given &= head.labels != limits.ignore_index
     live = given.nonzero()[:, 0]
-    whole, weight = spread.gathered(head), head.weight
+    whole = spread.gathered(head)
     chunks = live.split(spread.chunk_tokens(whole, limits.chunk_bytes)) if len(live) else ()
-    of_sum = head.dtype if len(chunks) > 1 else weight.dtype
-    allocate = weight.new_empty if chunks and len(weight) else weight.new_zeros
-    dweight = allocate(weight.shape if needs.need_dweight else 0, dtype=of_sum)
-    dbias = allocate(weight.shape[0] if needs.need_dbias else 0, dtype=of_sum)
+    rows_of = room(head, needs, len(chunks))
     total = Total(spread, head.hidden, len(head.labels), head.hidden.dtype)
     for i, rows in enumerate(chunks):
-        totals = ops.Sums(dweight, dbias, i > 0)
+        totals = ops.Sums(*rows_of, i > 0)
         part = _again(whole, rows, upstream, known, totals, spread)
         if needs.need_dhidden:
             total.add(part if beside is None else part + beside[rows], rows)
     if needs.need_dhidden and beside is not None:
         rest = (~given).nonzero()[:, 0]
         total.add(beside[rest], rest)
-    return (
-        total.result() if needs.need_dhidden else None,
-        dweight.to(weight.dtype) if needs.need_dweight else None,
-        dbias.to(head.bias.dtype) if needs.need_dbias else None,
-    )
+    return rounded(head, needs, total.result() if needs.need_dhidden else None, *rows_of)
 
 
 def _at_once(
@@ -211,7 +228,7 @@ def _at_once(
     upstream: ops.Upstream,
     known: ops.Known,
     needs: ops.Needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Found:
     """As by_chunks, in one operator: torch.compile traces no sizes that depend on data."""
     whole, rows = spread.gathered(head), len(head.weight)
     ignored = head.labels == limits.ignore_index
