@@ -67,9 +67,9 @@ def fsdp2(rank, world, root="backbone", micro_batches=1, V=97):
     model = sharded(model_of(V=V), mesh, root)
     run = loss_of
     if root == "model":
-        type(model).policy_loss = lambda self, *args: loss_of(self, *args)
-        register_fsdp_forward_method(model, "policy_loss")
-        run = lambda model, *args: model.policy_loss(*args)  # noqa: E731
+        type(model).loss_by_the_head = lambda self, *args: loss_of(self, *args)
+        register_fsdp_forward_method(model, "loss_by_the_head")
+        run = lambda model, *args: model.loss_by_the_head(*args)  # noqa: E731
     mine = slice(rank * B // world, (rank + 1) * B // world)
     whole_batch = across(batch_of(*(t[mine] for t in (ids, mask, advantages))))
     counts = {n: getattr(whole_batch, n) for n in ("num_tokens", "num_sequences")}
