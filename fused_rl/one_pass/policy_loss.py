@@ -58,7 +58,9 @@ def linear_policy_loss(
 
     Args:
         hidden: [*batch.shape, H]: the states that predict the batch's labels.
-        head: LMHead, a weight [V, H], or a torch.nn.Linear.
+        head: LMHead, a weight [V, H], or a torch.nn.Linear. Of one whose vocabulary is spread over
+            the ranks of a group every rank makes the call, with the same batch and loss unless
+            head.hidden is Hidden.OWN_TOKENS.
         batch: the tokens.
         loss: a PolicyLoss, one of fused_rl.distillation, or any function (TokenStats, TokenBatch)
             -> LossOutput of flat tensors; with an attribute `token_separable = True` it takes the
