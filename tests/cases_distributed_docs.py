@@ -1,5 +1,7 @@
 """A block of docs/distributed.md on a rank, and its gradients beside those of one process."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from cases_spread import relative
@@ -59,7 +61,11 @@ def run(rank, world, source, share, loss="dapo"):
         "dist": dist,
         "fused_rl": fused_rl,
     }
+    # What torchrun sets, and transformers reads.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     exec(compile(source, "docs/distributed.md", "exec"), names)
+    if "tp_plan" in source:
+        assert isinstance(names["model"].lm_head.weight, DTensor)
     if isinstance(names.get("policy"), FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(
             names["policy"], with_grads=True, writeback=False

@@ -30,7 +30,7 @@ def kind(request, small_and_on_cpu, monkeypatch):  # noqa: F811
     for name in ("product", "add_product_"):
         monkeypatch.setattr(exponentials_gradients, name, getattr(linear_gradients, name))
     if request.param == "E":
-        stores = SMALL._replace(exp2=True, stores=True)
+        stores = SMALL._replace(stores=True)
         monkeypatch.setitem(configs.CONFIGS, 0, [stores, SMALL])
     return KINDS[request.param]
 

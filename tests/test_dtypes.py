@@ -296,6 +296,7 @@ ELSEWHERE = {
     *("Divergence", "LMHead", "backends", "linear_divergence", "linear_kept_logprobs"),
     *("linear_logprobs", "linear_policy_loss", "linear_logits_at", "linear_logprobs_at"),
     *("linear_top_logprobs", "logprobs_from_logits", "trust_kernels"),
+    *("across", "model_policy_loss"),
     *(
         "AtStats",
         "DivergenceStats",
