@@ -396,7 +396,7 @@ def test_scaled_cross_entropy(temperature, ignore_index):
 @pytest.mark.parametrize("with_group", [False, True])
 def test_scaled_cross_entropy_of_a_split_vocabulary(ranks, with_group):
     for differences in ranks(2).run("cases_doors", "of_liger", with_group=with_group):
-        assert max(differences) < 1e-13
+        assert max(differences) < 1e-12
 
 
 def test_scaled_cross_entropy_without_further_ids():

@@ -17,7 +17,7 @@ def test_transformers_plan(ranks, world, options):
     """tp_plan="auto", V even or not: the gradients of every parameter are those of one rank."""
     assert (
         max(largest(ranks(world).run("cases_tensor_parallel", "transformers_plan", **options)))
-        <= 1e-14
+        <= 1e-12
     )
 
 
@@ -33,14 +33,14 @@ def test_a_softcap_is_found_behind_the_plan(ranks):
 @pytest.mark.parametrize("sequence", [False, True])
 def test_torch_plan(ranks, world, sequence):
     found = ranks(world).run("cases_tensor_parallel", "torch_plan", sequence=sequence)
-    assert max(largest(found)) <= 1e-14
+    assert max(largest(found)) <= 1e-12
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_dtensors_given_by_hand(ranks, world):
     """Weight, bias and hidden states, as they lie; what does not fit is refused on every rank."""
     for difference, said in ranks(world).run("cases_tensor_parallel", "placed_by_hand"):
-        assert difference <= 1e-14
+        assert difference <= 1e-12
         without_group, replicated, cut_in_H = said
         assert "weight is a torch.distributed.tensor.DTensor" in without_group
         assert "needs (Shard(dim=0),)" in replicated
