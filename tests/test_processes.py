@@ -9,9 +9,11 @@ import pytest
 
 from fused_rl.system import processes, signals
 
+# One write each: print makes several, and those of two processes may mix.
 JOINS = (
-    "import torch.distributed as dist; dist.init_process_group('gloo');"
-    "print(dist.get_rank(), dist.get_world_size(), flush=True); dist.destroy_process_group()"
+    "import os, torch.distributed as dist; dist.init_process_group('gloo');"
+    "os.write(1, f'{dist.get_rank()} {dist.get_world_size()}\\n'.encode());"
+    "dist.destroy_process_group()"
 )
 
 
