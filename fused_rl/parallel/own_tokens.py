@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_rl import ops
 from fused_rl.parallel.spread import formed
-from fused_rl.parallel.two_passes import Found, of_rows, room, rounded
+from fused_rl.parallel.two_passes import NO_SECOND, Found, of_rows, room, rounded
 from fused_rl.parallel.visits import DHidden, Journey, Turn, chunk, returned
 
 
@@ -39,10 +39,7 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogprobs: Tensor, dentropy: Tensor, _: Tensor) -> tuple:
         if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "linear_logprobs has no second derivative (create_graph): take plain torch on the "
-                "logits of the few tokens it is for"
-            )
+            raise NotImplementedError(NO_SECOND)
         *tensors, lse, entropy, unit = ctx.saved_tensors
         scale, softcap, limits, journey = ctx.options
         head, known = ops.Head(*tensors, scale, softcap), ops.Known(lse, entropy)

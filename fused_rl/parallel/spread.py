@@ -41,6 +41,14 @@ class Spread:
         """[N] bool: the labels that lie in this rank's rows."""
         return (labels >= self.start) & (labels < self.start + rows)
 
+    def local(self, head: ops.Head, elsewhere: int) -> Tensor:
+        """[N]: the rows of this rank that the labels are; `elsewhere` for those of other ranks.
+
+        label - start of those could be any number that means something else.
+        """
+        here = self.owns(head.labels, len(head.weight))
+        return (head.labels - self.start).where(here, elsewhere)
+
     def gathered(self, head: ops.Head) -> ops.Head:
         """With the hidden states [N, H] of all tokens, in the order of the labels."""
         if self.hidden is not Hidden.SEQUENCE_SHARDED:
@@ -82,12 +90,10 @@ class Formed(NamedTuple):
 
 def formed(head: ops.Head, spread: Spread) -> Formed:
     """This rank's part of the logits of a chunk."""
-    rows = len(head.weight)
-    if rows == 0:
+    if len(head.weight) == 0:
         return Formed(None, None)
     # The operator wants a label inside: what it says of another rank's is not used.
-    labels = (head.labels - spread.start).where(spread.owns(head.labels, rows), 0)
-    *stats, z = ops.linear_logprobs_chunk(head._replace(labels=labels))
+    *stats, z = ops.linear_logprobs_chunk(head._replace(labels=spread.local(head, 0)))
     return Formed(ops.Statistics(*stats), z)
 
 
@@ -102,10 +108,9 @@ def backward(
     """This rank's summand of dhidden [n, H], in the dtype of the logits; adds to dweight, dbias."""
     if z is None:
         return head.hidden.new_zeros(head.hidden.shape, dtype=head.dtype)
-    rows = len(head.weight)
-    # One past the end adds nothing. label - start could be any number that means something else.
-    labels = (head.labels - spread.start).where(spread.owns(head.labels, rows), rows)
-    mine, totals = head._replace(labels=labels), totals._replace(partial=True)
+    # A label one past the end adds nothing.
+    mine = head._replace(labels=spread.local(head, len(head.weight)))
+    totals = totals._replace(partial=True)
     return ops.linear_logprobs_chunk_backward(ops.ChunkLogits(z), upstream, mine, known, totals)
 
 

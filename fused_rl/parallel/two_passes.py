@@ -13,6 +13,10 @@ from fused_rl.parallel.spread import Spread, Total, backward, chunk, formed
 
 # The label of an ignored token at a part. The caller's own may be that of a row there.
 _NOWHERE = -1
+NO_SECOND = (
+    "linear_logprobs has no second derivative (create_graph): take plain torch on the logits of "
+    "the few tokens it is for"
+)
 
 
 def statistics(head: ops.Head, limits: ops.Limits, spread: Spread) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,10 +72,7 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None, _: None) -> tuple:
         if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "linear_logprobs has no second derivative (create_graph): take plain torch on the "
-                "logits of the few tokens it is for"
-            )
+            raise NotImplementedError(NO_SECOND)
         *tensors, lse, entropy, unit = ctx.saved_tensors
         scale, softcap, limits, spread = ctx.options
         head, known = ops.Head(*tensors, scale, softcap), ops.Known(lse, entropy)
@@ -97,11 +98,10 @@ def values(head: ops.Head, limits: ops.Limits, spread: Spread) -> ops.Statistics
 
 def of_rows(head: ops.Head, limits: ops.Limits, spread: Spread) -> ops.Statistics | None:
     """[N] each, of this rank's part of the vocabulary; None where that is empty."""
-    rows, ignored = len(head.weight), head.labels == limits.ignore_index
-    if rows == 0:
+    if len(head.weight) == 0:
         return None
-    labels = (head.labels - spread.start).where(spread.owns(head.labels, rows), 0)
-    labels = labels.masked_fill(ignored, _NOWHERE)
+    ignored = head.labels == limits.ignore_index
+    labels = spread.local(head, 0).masked_fill(ignored, _NOWHERE)
     mine = limits._replace(ignore_index=_NOWHERE)
     return ops.linear_logprobs(head._replace(labels=labels), mine)
 
@@ -232,8 +232,8 @@ def _at_once(
     """As by_chunks, in one operator: torch.compile traces no sizes that depend on data."""
     whole, rows = spread.gathered(head), len(head.weight)
     ignored = head.labels == limits.ignore_index
-    labels = (head.labels - spread.start).where(spread.owns(head.labels, rows), rows)
-    mine = whole._replace(labels=labels.masked_fill(ignored, _NOWHERE))
+    labels = spread.local(head, rows).masked_fill(ignored, _NOWHERE)
+    mine = whole._replace(labels=labels)
     found = (torch.zeros_like(whole.hidden), head.weight, head.bias)
     if rows:
         here = limits._replace(ignore_index=_NOWHERE)
