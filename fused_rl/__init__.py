@@ -2,11 +2,11 @@
 
 The expensive half takes hidden states and a head to numbers per token and back: linear_logprobs,
 linear_kept_logprobs, linear_logprobs_at, linear_divergence, logprobs_from_logits. The cheap half
-makes a loss of such numbers: the named losses, PolicyLoss, and those of distillation.
-linear_policy_loss does both at once. What a loss is composed of, and what comes before and after
-it, has a module for each kind: surrogates, trust_regions, ratios, means, penalties; rewards,
-advantages, mismatch, schedules, diagnosis, overoptimisation. What else is had of hidden states is
-in linear.
+makes a loss of such numbers: the named losses, PolicyLoss, those of distillation and of preference.
+linear_policy_loss and linear_preference_loss do both at once. What a loss is composed of, and what
+comes before and after it, has a module for each kind: surrogates, trust_regions, ratios, means,
+penalties; scores, links; rewards, advantages, mismatch, schedules, diagnosis, overoptimisation.
+What else is had of hidden states is in linear.
 """
 
 import sys
@@ -21,7 +21,15 @@ from fused_rl.linear.divergence import linear_divergence
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.kept import KeptStats, linear_kept_logprobs
 from fused_rl.linear.logprobs import linear_logprobs, linear_top_logprobs, logprobs_from_logits
-from fused_rl.losses import distillation, means, penalties, ratios, surrogates, trust_regions
+from fused_rl.losses import (
+    distillation,
+    means,
+    penalties,
+    preference,
+    ratios,
+    surrogates,
+    trust_regions,
+)
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.counts import across
 from fused_rl.losses.named import (
@@ -49,8 +57,10 @@ from fused_rl.losses.named import (
 )
 from fused_rl.losses.penalties import KLPenalty
 from fused_rl.losses.policy import LossOutput, PolicyLoss
+from fused_rl.losses.preference import links, scores
 from fused_rl.losses.sequences import Level
 from fused_rl.one_pass.policy_loss import linear_policy_loss
+from fused_rl.one_pass.preference_loss import linear_preference_loss
 from fused_rl.one_pass.through import model_policy_loss
 from fused_rl.ops.backends import Backend, backends
 from fused_rl.ops.trust import trust_kernels
@@ -106,6 +116,7 @@ __all__ = [
     "linear_logprobs",
     "linear_logprobs_at",
     "linear_policy_loss",
+    "linear_preference_loss",
     "linear_top_logprobs",
     "logprobs_from_logits",
     "luspo",
@@ -119,8 +130,8 @@ __all__ = [
 ]
 
 MODULES = (
-    *(advantages, diagnosis, distillation, linear, means, mismatch, overoptimisation, penalties),
-    *(ratios, rewards, schedules, surrogates, trust_regions),
+    *(advantages, diagnosis, distillation, linear, links, means, mismatch, overoptimisation),
+    *(penalties, preference, ratios, rewards, schedules, scores, surrogates, trust_regions),
 )
 """The public modules: fused_rl.advantages, and so on; what is public in each is its __all__."""
 

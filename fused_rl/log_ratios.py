@@ -13,6 +13,8 @@ device, without waiting for one:
     logprobs is NaN    NaN: the policy itself is broken, and the loss has to say so
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,3 +49,9 @@ def log_ratio(logprobs: Tensor, other: Tensor) -> Tensor:
         return gap
     other = other.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     return gap - (other - other.detach())
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """[...]: log(1 - e^x) of x < 0, of log-probs those of the rest; where it cancels, by expm1."""
+    far, near = torch.log1p(-x.exp()), torch.log(-torch.expm1(x))
+    return torch.where(x < -math.log(2.0), far, near)

@@ -37,7 +37,7 @@ def across(
     and rewards to go do, is formed before it is split.
 
     Args:
-        batch: of this rank.
+        batch: of this rank; or a PreferenceBatch, by its own across.
         group: the torch.distributed.ProcessGroup over which gradients are averaged, the ranks of
             `context` among its own; None: all ranks. Ranks that hold the same tokens, as
             tensor-parallel ones do, must not be counted twice: give the group of the ranks that
@@ -52,6 +52,8 @@ def across(
     Raises:
         ValueError: on every rank of `context`, parts of different numbers of sequences.
     """
+    if not isinstance(batch, TokenBatch) and hasattr(batch, "across"):
+        return batch.across(group, context=context)
     is_batch(batch)
     for name, given in (("group", group), ("context", context)):
         checks.require(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fused_rl import checks
 from fused_rl.divergences import Divergence
+from fused_rl.log_ratios import log1mexp
 from fused_rl.reference import promoted
 
 __all__ = ["Tail", "topk_divergence"]
@@ -108,5 +109,4 @@ def _log_tail(logprobs: Tensor) -> Tensor:  # [..., 1]
     highest = math.log1p(-LEAST_TAIL)
     # Held at the bound with the gradient there, not 0: the student has to come back.
     m = m + (m.clamp(max=highest) - m).detach()
-    far, near = torch.log1p(-m.exp()), torch.log(-torch.expm1(m))
-    return torch.where(m < -math.log(2.0), far, near).to(logprobs.dtype)
+    return log1mexp(m).to(logprobs.dtype)
