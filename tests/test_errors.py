@@ -22,6 +22,7 @@ from fused_rl import LMHead, TokenBatch
 from fused_rl.diagnosis import Thresholds
 from fused_rl.integrations.layers import LinearLogProbs
 from fused_rl.losses import named
+from fused_rl.preference import PreferenceBatch, SequenceStats
 
 B, T, H, V = 2, 2, 3, 5
 LABELS = torch.tensor([[0, 1], [2, 3]])
@@ -30,6 +31,8 @@ LOGPROBS = torch.full((B, T), -1.0)
 BATCH = TokenBatch.padded(
     LABELS, MASK, torch.ones(B), old_logprobs=LOGPROBS, rollout_logprobs=LOGPROBS
 )
+PAIR = PreferenceBatch.padded(LABELS, MASK)
+ANSWERS = SequenceStats(*[torch.ones(1, dtype=torch.float64)] * 4)
 
 
 class Model(torch.nn.Module):
@@ -112,6 +115,13 @@ RIGHT: dict[str, Any] = {
     "n": 1,
     "kind": 1,
     "logprobs_at": torch.full((B, T, 2), -1.0),
+    "score": fused_rl.scores.LogProb(),
+    "link": fused_rl.links.Logistic(),
+    "alpha": 0.5,
+    "derivative": fused_rl.scores.ForwardKL(),
+    "parts": ((1.0, fused_rl.preference.dpo()),),
+    "chosen": ANSWERS,
+    "rejected": ANSWERS,
 }
 OWN: dict[str, dict[str, Any]] = {
     "topk_divergence": {"teacher_logprobs": torch.full((B, T, 2), -1.0)},
@@ -124,6 +134,8 @@ OWN: dict[str, dict[str, Any]] = {
     "with_weights": {"weights": LOGPROBS},
     "sequence_sum": {"values": LOGPROBS.reshape(-1)},
     "update": {"kl": 0.1},
+    "linear_preference_loss": {"batch": PAIR, "loss": fused_rl.preference.cpo()},
+    "packed answers": {"labels": LABELS[0], "cu_seqlens": torch.tensor([0, 1, 2])},
 }
 # Where infinity means that there is no bound, and where less than 0 means something.
 UNBOUNDED = {
@@ -144,6 +156,8 @@ SIGNED |= {
     "parameter",
     "baseline",
     "length_correlation",
+    *("alpha Alpha", "alpha AlphaMeanLogProb", "alpha alphapo", "gamma simpo", "gamma alphapo"),
+    *("margin", "point", "shift", "target Regression", "target Squared"),
     "delta off_policy_sequence_mask",
     "kl update",
 }
@@ -156,9 +170,12 @@ def callables() -> dict[str, Callable]:
     """Everything that a user calls, by its last name."""
     outputs = (Enum, tuple)
     things = public()
-    del things["TokenBatch"]
+    del things["TokenBatch"], things["PreferenceBatch"]
     methods = {
         "packed": TokenBatch.packed,
+        "packed answers": PreferenceBatch.packed,
+        "padded answers": PreferenceBatch.padded,
+        "with_reference": PAIR.with_reference,
         "padded": TokenBatch.padded,
         "with_weights": BATCH.with_weights,
         "with_mask": BATCH.with_mask,

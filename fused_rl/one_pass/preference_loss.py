@@ -98,5 +98,7 @@ def _of_reference(
 @torch.no_grad()
 def _sharp(hidden: Tensor, head: LMHead, labels: Tensor, options: dict) -> Tensor:
     """[N]: the policy's log-probs at half the temperature."""
+    if not isinstance(options["temperature"], Tensor):
+        checks.is_positive("temperature", options["temperature"])
     half = {**options, "temperature": options["temperature"] / 2}
     return linear_logprobs(hidden, head, labels, **half).logprobs.reshape(-1)

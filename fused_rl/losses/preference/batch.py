@@ -198,6 +198,7 @@ class PreferenceBatch:
         Raises:
             ValueError: of another shape.
         """
+        checks.is_floating("ref_logprobs", ref_logprobs)
         labels = self.tokens.labels.reshape(self.tokens.shape)
         flat = ref_logprobs.shape == self.tokens.labels.shape
         per_token, sums = _reference(

@@ -67,7 +67,7 @@ class Logistic:
 
     def __post_init__(self) -> None:
         is_smoothing(self.smoothing)
-        checks.is_number("margin", self.margin)
+        checks.is_number("margin (gamma)", self.margin)
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         m = chosen - rejected - self.margin
@@ -96,7 +96,7 @@ class Hinge:
     margin: float = 1.0
 
     def __post_init__(self) -> None:
-        checks.is_number("margin", self.margin)
+        checks.is_number("margin (gamma)", self.margin)
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return relu(self.margin - (chosen - rejected))

@@ -58,8 +58,8 @@ class PreferenceLoss:
             without gradient; None: 1.
         point: subtracted from scores: a number, a tensor [] that may be changed between steps, or
             (scores [S], batch) -> []; links of margins do not notice.
-        count: pairs of the whole step (of an unpaired batch: sequences that are judged), over all
-            its micro-batches; None: of the batch.
+        num_pairs: pairs of the whole step, over all its micro-batches (of an unpaired batch, and
+            so in the losses for it, num_sequences: those that are judged); None: of the batch.
         num_tokens: tokens of the likelihood term of the whole step; None: of the batch.
     """
 
@@ -70,20 +70,26 @@ class PreferenceLoss:
     tail: float = 1.0
     weight: Callable[[SequenceStats, SequenceStats], Tensor] | None = None
     point: Point = 0.0
-    count: Count | None = None
+    num_pairs: Count | None = None
     num_tokens: Count | None = None
 
     def __post_init__(self) -> None:
         checks.is_callable("score", self.score, "LogRatio(0.1)")
         checks.is_callable("link", self.link, "Logistic()")
-        checks.is_not_negative("coef", self.coef)
+        checks.is_not_negative("coef (beta)", self.coef)
         checks.is_not_negative("likelihood", self.likelihood)
-        checks.is_not_negative("tail", self.tail)
+        checks.is_not_negative("tail (alpha)", self.tail)
         if self.weight is not None:
             checks.is_callable("weight", self.weight, "fused_rl.preference.wpo_weight")
-        if not callable(self.point) and not isinstance(self.point, Tensor):
-            checks.is_number("point", self.point)
-        is_count("count", self.count)
+        if isinstance(self.point, Tensor):
+            checks.is_floating("point (shift)", self.point)
+            checks.require(
+                self.point.dim() == 0,
+                lambda: f"point (shift) must be a number or [], got {list(self.point.shape)}",
+            )
+        elif not callable(self.point):
+            checks.is_number("point (shift)", self.point)
+        is_count("num_pairs (num_sequences)", self.num_pairs)
         is_count("num_tokens", self.num_tokens)
 
     @property
@@ -160,7 +166,7 @@ class PreferenceLoss:
 
     def _loss(self, judged: Judged, batch: PreferenceBatch) -> Tensor:
         losses, count = self._losses(judged, batch)
-        value = self.coef * losses.sum() / divisor(_count(self.count, count, losses))
+        value = self.coef * losses.sum() / divisor(_count(self.num_pairs, count, losses))
         if self.likelihood:
             value = value + self.likelihood * self._nll(judged, batch)
         return value
@@ -211,14 +217,20 @@ class WeightedSum:
     parts: tuple[tuple[float, PreferenceLoss], ...]
 
     def __post_init__(self) -> None:
-        checks.require(len(self.parts) > 0, lambda: "a mixture needs a loss, got none")
+        checks.require(
+            isinstance(self.parts, tuple),
+            lambda: f"parts must be a tuple of (weight, loss), got {checks.shown(self.parts)}",
+        )
+        checks.require(
+            len(self.parts) > 0, lambda: "parts of a mixture must be one or more, got none"
+        )
         for part in self.parts:
             checks.require(
                 isinstance(part, tuple) and len(part) == 2,
                 lambda part=part: f"parts must be (weight, loss), got {checks.shown(part)}",
             )
-            checks.is_not_negative("weight", part[0])
-            checks.is_callable("loss", part[1], "fused_rl.preference.dpo()")
+            checks.is_not_negative("weight of parts", part[0])
+            checks.is_callable("loss of parts", part[1], "fused_rl.preference.dpo()")
 
     @property
     def is_aligned(self) -> bool:

@@ -10,7 +10,7 @@ number of pairs of the whole step, num_tokens that of the likelihood term's toke
 batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from fused_rl.losses.preference.links import (
     SigmoidDown,
     Squared,
 )
-from fused_rl.losses.preference.loss import Point, PreferenceLoss, WeightedSum
+from fused_rl.losses.preference.loss import Loss, Point, PreferenceLoss, WeightedSum
 from fused_rl.losses.preference.points import BatchMean, MismatchedMean
 from fused_rl.losses.preference.scores import (
     AlphaMeanLogProb,
@@ -53,7 +53,7 @@ def dpo(
     smoothing e: mean -(1 - e) log s(beta D) - e log s(-beta D), cDPO.
     Elsewhere: TRL DPO "sigmoid", which leaves label_smoothing out.
     """
-    return PreferenceLoss(LogRatio(beta), Logistic(smoothing), count=num_pairs)
+    return PreferenceLoss(LogRatio(beta), Logistic(smoothing), num_pairs=num_pairs)
 
 
 def robust(
@@ -63,7 +63,7 @@ def robust(
 
     smoothing: e, the share of labels that are flipped. Elsewhere: TRL DPO "robust".
     """
-    return PreferenceLoss(LogRatio(beta), Robust(smoothing), count=num_pairs)
+    return PreferenceLoss(LogRatio(beta), Robust(smoothing), num_pairs=num_pairs)
 
 
 def hinge(beta: float = 0.1, *, num_pairs: Count | None = None) -> PreferenceLoss:
@@ -71,7 +71,7 @@ def hinge(beta: float = 0.1, *, num_pairs: Count | None = None) -> PreferenceLos
 
     Elsewhere: TRL DPO "hinge".
     """
-    return PreferenceLoss(LogRatio(beta), Hinge(), count=num_pairs)
+    return PreferenceLoss(LogRatio(beta), Hinge(), num_pairs=num_pairs)
 
 
 def ipo(beta: float = 0.1, *, num_pairs: Count | None = None) -> PreferenceLoss:
@@ -79,7 +79,7 @@ def ipo(beta: float = 0.1, *, num_pairs: Count | None = None) -> PreferenceLoss:
 
     Elsewhere: TRL DPO "ipo".
     """
-    return PreferenceLoss(MeanLogRatio(beta), Squared(0.5), beta**-2, count=num_pairs)
+    return PreferenceLoss(MeanLogRatio(beta), Squared(0.5), beta**-2, num_pairs=num_pairs)
 
 
 def exo(
@@ -89,7 +89,7 @@ def exo(
 
     smoothing: e, above 0. Elsewhere: TRL DPO "exo_pair".
     """
-    return PreferenceLoss(LogRatio(beta), EXO(smoothing), count=num_pairs)
+    return PreferenceLoss(LogRatio(beta), EXO(smoothing), num_pairs=num_pairs)
 
 
 def nca(beta: float = 0.1, *, num_pairs: Count | None = None) -> PreferenceLoss:
@@ -97,7 +97,7 @@ def nca(beta: float = 0.1, *, num_pairs: Count | None = None) -> PreferenceLoss:
 
     Elsewhere: TRL DPO "nca_pair".
     """
-    return PreferenceLoss(LogRatio(beta), NCA(), count=num_pairs)
+    return PreferenceLoss(LogRatio(beta), NCA(), num_pairs=num_pairs)
 
 
 def bco_pair(
@@ -108,7 +108,7 @@ def bco_pair(
     shift: a number, a tensor that the caller updates, or preference.BatchMean().
     Elsewhere: TRL DPO "bco_pair", whose shift is 0.
     """
-    return PreferenceLoss(LogRatio(beta), CrossEntropy(), point=shift, count=num_pairs)
+    return PreferenceLoss(LogRatio(beta), CrossEntropy(), point=shift, num_pairs=num_pairs)
 
 
 def sppo(beta: float = 0.1, *, num_pairs: Count | None = None) -> PreferenceLoss:
@@ -116,7 +116,7 @@ def sppo(beta: float = 0.1, *, num_pairs: Count | None = None) -> PreferenceLoss
 
     With wins that are certain. Elsewhere: TRL DPO "sppo_hard".
     """
-    return PreferenceLoss(LogRatio(beta), Regression(0.5), beta**-2, count=num_pairs)
+    return PreferenceLoss(LogRatio(beta), Regression(0.5), beta**-2, num_pairs=num_pairs)
 
 
 def aot(
@@ -127,7 +127,7 @@ def aot(
     Paired (arXiv 2406.05882). The batch is ranked as a whole: micro-batches are another loss.
     Elsewhere: TRL DPO "aot".
     """
-    return PreferenceLoss(RankedMargins(beta), Logistic(smoothing), count=num_pairs)
+    return PreferenceLoss(RankedMargins(beta), Logistic(smoothing), num_pairs=num_pairs)
 
 
 def aot_unpaired(
@@ -138,7 +138,7 @@ def aot_unpaired(
     Unpaired (arXiv 2406.05882), of as many chosen as rejected ones; the batch is ranked as a whole.
     Elsewhere: TRL DPO "aot_unpaired".
     """
-    return PreferenceLoss(Ranked(beta), Logistic(smoothing), count=num_pairs)
+    return PreferenceLoss(Ranked(beta), Logistic(smoothing), num_pairs=num_pairs)
 
 
 def apo_zero(beta: float = 0.1, *, num_pairs: Count | None = None) -> PreferenceLoss:
@@ -146,7 +146,7 @@ def apo_zero(beta: float = 0.1, *, num_pairs: Count | None = None) -> Preference
 
     For chosen answers that are better than the model's. Elsewhere: TRL DPO "apo_zero".
     """
-    return PreferenceLoss(LogRatio(beta), Sigmoid(), count=num_pairs)
+    return PreferenceLoss(LogRatio(beta), Sigmoid(), num_pairs=num_pairs)
 
 
 def apo_down(beta: float = 0.1, *, num_pairs: Count | None = None) -> PreferenceLoss:
@@ -154,7 +154,7 @@ def apo_down(beta: float = 0.1, *, num_pairs: Count | None = None) -> Preference
 
     For chosen answers that are worse than the model's. Elsewhere: TRL DPO "apo_down".
     """
-    return PreferenceLoss(LogRatio(beta), SigmoidDown(), count=num_pairs)
+    return PreferenceLoss(LogRatio(beta), SigmoidDown(), num_pairs=num_pairs)
 
 
 def discopop(
@@ -164,7 +164,7 @@ def discopop(
 
     temperature: t. Elsewhere: TRL DPO "discopop", discopop_tau.
     """
-    return PreferenceLoss(LogRatio(beta), DiscoPOP(temperature), count=num_pairs)
+    return PreferenceLoss(LogRatio(beta), DiscoPOP(temperature), num_pairs=num_pairs)
 
 
 def dpo_norm(beta: float = 0.1, *, num_pairs: Count | None = None) -> PreferenceLoss:
@@ -172,7 +172,7 @@ def dpo_norm(beta: float = 0.1, *, num_pairs: Count | None = None) -> Preference
 
     Elsewhere: TRL DPO "sigmoid_norm".
     """
-    return PreferenceLoss(MeanLogRatio(beta), Logistic(), count=num_pairs)
+    return PreferenceLoss(MeanLogRatio(beta), Logistic(), num_pairs=num_pairs)
 
 
 def f_dpo(
@@ -183,10 +183,11 @@ def f_dpo(
 ) -> PreferenceLoss:
     """mean -log s(beta (f'(e^r_w) - f'(e^r_l))): DPO under another divergence (arXiv 2309.16240).
 
-    derivative: f' as a function of r: preference.forward_kl, jensen_shannon, Alpha(alpha).
+    derivative: f' as a function of r: scores.ForwardKL(), JensenShannon(), Alpha(alpha).
     Elsewhere: TRL DPO f_divergence_type.
     """
-    return PreferenceLoss(LogRatio(beta, derivative), Logistic(), count=num_pairs)
+    checks.is_callable("derivative", derivative, "fused_rl.scores.ForwardKL()")
+    return PreferenceLoss(LogRatio(beta, derivative), Logistic(), num_pairs=num_pairs)
 
 
 def ld_dpo(alpha: float, beta: float = 0.1, *, num_pairs: Count | None = None) -> PreferenceLoss:
@@ -195,13 +196,20 @@ def ld_dpo(alpha: float, beta: float = 0.1, *, num_pairs: Count | None = None) -
     arXiv 2409.06411: alpha below 1 takes from the longer answer what its length alone gives it.
     Elsewhere: TRL DPO ld_alpha.
     """
-    return PreferenceLoss(LogRatio(beta), Logistic(), tail=alpha, count=num_pairs)
+    return PreferenceLoss(LogRatio(beta), Logistic(), tail=alpha, num_pairs=num_pairs)
 
 
 def wpo_weight(chosen: SequenceStats, rejected: SequenceStats) -> Tensor:
     """[P]: the product over both of exp(mean_t log(p / sum_v p^2)): how much the policy would give
     such answers, against those that it samples (WPO, arXiv 2406.11827, eq. 2).
     """
+    for name, stats in (("chosen", chosen), ("rejected", rejected)):
+        checks.require(
+            isinstance(stats, SequenceStats),
+            lambda name=name, stats=stats: (
+                f"{name} must be SequenceStats, got {checks.shown(stats)}"
+            ),
+        )
     checks.require(
         chosen.alignment is not None and rejected.alignment is not None,
         lambda: (
@@ -218,7 +226,7 @@ def wpo(beta: float = 0.1, *, num_pairs: Count | None = None) -> PreferenceLoss:
     q = exp(mean_t log(p / sum_v p^2)), so that pairs count as the policy would sample them. Costs a
     pass more, without gradients. Elsewhere: TRL DPO use_weighting.
     """
-    return PreferenceLoss(LogRatio(beta), Logistic(), weight=wpo_weight, count=num_pairs)
+    return PreferenceLoss(LogRatio(beta), Logistic(), weight=wpo_weight, num_pairs=num_pairs)
 
 
 def rpo(
@@ -232,7 +240,7 @@ def rpo(
 
     NLL: the mean over the chosen ones' tokens. Elsewhere: TRL DPO "sigmoid" and "sft".
     """
-    counts = {"count": num_pairs, "num_tokens": num_tokens}
+    counts = {"num_pairs": num_pairs, "num_tokens": num_tokens}
     return PreferenceLoss(LogRatio(beta), Logistic(), likelihood=likelihood, **counts)
 
 
@@ -244,12 +252,16 @@ def sft(*, num_tokens: Count | None = None) -> PreferenceLoss:
     return PreferenceLoss(LogProb(1.0), Logistic(), coef=0.0, likelihood=1.0, num_tokens=num_tokens)
 
 
-def mixture(*parts: tuple[float, PreferenceLoss]) -> WeightedSum:
-    """sum_i weight_i loss_i of (weight, loss) each: MPO (arXiv 2411.10442) is one.
+def mixture(parts: Sequence[tuple[float, Loss]]) -> WeightedSum:
+    """sum_i weight_i loss_i, of (weight, loss) each: MPO (arXiv 2411.10442) is one.
 
-    mixture((0.8, dpo()), (0.2, bco_pair()), (1.0, sft())). Elsewhere: TRL DPO loss_weights.
+    mixture([(0.8, dpo()), (0.2, bco_pair()), (1.0, sft())]). Elsewhere: TRL DPO loss_weights.
     """
-    return WeightedSum(parts)
+    checks.require(
+        isinstance(parts, Sequence) and not isinstance(parts, str),
+        lambda: f"parts must be a list of (weight, loss), got {checks.shown(parts)}",
+    )
+    return WeightedSum(tuple(parts))
 
 
 def simpo(
@@ -259,7 +271,7 @@ def simpo(
 
     Without a reference, and so without a KL of any kind. Elsewhere: TRL CPO "simpo", cpo_alpha=0.
     """
-    return PreferenceLoss(MeanLogProb(beta), Logistic(smoothing, gamma), count=num_pairs)
+    return PreferenceLoss(MeanLogProb(beta), Logistic(smoothing, gamma), num_pairs=num_pairs)
 
 
 def cpo(
@@ -274,7 +286,7 @@ def cpo(
 
     Without a reference. Elsewhere: TRL CPO "sigmoid", cpo_alpha.
     """
-    counts = {"count": num_pairs, "num_tokens": num_tokens}
+    counts = {"num_pairs": num_pairs, "num_tokens": num_tokens}
     return PreferenceLoss(LogProb(beta), Logistic(smoothing), likelihood=likelihood, **counts)
 
 
@@ -290,7 +302,7 @@ def alphapo(
     arXiv 2501.03884; alpha of 0 is SimPO. Elsewhere: TRL CPO "simpo" with alpha.
     """
     score = AlphaMeanLogProb(beta, alpha)
-    return PreferenceLoss(score, Logistic(margin=gamma), count=num_pairs)
+    return PreferenceLoss(score, Logistic(margin=gamma), num_pairs=num_pairs)
 
 
 def orpo(
@@ -301,7 +313,7 @@ def orpo(
     odds = P / (1 - P), P = e^(S / n). The NLL is the mean over the chosen ones' tokens, by
     likelihood_mask over prompts too, as TRL has it. Elsewhere: TRL ORPO.
     """
-    counts = {"count": num_pairs, "num_tokens": num_tokens}
+    counts = {"num_pairs": num_pairs, "num_tokens": num_tokens}
     return PreferenceLoss(LogOdds(), Logistic(), beta, likelihood=1.0, **counts)
 
 
@@ -321,7 +333,7 @@ def kto(
     """
     z0 = MismatchedMean() if point is None else point
     link = Sigmoid(desirable, undesirable)
-    return PreferenceLoss(LogRatio(beta), link, point=z0, count=num_sequences)
+    return PreferenceLoss(LogRatio(beta), link, point=z0, num_pairs=num_sequences)
 
 
 def apo_zero_unpaired(
@@ -336,7 +348,7 @@ def apo_zero_unpaired(
     arXiv 2408.06266, eq. 7. Elsewhere: TRL KTO "apo_zero_unpaired".
     """
     link = Sigmoid(desirable, undesirable)
-    return PreferenceLoss(LogRatio(beta), link, count=num_sequences)
+    return PreferenceLoss(LogRatio(beta), link, num_pairs=num_sequences)
 
 
 def bco(
@@ -348,7 +360,7 @@ def bco(
     the batch's mean score, over all ranks, without gradient.
     """
     point = BatchMean() if shift is None else shift
-    return PreferenceLoss(LogRatio(beta), CrossEntropy(), point=point, count=num_sequences)
+    return PreferenceLoss(LogRatio(beta), CrossEntropy(), point=point, num_pairs=num_sequences)
 
 
 NAMES = {

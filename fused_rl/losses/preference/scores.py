@@ -32,6 +32,8 @@ from fused_rl.losses.surrogates import bounded
 __all__ = [
     "Alpha",
     "AlphaMeanLogProb",
+    "ForwardKL",
+    "JensenShannon",
     "LogOdds",
     "LogProb",
     "LogRatio",
@@ -39,8 +41,6 @@ __all__ = [
     "MeanLogRatio",
     "Ranked",
     "RankedMargins",
-    "forward_kl",
-    "jensen_shannon",
 ]
 
 # The least 1 - P of odds: log-probs in float32 know no less.
@@ -64,7 +64,7 @@ class _Scaled:
 class LogRatio(_Scaled):
     """beta f'(e^r), r the log-ratio of whole sequences: the implicit reward (arXiv 2305.18290).
 
-    derivative: f' as a function of r: forward_kl, jensen_shannon or Alpha(alpha) of f-DPO (arXiv
+    derivative: f' as a function of r: ForwardKL(), JensenShannon() or Alpha(alpha) of f-DPO (arXiv
         2309.16240); None: r itself, the reverse KL.
     """
 
@@ -73,21 +73,27 @@ class LogRatio(_Scaled):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.derivative is not None:
-            checks.is_callable("derivative", self.derivative, "fused_rl.preference.forward_kl")
+            checks.is_callable("derivative", self.derivative, "fused_rl.scores.ForwardKL()")
 
     def __call__(self, stats: SequenceStats) -> Tensor:
         r = stats.ratio()
         return self.beta * (r if self.derivative is None else self.derivative(r))
 
 
-def forward_kl(log_ratio: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class ForwardKL:
     """1 - e^-r: f'(e^r) of the forward KL, for f-DPO (arXiv 2309.16240). e^-r is held at e^20."""
-    return -torch.expm1(bounded(-log_ratio))
+
+    def __call__(self, log_ratio: Tensor) -> Tensor:
+        return -torch.expm1(bounded(-log_ratio))
 
 
-def jensen_shannon(log_ratio: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class JensenShannon:
     """log 2 + log sigmoid(r): f'(e^r) of the Jensen-Shannon divergence (arXiv 2309.16240)."""
-    return math.log(2.0) + logsigmoid(log_ratio)
+
+    def __call__(self, log_ratio: Tensor) -> Tensor:
+        return math.log(2.0) + logsigmoid(log_ratio)
 
 
 @dataclass(frozen=True)
