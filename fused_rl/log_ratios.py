@@ -51,6 +51,11 @@ def log_ratio(logprobs: Tensor, other: Tensor) -> Tensor:
     return gap - (other - other.detach())
 
 
+def held(power: Tensor) -> Tensor:
+    """[...]: power, BOUND at most, so that its exp is finite; the gradient is the identity's."""
+    return power + (power.clamp(max=BOUND) - power).detach()
+
+
 def log1mexp(x: Tensor) -> Tensor:
     """[...]: log(1 - e^x) of x < 0, of log-probs those of the rest; where it cancels, by expm1."""
     far, near = torch.log1p(-x.exp()), torch.log(-torch.expm1(x))

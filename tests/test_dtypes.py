@@ -9,11 +9,12 @@ from enum import Enum
 
 import pytest
 import torch
-from by_name import loss_of, public
+from by_name import loss_of, preference_loss, public
 
 import fused_rl
 from fused_rl import KL, KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats
 from fused_rl.losses import named
+from fused_rl.losses.preference.named import NAMES
 
 B, T, GROUP = 12, 7, 4
 HALVES = [torch.bfloat16, torch.float16]
@@ -137,7 +138,66 @@ def of_divergences(loss) -> Callable:
     return case
 
 
+def of_preference(loss: fused_rl.preference.PreferenceLoss, *, paired: bool = True) -> Callable:
+    def case(n: Numbers) -> list:
+        logprobs = n.logprobs.detach().requires_grad_()
+        single = {"desirable": torch.arange(B) % 3 > 0, "mismatched": torch.arange(B) % 4 == 1}
+        answers = fused_rl.preference.PreferenceBatch.padded(
+            torch.zeros(B, T, dtype=torch.int64),
+            n.mask,
+            ref_logprobs=n.ref,
+            **({} if paired else single),
+        )
+        sharp = answers.with_reference(n.ref.reshape(-1))
+        sharp = dataclasses.replace(sharp, sharp_logprobs=n.per_token.reshape(-1))
+        out = loss(TokenStats(logprobs, n.entropy), sharp)
+        (gradient,) = torch.autograd.grad(out.loss, logprobs)
+        return [out.loss, *out.metrics.values(), Rounded(gradient)]
+
+    return case
+
+
+_UNPAIRED = {"kto", "apo_zero_unpaired", "bco"}
+_SCORES = (
+    *(fused_rl.scores.LogRatio(), fused_rl.scores.MeanLogRatio(), fused_rl.scores.LogProb()),
+    *(fused_rl.scores.MeanLogProb(), fused_rl.scores.LogOdds(), fused_rl.scores.Ranked()),
+    *(fused_rl.scores.AlphaMeanLogProb(), fused_rl.scores.RankedMargins()),
+)
+_DERIVATIVES = (
+    *(fused_rl.scores.ForwardKL(), fused_rl.scores.JensenShannon()),
+    fused_rl.scores.Alpha(0.5),
+)
+_LINKS = (
+    *(fused_rl.links.Logistic(0.1, 0.5), fused_rl.links.Robust(), fused_rl.links.Hinge()),
+    *(fused_rl.links.Squared(), fused_rl.links.Exponential(), fused_rl.links.EXO()),
+    *(fused_rl.links.DiscoPOP(), fused_rl.links.SigmoidDown(), fused_rl.links.CrossEntropy()),
+    *(fused_rl.links.NCA(), fused_rl.links.Regression(), fused_rl.links.Sigmoid()),
+)
+_POINTS = (fused_rl.preference.BatchMean(), fused_rl.preference.MismatchedMean())
+
+
+def preference_cases() -> dict[str, Callable]:
+    Loss, links, scores = fused_rl.preference.PreferenceLoss, fused_rl.links, fused_rl.scores
+    dpo = fused_rl.preference.dpo()
+    named_ones = {n: preference_loss(n) for n in NAMES if n not in _UNPAIRED}
+    losses = {
+        **named_ones,
+        **{type(score).__name__: Loss(score, links.Logistic()) for score in _SCORES},
+        **{type(d).__name__: fused_rl.preference.f_dpo(d) for d in _DERIVATIVES},
+        **{type(link).__name__: Loss(scores.LogRatio(), link) for link in _LINKS},
+        "PreferenceLoss": dpo,
+        "WeightedSum": fused_rl.preference.mixture([(0.3, dpo), (0.7, fused_rl.preference.cpo())]),
+        "wpo_weight": fused_rl.preference.wpo(),
+    }
+    single = {n: preference_loss(n) for n in _UNPAIRED}
+    points = {type(p).__name__: Loss(_SCORES[0], links.Sigmoid(), point=p) for p in _POINTS}
+    return {name: of_preference(loss) for name, loss in losses.items()} | {
+        name: of_preference(loss, paired=False) for name, loss in (single | points).items()
+    }
+
+
 CASES: dict[str, Callable[[Numbers], list]] = {
+    **preference_cases(),
     "group_zscore_advantages": lambda n: [
         fused_rl.advantages.group_zscore_advantages(n.rewards, GROUP)
     ],
@@ -296,7 +356,8 @@ ELSEWHERE = {
     *("Divergence", "LMHead", "backends", "linear_divergence", "linear_kept_logprobs"),
     *("linear_logprobs", "linear_policy_loss", "linear_logits_at", "linear_logprobs_at"),
     *("linear_top_logprobs", "logprobs_from_logits", "trust_kernels"),
-    *("across", "model_policy_loss"),
+    *("across", "model_policy_loss", "linear_preference_loss"),
+    *("PreferenceBatch", "SequenceStats", "Sides"),
     *(
         "AtStats",
         "DivergenceStats",
@@ -428,6 +489,11 @@ def from_hidden_states(dtype: torch.dtype) -> list[torch.Tensor]:
         *fused_rl.logprobs_from_logits(hidden @ weight.T, labels, temperature=1.3),
         fused_rl.linear_policy_loss(hidden, head, n.batch, fused_rl.grpo(beta=0.1)).loss,
         fused_rl.linear_policy_loss(hidden, head, n.batch, fused_rl.gspo(beta=0.1)).loss,
+        fused_rl.linear_preference_loss(
+            *(hidden, head),
+            fused_rl.preference.PreferenceBatch.padded(labels, n.mask, ref_logprobs=n.ref),
+            fused_rl.preference.wpo(),
+        ).loss,
     )
     gradients = torch.autograd.grad(sum(s.sum() for s in stats), (hidden, weight, bias))
     return [*stats, *gradients]

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from fused_rl import checks
-from fused_rl.losses.surrogates import bounded
+from fused_rl.log_ratios import held
 
 __all__ = [
     "EXO",
@@ -120,7 +120,7 @@ class Exponential:
     """e^-m: AdaBoost's, of the GPO family (arXiv 2402.05749)."""
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        return torch.exp(bounded(rejected - chosen))
+        return torch.exp(held(rejected - chosen))
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class DiscoPOP:
         m = chosen - rejected
         at = m / self.temperature
         # In one power: of a lost pair e^-m alone is inf, and its weight 0.
-        exponential = torch.exp(bounded(logsigmoid(at) - m))
+        exponential = torch.exp(held(logsigmoid(at) - m))
         return exponential - torch.sigmoid(-at) * logsigmoid(m)
 
 

@@ -25,9 +25,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fused_rl import checks
-from fused_rl.log_ratios import log1mexp
+from fused_rl.log_ratios import held, log1mexp
 from fused_rl.losses.preference.sequences import SequenceStats
-from fused_rl.losses.surrogates import bounded
 
 __all__ = [
     "Alpha",
@@ -85,7 +84,7 @@ class ForwardKL:
     """1 - e^-r: f'(e^r) of the forward KL, for f-DPO (arXiv 2309.16240). e^-r is held at e^20."""
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
-        return -torch.expm1(bounded(-log_ratio))
+        return -torch.expm1(held(-log_ratio))
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Alpha:
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
         power = self.alpha - 1
-        return torch.expm1(bounded(power * log_ratio)) / power if power else log_ratio
+        return torch.expm1(held(power * log_ratio)) / power if power else log_ratio
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ class AlphaMeanLogProb(_Scaled):
         s = stats.mean
         if not self.alpha:
             return self.beta * s
-        return self.beta * -torch.expm1(bounded(-self.alpha * s)) / self.alpha
+        return self.beta * -torch.expm1(held(-self.alpha * s)) / self.alpha
 
 
 @dataclass(frozen=True)
