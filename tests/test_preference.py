@@ -483,7 +483,7 @@ def test_links_hold_at_the_extremes():
     }
     for link, values in expected.items():
         losses = link(w, -w)
-        assert losses.tolist() == pytest.approx(values, rel=1e-12, abs=1e-300), link
+        assert losses.tolist() == pytest.approx(values, rel=1e-12, abs=1e-200), link
         (gradient,) = torch.autograd.grad(losses.sum(), w)
         assert gradient.isfinite().all(), link
 
