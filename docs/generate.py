@@ -2,6 +2,7 @@
 
 docs/losses.md    from the docstrings of losses/, and of the named losses
 docs/distillation.md    from the docstrings of losses/distillation.py
+docs/preference.md      from the docstrings of losses/preference/
 docs/kl.md        the expected gradients that tests/enumeration.py finds, and exact_enumeration.py
 docs/predictions.md     what fused_rl/plan says of one head over ranks
 """
@@ -33,6 +34,8 @@ from fused_rl.losses import (  # noqa: E402
     surrogates,
     trust_regions,
 )
+from fused_rl.losses.preference import links, scores  # noqa: E402
+from fused_rl.losses.preference import named as preferences  # noqa: E402
 from fused_rl.losses.sequences import Level  # noqa: E402
 from fused_rl.plan import ranks, ranks_report  # noqa: E402
 from fused_rl.plan.memory import plan  # noqa: E402
@@ -67,6 +70,39 @@ def distillation_losses() -> list[str]:
             names = elsewhere[1] if elsewhere else ""
             rows.append((f"`{name}`", f"`{formula}`", linked(source), samples[1], names))
     return table(("name", "loss", "from", "samples", "elsewhere"), rows)
+
+
+def preference_losses() -> list[str]:
+    """A row for each preference loss that has a name."""
+    rows = []
+    for name, loss in preferences.NAMES.items():
+        first, _, rest = inspect.getdoc(loss).partition("\n\n")
+        text = " ".join(rest.split())
+        formula, source = " ".join(first.split()).rstrip(".").split(": ", 1)
+        paper = re.search(r"arXiv \d{4}\.\d{5}", text)
+        if "arXiv" not in source and paper:
+            source += f" ({paper[0]})"
+        elsewhere = re.search(r"Elsewhere: TRL (.*)\.$", text)
+        rows.append(
+            (f"`{name}`", f"`{formula}`", linked(source), elsewhere[1] if elsewhere else "")
+        )
+    return table(("name", "loss", "from", "TRL"), rows)
+
+
+def of_calls(heading: str, module: object, columns: tuple[str, ...]) -> list[str]:
+    """A module's own tables, indented in its docstring, of rows that begin with Name(arguments)."""
+    rows = []
+    for line in re.findall(r"^ {4}(\w+\(.*)$", module.__doc__, re.MULTILINE):
+        name, *cells = re.split(r"\s{2,}", line)
+        assert hasattr(module, name.partition("(")[0]), name
+        cells = [*cells, ""][: len(columns)]
+        rows.append((f"`{name}`", f"`{cells[0]}`", *(c and _code(c) for c in cells[1:])))
+    return table((heading, *columns), rows)
+
+
+def _code(cell: str) -> str:
+    """A formula as one; words as they are."""
+    return f"`{cell}`" if re.search(r"[(^]", cell) else cell
 
 
 def linked(source: str) -> str:
@@ -154,6 +190,11 @@ BLOCKS = {
         "exact": lambda: exact_markdown(ExactWorld()).splitlines(),
     },
     "distillation.md": {"distillation": distillation_losses},
+    "preference.md": {
+        "preference": preference_losses,
+        "scores": lambda: of_calls("score", scores, ("formula", "of")),
+        "links": lambda: of_calls("link", links, ("of the chosen, or of both", "of the rejected")),
+    },
     "predictions.md": {"ranks": over_ranks},
     "reference.md": {"names": public_names},
 }

@@ -91,6 +91,9 @@ def generated() -> ModuleType:
         ("kl.md", "kl"),
         ("kl.md", "exact"),
         ("distillation.md", "distillation"),
+        ("preference.md", "preference"),
+        ("preference.md", "scores"),
+        ("preference.md", "links"),
         ("predictions.md", "ranks"),
         ("reference.md", "names"),
     ],
@@ -101,6 +104,7 @@ def test_a_generated_table_is_what_the_code_says(generated, page, name):
         "losses.md": {"losses", "levels", "ratios", "surrogates", "means"},
         "kl.md": {"kl", "exact"},
         "distillation.md": {"distillation"},
+        "preference.md": {"preference", "scores", "links"},
         "predictions.md": {"ranks"},
         "reference.md": {"names"},
     }
@@ -254,6 +258,7 @@ def test_the_defaults_that_the_settings_name_are_the_peers():
 
 # Blocks of Python: all pages, and who runs each.
 RUN_HERE = {"docs/kl.md", "docs/losses.md", "docs/filtered-gradients.md", "docs/distillation.md"}
+RUN_HERE |= {"docs/preference.md"}
 
 
 def test_every_block_of_python_is_run_by_a_test():
@@ -273,12 +278,22 @@ def test_blocks_run(page):
     names["old_logprobs"] = torch.randn(2, 5)
     names |= {"input_ids": torch.randint(199, (2, 6)), "teacher_logprobs": torch.randn(2, 5)}
     names |= {"student": qwen2(199, seed=0), "teacher": qwen2(199, seed=1, hidden_size=32)}
+    names |= {"model": qwen2(199, seed=0), "reference": qwen2(199, seed=1, hidden_size=32)}
+    names |= {"head": names["model"].lm_head, "ref_head": names["reference"].lm_head}
+    names |= {"desirable": torch.tensor([1, 0]), "mismatched": torch.tensor([0, 1])}
     for code in python(page):
         exec(code, names)
     if page == "docs/losses.md":
         assert names["named"] == names["same"]
     elif page == "docs/filtered-gradients.md":
         assert weight.grad.isfinite().all() and weight.grad.any()
+    elif page == "docs/preference.md":
+        assert names["model"].lm_head.weight.grad.any()
+        logits = names["model"](names["input_ids"]).logits[:, :-1]
+        own = fused_rl.logprobs_from_logits(logits, names["labels"])
+        score = 0.1 * (own.logprobs - names["ref_logprobs"]).sum(-1) - 0.01 * 5
+        loss = -torch.nn.functional.logsigmoid(score[0] - score[1])
+        torch.testing.assert_close(names["output"].loss, loss)
     elif page == "docs/distillation.md":
         assert names["student"].lm_head.weight.grad.any()
         assert not any(p.grad is not None for p in names["teacher"].parameters())
