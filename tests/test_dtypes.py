@@ -187,7 +187,7 @@ def preference_cases() -> dict[str, Callable]:
         **{type(link).__name__: Loss(scores.LogRatio(), link) for link in _LINKS},
         "PreferenceLoss": dpo,
         "WeightedSum": fused_rl.preference.mixture([(0.3, dpo), (0.7, fused_rl.preference.cpo())]),
-        "wpo_weight": fused_rl.preference.wpo(),
+        "WPOWeight": fused_rl.preference.wpo(),
     }
     single = {n: preference_loss(n) for n in _UNPAIRED}
     points = {type(p).__name__: Loss(_SCORES[0], links.Sigmoid(), point=p) for p in _POINTS}

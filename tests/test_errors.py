@@ -22,7 +22,7 @@ from fused_rl import LMHead, TokenBatch
 from fused_rl.diagnosis import Thresholds
 from fused_rl.integrations.layers import LinearLogProbs
 from fused_rl.losses import named
-from fused_rl.preference import PreferenceBatch, SequenceStats
+from fused_rl.preference import PreferenceBatch
 
 B, T, H, V = 2, 2, 3, 5
 LABELS = torch.tensor([[0, 1], [2, 3]])
@@ -32,7 +32,6 @@ BATCH = TokenBatch.padded(
     LABELS, MASK, torch.ones(B), old_logprobs=LOGPROBS, rollout_logprobs=LOGPROBS
 )
 PAIR = PreferenceBatch.padded(LABELS, MASK)
-ANSWERS = SequenceStats(*[torch.ones(1, dtype=torch.float64)] * 4)
 
 
 class Model(torch.nn.Module):
@@ -120,8 +119,6 @@ RIGHT: dict[str, Any] = {
     "alpha": 0.5,
     "derivative": fused_rl.scores.ForwardKL(),
     "parts": ((1.0, fused_rl.preference.dpo()),),
-    "chosen": ANSWERS,
-    "rejected": ANSWERS,
 }
 OWN: dict[str, dict[str, Any]] = {
     "topk_divergence": {"teacher_logprobs": torch.full((B, T, 2), -1.0)},

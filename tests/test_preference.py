@@ -2,6 +2,7 @@
 mistakes. test_preference_formulas.py has the formulas."""
 
 import dataclasses
+import io
 import math
 
 import pytest
@@ -347,6 +348,18 @@ def test_it_compiles_as_one_graph(name):
         [found, *torch.autograd.grad(found, (hidden, weight))],
         [expected, *torch.autograd.grad(expected, (hidden, weight))],
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_and_batches_are_read_again_from_files(name):
+    _, _, labels, mask, _ = given()
+    batch = PreferenceBatch.padded(labels, mask, ref_logprobs=torch.zeros(S), **options(name))
+    file = io.BytesIO()
+    torch.save((preference_loss(name), batch), file)
+    file.seek(0)
+    loss, read = torch.load(file)
+    assert loss == preference_loss(name)
+    assert torch.equal(read.chosen, batch.chosen) and torch.equal(read.scored, batch.scored)
 
 
 def test_pair_losses_are_what_the_mean_is_of():

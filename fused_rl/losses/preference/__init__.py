@@ -36,10 +36,10 @@ from fused_rl.losses.preference.named import (
     simpo,
     sppo,
     wpo,
-    wpo_weight,
 )
 from fused_rl.losses.preference.points import BatchMean, MismatchedMean
 from fused_rl.losses.preference.sequences import SequenceStats
+from fused_rl.losses.preference.weights import WPOWeight
 
 __all__ = [
     "BatchMean",
@@ -47,6 +47,7 @@ __all__ = [
     "PreferenceBatch",
     "PreferenceLoss",
     "SequenceStats",
+    "WPOWeight",
     "WeightedSum",
     "alphapo",
     "aot",
@@ -75,5 +76,4 @@ __all__ = [
     "simpo",
     "sppo",
     "wpo",
-    "wpo_weight",
 ]

@@ -80,7 +80,7 @@ class PreferenceLoss:
         checks.is_not_negative("likelihood", self.likelihood)
         checks.is_not_negative("tail (alpha)", self.tail)
         if self.weight is not None:
-            checks.is_callable("weight", self.weight, "fused_rl.preference.wpo_weight")
+            checks.is_callable("weight", self.weight, "fused_rl.preference.WPOWeight()")
         if isinstance(self.point, Tensor):
             checks.is_floating("point (shift)", self.point)
             checks.require(
@@ -95,7 +95,7 @@ class PreferenceLoss:
     @property
     def is_aligned(self) -> bool:
         """Whether it asks for SequenceStats.alignment, which takes a pass of its own."""
-        return self.weight is not None
+        return getattr(self.weight, "is_aligned", False)
 
     def __call__(self, stats: TokenStats, batch: PreferenceBatch) -> LossOutput:
         """The loss and its metrics.

@@ -12,7 +12,6 @@ batch.
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from fused_rl import checks
@@ -42,7 +41,7 @@ from fused_rl.losses.preference.scores import (
     Ranked,
     RankedMargins,
 )
-from fused_rl.losses.preference.sequences import SequenceStats
+from fused_rl.losses.preference.weights import WPOWeight
 
 
 def dpo(
@@ -199,34 +198,13 @@ def ld_dpo(alpha: float, beta: float = 0.1, *, num_pairs: Count | None = None) -
     return PreferenceLoss(LogRatio(beta), Logistic(), tail=alpha, num_pairs=num_pairs)
 
 
-def wpo_weight(chosen: SequenceStats, rejected: SequenceStats) -> Tensor:
-    """[P]: the product over both of exp(mean_t log(p / sum_v p^2)): how much the policy would give
-    such answers, against those that it samples (WPO, arXiv 2406.11827, eq. 2).
-    """
-    for name, stats in (("chosen", chosen), ("rejected", rejected)):
-        checks.require(
-            isinstance(stats, SequenceStats),
-            lambda name=name, stats=stats: (
-                f"{name} must be SequenceStats, got {checks.shown(stats)}"
-            ),
-        )
-    checks.require(
-        chosen.alignment is not None and rejected.alignment is not None,
-        lambda: (
-            "WPO weighs by the policy's log-probs at half the temperature: call "
-            "linear_preference_loss, or give the batch sharp_logprobs"
-        ),
-    )
-    return torch.exp(chosen.alignment + rejected.alignment)
-
-
 def wpo(beta: float = 0.1, *, num_pairs: Count | None = None) -> PreferenceLoss:
     """mean -q_w q_l log s(beta D), q without gradient: WPO (arXiv 2406.11827, eq. 2).
 
     q = exp(mean_t log(p / sum_v p^2)), so that pairs count as the policy would sample them. Costs a
     pass more, without gradients. Elsewhere: TRL DPO use_weighting.
     """
-    return PreferenceLoss(LogRatio(beta), Logistic(), weight=wpo_weight, num_pairs=num_pairs)
+    return PreferenceLoss(LogRatio(beta), Logistic(), weight=WPOWeight(), num_pairs=num_pairs)
 
 
 def rpo(
