@@ -1,10 +1,14 @@
 """Cases of preference losses: a step's pairs, or parts of sequences, over ranks; spread heads."""
 
+import copy
+
+import cases_shards
 import torch
 import torch.distributed as dist
 from by_name import preference_loss
 from cases_counts import averaged, distance
 from test_preference import JUDGED, RANKED, UNPAIRED, WITHOUT_REFERENCE, V, given
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fused_rl
 from fused_rl import LMHead, linear_preference_loss
@@ -78,3 +82,34 @@ def spread(rank, world, names):
         loss, _, _, expected, dweight = whole(name)
         found[name] = distance([out.loss.detach(), dhidden, drows], [loss, expected, dweight[cut]])
     return found
+
+
+def engine(rank, world, which):
+    """DPO's step by a model in shards, a pair on each rank, beside one process with both."""
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, cases_shards.V, (2 * world, 7), generator=generator)
+    mask = torch.rand(2 * world, 6, generator=generator) < 0.7
+    ref = -torch.rand(2 * world, 6, generator=generator)
+    loss = preference_loss("rpo")
+
+    def batch(rows):
+        return PreferenceBatch.padded(ids[rows, 1:], mask[rows], ref_logprobs=ref[rows])
+
+    alone = cases_shards.build()
+    model = copy.deepcopy(alone)
+    hidden = alone.model(ids).last_hidden_state[:, :-1]
+    head = LMHead.from_model(alone)
+    expected = linear_preference_loss(hidden, head, batch(slice(None)), loss).loss
+    expected.backward()
+    outer = cases_shards.shard(model, "own") if which == "fsdp2" else DDP(model)
+    rows = torch.tensor([rank, rank + world])
+    shared = fused_rl.across(batch(rows))
+    for _ in range(2):
+        model.zero_grad()
+        states = cases_shards.states(outer, ids[rows])
+        args = states, shared.tokens, loss.of(shared)
+        value = fused_rl.model_policy_loss(outer, *args).loss
+        value.backward()
+    found = cases_shards.gradients(model)
+    error = cases_shards.distance(found, cases_shards.gradients(alone))
+    return max(error, ((cases_shards.mean(value) - expected) / expected).abs().item())

@@ -409,6 +409,12 @@ def test_a_spread_head_is_one_head(ranks):
         assert max(found.values()) < 1e-12, found
 
 
+@pytest.mark.parametrize("which", ["fsdp2", "ddp"])
+def test_a_model_that_an_engine_spreads_has_the_gradients_of_one_process(ranks, which):
+    for error in ranks(2).run("cases_preference", "engine", which=which):
+        assert error < 3e-6
+
+
 MISTAKES = {
     "an odd number": (lambda b: b(5), "first half"),
     "both": (
