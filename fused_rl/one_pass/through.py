@@ -80,7 +80,7 @@ def model_policy_loss(
         return formed(states)
 
     value = _nested(calls, of_layer, hidden)
-    return LossOutput(_exact(value, outputs[0].loss), outputs[0].metrics)
+    return LossOutput(exact(value, outputs[0].loss), outputs[0].metrics)
 
 
 def through(layer: nn.Module, run: Callable[[nn.Module, Tensor], Result], hidden: Tensor) -> Result:
@@ -103,7 +103,7 @@ def through(layer: nn.Module, run: Callable[[nn.Module, Tensor], Result], hidden
         if not torch.is_grad_enabled():
             layer.reshard()
         return result
-    with _in_place_of_forward(linear, lambda states: run(linear, states)):
+    with in_place_of_forward(linear, lambda states: run(linear, states)):
         # As it is, not as it may have been compiled.
         return layer._call_impl(hidden)
 
@@ -114,12 +114,13 @@ def _nested(calls: Sequence[nn.Module], run: Callable[[Tensor], Tensor], hidden:
         return run(hidden)
     outer, rest = calls[0], calls[1:]
     target = outer if sharded.is_fsdp2(outer) else outer.module
-    with _in_place_of_forward(target, lambda states: _nested(rest, run, states)):
+    with in_place_of_forward(target, lambda states: _nested(rest, run, states)):
         return outer._call_impl(hidden)
 
 
 @contextmanager
-def _in_place_of_forward(module: nn.Module, run: Callable) -> Iterator[None]:
+def in_place_of_forward(module: nn.Module, run: Callable) -> Iterator[None]:
+    """Calls of the module run `run`, inside what hooks and wrappers do around its forward."""
     own = vars(module).get("forward")
     module.forward = run
     try:
@@ -131,7 +132,7 @@ def _in_place_of_forward(module: nn.Module, run: Callable) -> Iterator[None]:
             module.forward = own
 
 
-def _exact(value: Tensor, exact: Tensor) -> Tensor:
+def exact(value: Tensor, exact: Tensor) -> Tensor:
     """value, which hooks may have rounded to the dtype of a model's outputs, with its gradient."""
     if value.dtype == exact.dtype:
         return value

@@ -11,7 +11,7 @@ from fused_rl.integrations.trl.gathered import averaged
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.logprobs import linear_top_logprobs
 from fused_rl.ops import in_full
-from fused_rl.reference import logits
+from fused_rl.reference import acc_dtype, logits
 
 _OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # Logits that are held at once for what needs all of them: 64 MiB of float32.
@@ -63,12 +63,20 @@ class FusedHead:
         return logprobs, entropy, squares, mean, is_top1
 
 
+def mean_of_logits(hidden: Tensor, head: LMHead) -> Tensor:
+    """[...] of hidden [..., H]: the mean of the logits over the vocabulary, without gradient."""
+    if head.softcap is None:
+        return _mean_logits(hidden, head)
+    return _of_all_logits(hidden.flatten(0, -2), head, 1.0)[1].view(hidden.shape[:-1])
+
+
 @torch.no_grad()
 def _mean_logits(hidden: Tensor, head: LMHead) -> Tensor:
-    """[N]: the mean over the vocabulary, from the mean of the weight's rows, without [N, V]."""
+    """[...]: the mean over the vocabulary, from the mean of the weight's rows, without [N, V]."""
     with torch.autocast(hidden.device.type, enabled=False):
-        mean = hidden.float() @ head.weight.mean(0, dtype=torch.float32)
-    return head.scale * (mean if head.bias is None else mean + head.bias.float().mean())
+        dtype = acc_dtype(hidden)
+        mean = hidden.to(dtype) @ head.weight.mean(0, dtype=dtype)
+    return head.scale * (mean if head.bias is None else mean + head.bias.mean(dtype=dtype))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from fused_rl.integrations.trl import gkd
+from fused_rl.integrations.trl import gkd, preference
 from fused_rl.integrations.trl.divergence import NAMES as DIVERGENCE
 from fused_rl.integrations.trl.divergence import FusedDivergence
 from fused_rl.integrations.trl.logprobs import FusedHead, with_theirs
@@ -21,6 +21,20 @@ _OF_LOGPROBS = (
     ("weight", *_OPTIONS),
     ("weight", "bias", *_OPTIONS),
     ("weight", "bias", *_OPTIONS, "outputs"),
+)
+
+# Methods of experimental trainers that form whole logits: module, class, method, what it takes in
+# TRL 1.16, and (class, theirs) -> ours.
+_METHODS = (
+    ("gkd.gkd_trainer", "GKDTrainer", "compute_loss", gkd.NAMES, gkd.compute_loss_of),
+    ("cpo.cpo_trainer", "CPOTrainer", "concatenated_forward", preference.NAMES, preference.cpo_of),
+    (
+        "orpo.orpo_trainer",
+        "ORPOTrainer",
+        "concatenated_forward",
+        preference.NAMES,
+        preference.orpo_of,
+    ),
 )
 
 StandIn = FusedHead | FusedDivergence
@@ -48,7 +62,7 @@ def patch() -> None:
         _swap(ours.original, ours)
     _guard_precomputed()
     if any(isinstance(ours, FusedDivergence) for ours in _active):
-        _route_gkd()
+        _route_methods()
 
 
 def unpatch() -> None:
@@ -130,17 +144,18 @@ def _guard_precomputed() -> None:
             _replace(owner, method, _by_trainer)
 
 
-def _route_gkd() -> None:
-    """Where its module is imported: importing it would be for those alone who use it."""
-    module = sys.modules.get("trl.experimental.gkd.gkd_trainer")
-    owner = getattr(module, "GKDTrainer", None)
-    if owner is None:
-        return
-    names = tuple(inspect.signature(owner.compute_loss).parameters)
-    if names != gkd.NAMES:
-        unpatch()
-        raise _moved(module.__name__, "GKDTrainer.compute_loss", names)
-    _replace(owner, "compute_loss", functools.partial(gkd.compute_loss_of, owner))
+def _route_methods() -> None:
+    """Where their modules are imported: importing one would be for those alone who use it."""
+    for module, name, method, known, ours in _METHODS:
+        module = f"trl.experimental.{module}"
+        owner = getattr(sys.modules.get(module), name, None)
+        if owner is None:
+            continue
+        takes = tuple(inspect.signature(getattr(owner, method)).parameters)
+        if takes != known:
+            unpatch()
+            raise _moved(module, f"{name}.{method}", takes)
+        _replace(owner, method, functools.partial(ours, owner))
 
 
 def _replace(owner: type, name: str, wrap: Callable[[Callable], Callable]) -> None:
