@@ -124,6 +124,8 @@ def trainer_of(name: str, way: str, paths: list[str], **options: Any) -> Any:
         given["train_dataset"] = Dataset.from_dict({"messages": said})
         args = GKDConfig(max_length=20, max_new_tokens=T, lmbda=0.5, **(defaults | options))
         trainer = GKDTrainer(**given, teacher_model=paths[1], args=args)
+    elif name in ("CPO", "ORPO"):
+        trainer = _of_pairs(name, given, {**defaults, "max_length": 20} | options)
     elif name == "distillation":
         args = trl.DistillationConfig(**(defaults | options))
         trainer = trl.DistillationTrainer(**given, teacher_model=paths[1], args=args)
@@ -139,6 +141,26 @@ def trainer_of(name: str, way: str, paths: list[str], **options: Any) -> Any:
             trainer = trl.GRPOTrainer(**given)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _of_pairs(name: str, given: dict[str, Any], options: dict[str, Any]) -> Any:
+    """A CPOTrainer or an ORPOTrainer, of a model that is loaded already."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl.experimental import cpo, orpo
+
+    del options["max_completion_length"], options["temperature"]
+    pairs = {
+        "prompt": given["train_dataset"]["prompt"],
+        "chosen": [" w3 w4 w5 w6 w7"[: 3 + 3 * (i % 5)] for i in range(8)],
+        "rejected": [" w7 w2 w8 w9 w2"[: 3 + 3 * (2 * i % 5)] for i in range(8)],
+    }
+    module = {"CPO": cpo, "ORPO": orpo}[name]
+    given = {**given, "train_dataset": Dataset.from_dict(pairs)}
+    # Config first: ZeRO-3 shards a model as it is loaded.
+    given["args"] = getattr(module, f"{name}Config")(**options)
+    given["model"] = AutoModelForCausalLM.from_pretrained(given["model"])
+    return getattr(module, f"{name}Trainer")(**given)
 
 
 def whole(weight: Tensor) -> Tensor:

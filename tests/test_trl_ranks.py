@@ -135,6 +135,19 @@ def test_distillation_takes_the_same_steps(sharded, of_ddp, paths, trainer):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("trainer", ["CPO", "ORPO"])
+def test_preferences_take_the_same_steps(sharded, of_ddp, paths, trainer, tied):
+    """With accumulation. Under ZeRO-3 their forward is TRL's own."""
+    kind, apart = sharded
+    if kind == "fsdp2_own_unit" and tied:
+        pytest.skip("a weight of two units is an error of torch")
+    given = {"paths": paths[tied], "trainer": trainer, "per_device_train_batch_size": 2}
+    given["gradient_accumulation_steps"] = 2
+    is_the_same(ran(apart, kind=kind, way="patched", **given), of_ddp(**given))
+
+
+@pytest.mark.slow
 def test_what_wraps_the_model_is_what_was_asked_for(sharded, paths):
     """accelerate gives DDP on CPUs, in silence."""
     kind, apart = sharded

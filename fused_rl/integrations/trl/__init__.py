@@ -50,11 +50,12 @@ imported before patch(), its `compute_loss` forms the same loss from hidden stat
 where outputs are asked for with the loss, where ZeRO-3 has sharded a head, and in subclasses with
 another `generalized_jsd_loss`. LMHead.from_model asks the teacher once what it does to its logits.
 
-So do the experimental CPOTrainer, whose losses are CPO, SimPO, IPO, hinge and AlphaPO, and
-ORPOTrainer: [2 B, T, V] logits of a whole step. Of them the `concatenated_forward` is ours: one
-call of linear_logprobs gives the log-probs of completions and the NLL, of completions in CPO, of
-prompts too in ORPO. What is masked costs nothing. The model is asked once what it does to its
-logits, and one that does more than a head can is a ValueError. What differs:
+The experimental CPOTrainer, whose losses are CPO, SimPO, IPO, hinge and AlphaPO, and ORPOTrainer
+form the logits of both sides, [2 B, T, V]. Where their modules are imported before patch(), their
+`concatenated_forward` is ours: one call of linear_logprobs, inside the model's, gives the log-probs
+of completions and the NLL, of the chosen completions in CPO, with their prompts in ORPO. Masked
+tokens cost nothing. The model is asked once what it does to its logits, and one that does more than
+an LMHead can is a ValueError. What differs:
 
     log-probs of a bfloat16 model     float32; TRL's are bfloat16, some 0.2 % off
     logits/chosen, logits/rejected    the same means over all columns, by the mean of the weight's
@@ -62,11 +63,15 @@ logits, and one that does more than a head can is a ValueError. What differs:
     the logits that are returned      their means over the vocabulary, [B, T]
 
 TRL's own stays for encoder-decoders, with router logits, in subclasses with another
-`get_batch_logps`, where torch.compile wraps the model, where a label is not the token of the input,
-and where ZeRO-3 or tensor parallelism has sharded the head. Either way TRL's AlphaPO of sums
-(loss_type="sigmoid" with alpha) is NaN once a completion is less likely than exp(-104), since
-exp(sum) is then 0 in float32; fused_rl.preference.alphapo is not. TRL 1.16 has no BCOTrainer: that
-loss is fused_rl.preference.bco, or loss_type="bco_pair" of its DPOTrainer.
+`get_batch_logps`, where a label is not the token of the input, and where ZeRO-3 or tensor
+parallelism has sharded the head. On two processes, with accumulation and with tied embeddings, ours
+took TRL's steps under DDP and FSDP2.
+
+Whoever forms the log-probs, TRL's AlphaPO of sums (loss_type="sigmoid" with alpha) takes a power of
+exp(sum) in float32. With alpha=0.3 its gradient is infinite for a completion below -68 nats, its
+loss below -104; after one such step all weights were NaN, while a loss of 0.0 was logged.
+fused_rl.preference.alphapo is of means, and bounded. TRL 1.16 has no BCOTrainer: that loss is
+fused_rl.preference.bco, or, for pairs and without its shift, loss_type="bco_pair" of DPOTrainer.
 
 `FusedGRPOTrainer` is TRL's GRPOTrainer with any of our losses, formed with its gradients in one
 pass, inside the model's forward:

@@ -65,8 +65,8 @@ def _forward_of(kind: _Kind, owner: type, theirs: Callable) -> Callable:
     vocabulary, whose mean is that of the logits.
 
     Theirs stays for encoder-decoders, with the load-balancing loss of experts, in subclasses with
-    another get_batch_logps, for labels of completions that are not the tokens of the input, for a
-    model that torch.compile wraps, and for heads in shards of ZeRO-3 or of tensor parallelism.
+    another get_batch_logps, for labels of completions that are not the tokens of the input, and for
+    heads in shards of ZeRO-3 or of tensor parallelism.
     """
     formula = owner.get_batch_logps
 
@@ -103,10 +103,7 @@ orpo_of = functools.partial(_forward_of, _ORPO)
 
 
 def _is_theirs(model: Any) -> bool:
-    """Whether the head cannot be reached within a call of the model by what takes its place."""
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        # A forward of ours in the model would be compiled anew in every step.
-        return True
+    """Whether the head is in shards that are not gathered here."""
     inner = parts.unwrap(sharded.inside(model))
     layer = parts.output_linear(inner)
     return hasattr(layer.weight, "ds_id") or sharded.is_tensor_parallel(inner, layer)
