@@ -19,6 +19,7 @@ import fused_rl
 from fused_rl import KLPenalty, Level, LMHead, TokenStats, linear_logprobs, ops
 from fused_rl.integrations import trl as integration
 from fused_rl.integrations.trl import grpo, logprobs
+from fused_rl.linear.mean_logits import mean_logits
 
 V, H, T = 23, 16, 7
 EXAMPLES = re.findall(r"```python\n(.*?)```", integration.__doc__, re.DOTALL)
@@ -330,7 +331,7 @@ def test_mean_logits_without_the_logits(autocast):
     for bias in (None, torch.randn(9)):
         head = LMHead(torch.randn(9, 4), bias, 0.5)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            mean = logprobs._mean_logits(hidden, head)
+            mean = mean_logits(hidden, head)
         torch.testing.assert_close(mean, head.logits(hidden).mean(-1))
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from fused_rl.integrations.trl.gathered import averaged
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.logprobs import linear_top_logprobs
+from fused_rl.linear.mean_logits import mean_logits
 from fused_rl.ops import in_full
-from fused_rl.reference import acc_dtype, logits
+from fused_rl.reference import logits
 
 _OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # Logits that are held at once for what needs all of them: 64 MiB of float32.
@@ -57,7 +58,7 @@ class FusedHead:
         if "log_sum_sq_probs" in outputs or ("mean_logits" in outputs and softcap is not None):
             squares, mean = _of_all_logits(hidden, head, temperature)
         elif "mean_logits" in outputs:
-            mean = _mean_logits(hidden, head) / temperature
+            mean = mean_logits(hidden, head) / temperature
         squares = squares if "log_sum_sq_probs" in outputs else None
         mean = mean if "mean_logits" in outputs else None
         return logprobs, entropy, squares, mean, is_top1
@@ -66,17 +67,8 @@ class FusedHead:
 def mean_of_logits(hidden: Tensor, head: LMHead) -> Tensor:
     """[...] of hidden [..., H]: the mean of the logits over the vocabulary, without gradient."""
     if head.softcap is None:
-        return _mean_logits(hidden, head)
+        return mean_logits(hidden, head)
     return _of_all_logits(hidden.flatten(0, -2), head, 1.0)[1].view(hidden.shape[:-1])
-
-
-@torch.no_grad()
-def _mean_logits(hidden: Tensor, head: LMHead) -> Tensor:
-    """[...]: the mean over the vocabulary, from the mean of the weight's rows, without [N, V]."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        dtype = acc_dtype(hidden)
-        mean = hidden.to(dtype) @ head.weight.mean(0, dtype=dtype)
-    return head.scale * (mean if head.bias is None else mean + head.bias.mean(dtype=dtype))
 
 
 @torch.no_grad()
