@@ -17,6 +17,7 @@ from torch import Tensor
 from fused_rl import checks
 from fused_rl.losses import counts
 from fused_rl.losses.batch import TokenBatch
+from fused_rl.losses.preference.compared import Compared, mask_of
 from fused_rl.losses.sequences import sequence_ids
 
 _COUNTS = ("num_chosen", "num_rejected", "num_scored", "num_likely")
@@ -98,7 +99,7 @@ class PreferenceBatch:
         checks.require(
             labels.dim() == 2, lambda: f"labels must be [S, T], got {list(labels.shape)}"
         )
-        sides = _Sides.of(labels.shape[0], labels.device, pairs, desirable, mismatched)
+        sides = Compared.of(labels.shape[0], labels.device, pairs, desirable, mismatched)
         return cls._build(labels, loss_mask, None, sides, ref_logprobs, likelihood_mask)
 
     @classmethod
@@ -133,15 +134,15 @@ class PreferenceBatch:
         if loss_mask is None:
             loss_mask = torch.ones_like(labels, dtype=torch.bool)
         _, S = sequence_ids(labels.shape, cu_seqlens, labels.device)
-        sides = _Sides.of(S, labels.device, pairs, desirable, mismatched)
+        sides = Compared.of(S, labels.device, pairs, desirable, mismatched)
         return cls._build(labels, loss_mask, cu_seqlens, sides, ref_logprobs, likelihood_mask)
 
     @classmethod
     def _build(cls, labels, loss_mask, cu_seqlens, sides, ref_logprobs, likelihood_mask):
-        scored = _mask("loss_mask", loss_mask, labels)
+        scored = mask_of("loss_mask", loss_mask, labels)
         likely = scored
         if likelihood_mask is not None:
-            likely = _mask("likelihood_mask", likelihood_mask, labels)
+            likely = mask_of("likelihood_mask", likelihood_mask, labels)
         sequence, S = sequence_ids(labels.shape, cu_seqlens, labels.device)
         is_chosen = torch.zeros(S, dtype=torch.bool, device=labels.device)
         is_chosen = is_chosen.index_fill(0, sides.chosen, True)
@@ -224,93 +225,6 @@ def is_preference_batch(batch: object) -> None:
         isinstance(batch, PreferenceBatch),
         lambda: f"batch must be a PreferenceBatch ({_TO_GIVE}), got {checks.shown(batch)}",
     )
-
-
-@dataclass(frozen=True)
-class _Sides:
-    """Who was chosen, who rejected, who only serves the reference point; and whether in pairs."""
-
-    chosen: Tensor
-    rejected: Tensor
-    mismatched: Tensor
-    paired: bool
-
-    def __iter__(self):
-        return iter((self.chosen, self.rejected, self.mismatched, self.paired))
-
-    @classmethod
-    def of(cls, S, device, pairs, desirable, mismatched) -> _Sides:
-        none = torch.zeros(0, dtype=torch.int64, device=device)
-        if desirable is not None:
-            checks.require(
-                pairs is None,
-                lambda: "pairs and desirable are given: sequences are judged in pairs, or alone",
-            )
-            good = _flags("desirable", desirable, S, device)
-            apart = torch.zeros_like(good)
-            if mismatched is not None:
-                apart = _flags("mismatched", mismatched, S, device)
-            parts = (good & ~apart, ~good & ~apart, apart)
-            return cls(*(part.nonzero()[:, 0] for part in parts), False)
-        checks.require(
-            mismatched is None,
-            lambda: "mismatched is for an unpaired batch: give desirable too",
-        )
-        if pairs is None:
-            checks.require(
-                S % 2 == 0,
-                lambda: (
-                    f"without pairs or desirable, the first half is chosen over the second, and "
-                    f"there are {S} sequences: give pairs=(chosen, rejected) or desirable"
-                ),
-            )
-            rows = torch.arange(S, device=device)
-            return cls(rows[: S // 2], rows[S // 2 :], none, True)
-        checks.require(
-            isinstance(pairs, tuple) and len(pairs) == 2,
-            lambda: f"pairs must be (chosen, rejected), got {checks.shown(pairs)}",
-        )
-        chosen, rejected = (
-            _indices(f"{name} of pairs", given, S, device)
-            for name, given in zip(("chosen", "rejected"), pairs, strict=True)
-        )
-        checks.same_shape("rejected of pairs", rejected, "chosen of pairs", chosen)
-        same = (chosen == rejected).nonzero()[:, 0].tolist()
-        checks.require(
-            not same, lambda: f"pair {same[0]} compares sequence {int(chosen[same[0]])} with itself"
-        )
-        return cls(chosen, rejected, none, True)
-
-
-def _indices(name: str, given: Tensor, S: int, device: torch.device) -> Tensor:
-    checks.is_indices(name, given)
-    checks.require(given.dim() == 1, lambda: f"{name} must be [P], got {list(given.shape)}")
-    checks.same_device(labels=torch.empty(0, device=device), **{name: given})
-    outside = given[(given < 0) | (given >= S)].tolist()
-    checks.require(not outside, lambda: f"{name} holds {outside[0]}, outside [0, {S})")
-    return given.long()
-
-
-def _flags(name: str, given: Tensor, S: int, device: torch.device) -> Tensor:
-    checks.is_tensor(name, given)
-    checks.require(given.shape == (S,), lambda: f"{name} must be [{S}], got {list(given.shape)}")
-    checks.same_device(labels=torch.empty(0, device=device), **{name: given})
-    return _bool(name, given)
-
-
-def _mask(name: str, given: Tensor, labels: Tensor) -> Tensor:
-    checks.is_tensor(name, given)
-    checks.same_shape(name, given, "labels", labels)
-    checks.same_device(labels=labels, **{name: given})
-    return _bool(name, given)
-
-
-def _bool(name: str, given: Tensor) -> Tensor:
-    checks.require(
-        given.dtype in (torch.bool, torch.int32, torch.int64, torch.uint8),
-        lambda: f"{name} must be bool or 0/1 integers, got {given.dtype}: give {name}.bool()",
-    )
-    return given != 0
 
 
 def _reference(given: Tensor | None, labels: Tensor, S: int) -> tuple[Tensor | None, Tensor | None]:

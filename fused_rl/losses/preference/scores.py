@@ -75,7 +75,7 @@ class LogRatio(_Scaled):
             checks.is_callable("derivative", self.derivative, "fused_rl.scores.ForwardKL()")
 
     def __call__(self, stats: SequenceStats) -> Tensor:
-        r = stats.ratio()
+        r = stats.log_ratio_to_reference()
         return self.beta * (r if self.derivative is None else self.derivative(r))
 
 
@@ -117,7 +117,7 @@ class MeanLogRatio(_Scaled):
     """beta r / n: the log-ratio per token, which length does not scale."""
 
     def __call__(self, stats: SequenceStats) -> Tensor:
-        return self.beta * stats.ratio() / stats.length.clamp(min=1)
+        return self.beta * stats.log_ratio_to_reference() / stats.length.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Ranked(_Scaled):
     """
 
     def __call__(self, stats: SequenceStats) -> Tensor:
-        return self.beta * stats.ratio()
+        return self.beta * stats.log_ratio_to_reference()
 
     def sides(self, chosen: SequenceStats, rejected: SequenceStats) -> tuple[Tensor, Tensor]:
         """Both sorted."""
@@ -196,5 +196,7 @@ class RankedMargins(Ranked):
     def sides(self, chosen: SequenceStats, rejected: SequenceStats) -> tuple[Tensor, Tensor]:
         """The margins of both, sorted."""
         policy = chosen.sum - rejected.sum
-        reference = (policy - chosen.ratio() + rejected.ratio()).detach()
+        reference = (
+            policy - chosen.log_ratio_to_reference() + rejected.log_ratio_to_reference()
+        ).detach()
         return self.beta * policy.sort().values, self.beta * reference.sort().values

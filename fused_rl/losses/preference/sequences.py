@@ -35,7 +35,7 @@ class SequenceStats(NamedTuple):
         """[S]: the mean log-prob per token; 0 for a sequence without tokens."""
         return self.sum / self.length.clamp(min=1)
 
-    def ratio(self) -> Tensor:
+    def log_ratio_to_reference(self) -> Tensor:
         """log_ratio.
 
         Raises:
