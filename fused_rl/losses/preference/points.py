@@ -44,7 +44,7 @@ class BatchMean:
 @torch.no_grad()
 def _mean(scores: Tensor, batch: PreferenceBatch) -> Tensor:
     """[] over the ranks of the batch; 0 of nothing."""
-    both = torch.stack([scores.sum(), scores.new_tensor(float(len(scores)))])
+    both = torch.stack([scores.sum(), scores.new_full((), len(scores))])
     if batch.group is not None:
         dist.all_reduce(both, group=batch.group)
     return both[0] / both[1].clamp(min=1)
