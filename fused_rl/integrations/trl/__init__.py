@@ -57,7 +57,8 @@ of completions and the NLL, of the chosen completions in CPO, with their prompts
 tokens cost nothing. The model is asked once what it does to its logits, and one that does more than
 an LMHead can is a ValueError. What differs:
 
-    log-probs of a bfloat16 model     float32; TRL's are bfloat16, some 0.2 % off
+    log-probs of a bfloat16 model     float32; TRL's are bfloat16, some 0.2 % off; of 151,936
+                                      entries ORPO's NLL was 12.13 nats, and 12.27 in float32
     logits/chosen, logits/rejected    the same means over all columns, by the mean of the weight's
                                       rows; with a softcap a second pass over all columns
     the logits that are returned      their means over the vocabulary, [B, T]
