@@ -53,6 +53,7 @@ bench-pytest: $(READY_BENCH)
 # The tables that the code knows, and the reference of every public name, into out/docs.
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/optimum.py
 	$(BIN)/python bench/predictions.py
 	$(BIN)/python docs/reference.py out/docs
 

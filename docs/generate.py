@@ -3,7 +3,8 @@
 docs/losses.md    from the docstrings of losses/, and of the named losses
 docs/distillation.md    from the docstrings of losses/distillation.py
 docs/preference.md      from the docstrings of losses/preference/
-docs/kl.md        the expected gradients that tests/enumeration.py finds, and exact_enumeration.py
+docs/kl.md        the expected gradients that tests/enumeration.py finds, and exact_enumeration.py,
+                  and what losses on preferences end at (preference_world.py)
 docs/predictions.md     what fused_rl/plan says of one head over ranks
 """
 
@@ -23,6 +24,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("docs", "bench", "tests")]
 
 from enumeration import World, markdown  # noqa: E402 - found by the line above
 from exact_enumeration import ExactWorld, exact_markdown  # noqa: E402
+from preference_world import PreferenceWorld, preference_markdown  # noqa: E402
 from reference import Page, pages  # noqa: E402
 from run import replace_block  # noqa: E402
 
@@ -188,6 +190,7 @@ BLOCKS = {
     "kl.md": {
         "kl": lambda: markdown(World()).splitlines(),
         "exact": lambda: exact_markdown(ExactWorld()).splitlines(),
+        "optimum": lambda: preference_markdown(PreferenceWorld()).splitlines(),
     },
     "distillation.md": {"distillation": distillation_losses},
     "preference.md": {

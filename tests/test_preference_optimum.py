@@ -4,9 +4,14 @@ The expected loss is a sum over all pairs of sequences of a small autoregressive
 hidden states, in float64; nothing is sampled.
 """
 
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
-from preference_world import ENDS, PreferenceWorld, distance, frontier, preference_markdown
+from preference_world import ENDS, PreferenceWorld, distance, frontier
 
 from fused_rl import preference, scores
 from fused_rl.links import Squared
@@ -20,6 +25,17 @@ STATIONARY, MOVING = 1e-14, 1e-3
 @pytest.fixture
 def world() -> PreferenceWorld:
     return PreferenceWorld()
+
+
+@pytest.fixture(scope="module")
+def picture() -> ModuleType:
+    """docs/optimum.py."""
+    pytest.importorskip("matplotlib")
+    path = Path(__file__).parents[1] / "docs" / "optimum.py"
+    spec = importlib.util.spec_from_file_location("optimum", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def slope_at(world, loss, probability) -> float:
@@ -152,5 +168,27 @@ def test_ipo_of_certain_preferences_stays_where_dpo_runs_away(world):
     assert float(world.reward.max() - world.reward.min()) > 1000
 
 
-def test_the_table_has_a_row_for_each_loss(world):
-    assert len(preference_markdown(world).splitlines()) == 2 + len(ENDS)
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_adam_comes_within_a_thousandth(world, picture, monkeypatch, beta):
+    """As in the picture, with fewer steps."""
+    monkeypatch.setattr(picture, "STEPS", 250)
+    errors = picture.distances(world, beta)
+    assert errors[0] > 0.1 and errors[-1] < 1e-3
+
+
+def test_the_picture_is_what_its_script_draws(picture, monkeypatch, tmp_path):
+    """The same bytes each time; names and places of the policies' ends as in the page's."""
+    monkeypatch.setattr(picture, "STEPS", 20)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        picture.draw(tmp_path / name / picture.PICTURE.name)
+    first, second = (tmp_path / n / picture.PICTURE.name for n in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    committed = picture.PICTURE.read_text()
+    for name in ENDS:
+        assert f">{name}</text>" in committed
+    place = re.compile(r'x="([\d.]+)" y="([\d.]+)"[^>]*>(?:dpo|ipo|cpo|simpo)\(')
+    ends = [place.findall(text) for text in (first.read_text(), committed)]
+    assert len(ends[1]) == len(ENDS)
+    for ours, theirs in zip(*ends, strict=True):
+        assert [float(x) for x in ours] == pytest.approx([float(x) for x in theirs], abs=0.5)
