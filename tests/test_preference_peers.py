@@ -5,12 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from preference_cases import Given, P, stats
+from preference_cases import DESIRABLE, MISMATCHED, Given, P, stats
 
 from fused_rl import preference, scores
 
 trl = pytest.importorskip("trl")
 EXACT = 1e-12
+# An accelerator of one process.
+ALONE = SimpleNamespace(
+    device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x
+)
 
 # name -> ours, and the options of TRL's DPOTrainer. Its alpha divergence has no float64.
 DPO = {
@@ -79,13 +83,10 @@ class Model(torch.nn.Module):
 def its_dpo(model, reference, mask, loss_type, **options):
     """The loss of a DPOTrainer that was given nothing else."""
     trainer = trl.DPOTrainer.__new__(trl.DPOTrainer)
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x
-    )
     settings = {
         "model": model,
         "ref_model": reference,
-        "accelerator": accelerator,
+        "accelerator": ALONE,
         "args": SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None),
         "loss_types": [loss_type],
         "loss_weights": [1.0],
@@ -158,9 +159,8 @@ def test_cpo_trainer(name):
     sums = logprobs.where(given.mask, 0.0).sum(-1)
     if options.get("loss_type") == "simpo":
         sums = sums / given.mask.sum(-1)
-    accelerator = SimpleNamespace(device=torch.device("cpu"))
     settings = {"alpha": 0.0, "beta": 0.3, "loss_type": "sigmoid", "label_smoothing": 0.0}
-    trainer = SimpleNamespace(**settings | options, accelerator=accelerator)
+    trainer = SimpleNamespace(**settings | options, accelerator=ALONE)
     losses, *_ = CPOTrainer.cpo_loss(trainer, sums[:P], sums[P:])
     ours = loss(stats(logprobs), given.batch(ref_logprobs=None)).loss
     assert_same(ours, losses.mean(), [logprobs])
@@ -173,7 +173,7 @@ def test_orpo_trainer():
     given = Given()
     logprobs = given.logprobs().detach().requires_grad_()
     means = logprobs.where(given.mask, 0.0).sum(-1) / given.mask.sum(-1)
-    trainer = SimpleNamespace(beta=0.2, accelerator=SimpleNamespace(device=torch.device("cpu")))
+    trainer = SimpleNamespace(beta=0.2, accelerator=ALONE)
     losses, *_ = ORPOTrainer.odds_ratio_loss(trainer, means[:P], means[P:])
     chosen = given.mask[:P]
     theirs = -logprobs[:P][chosen].mean() - losses.double().mean()
@@ -181,3 +181,51 @@ def test_orpo_trainer():
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
     mine, other = (torch.autograd.grad(x, logprobs)[0] for x in (ours, theirs))
     torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+def its_kto(given: Given, loss_type: str):
+    """The loss of a KTOTrainer; sequences 6 and 7 are the mismatched ones."""
+    logprobs, judged = given.logprobs(), ~MISMATCHED
+    sums, refs = (x.where(given.mask, 0.0).sum(-1) for x in (logprobs, given.ref))
+    trainer = trl.KTOTrainer.__new__(trl.KTOTrainer)
+    model = Model(logprobs[judged], given.mask[judged])
+    settings = {
+        "model": model,
+        "accelerator": ALONE,
+        "loss_type": loss_type,
+        "beta": 0.3,
+        "desirable_weight": 1.2,
+        "undesirable_weight": 0.7,
+        "calculate_KL": loss_type == "kto",
+        "precompute_ref_logps": True,
+        "aux_loss_enabled": False,
+        "_metrics": defaultdict(lambda: defaultdict(list)),
+        "_total_train_tokens": 0,
+        "_tp_size": 1,
+        "_compute_kl_logps": lambda model, batch: sums[MISMATCHED],
+    }
+    vars(trainer).update(settings)
+    whole = torch.nn.functional.pad(given.mask[judged].long(), (1, 0))
+    inputs = {
+        "input_ids": torch.zeros_like(whole),
+        "attention_mask": torch.ones_like(whole),
+        "completion_mask": whole,
+        "label": DESIRABLE[judged],
+        "ref_logps": refs[judged],
+        "ref_KL_logps": refs[MISMATCHED],
+    }
+    return trainer._compute_loss(model, inputs, return_outputs=False)
+
+
+@pytest.mark.parametrize("rise", [-5.0, 5.0])
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_kto_trainer(loss_type, rise):
+    """With the point of reference at 0, and above it."""
+    given = Given()
+    given.ref = torch.where(MISMATCHED[:, None], given.ref - rise, given.ref)
+    maker = {"kto": preference.kto, "apo_zero_unpaired": preference.apo_zero_unpaired}[loss_type]
+    batch = given.batch(desirable=DESIRABLE, mismatched=MISMATCHED)
+    out = given.ours(maker(0.3, desirable=1.2, undesirable=0.7), batch)
+    if loss_type == "kto":
+        assert (float(out.metrics["reference_point"]) > 0) == (rise > 0)
+    assert_same(out.loss, its_kto(given, loss_type), given.leaves)
