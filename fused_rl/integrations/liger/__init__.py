@@ -69,10 +69,9 @@ compute_nll_loss=False: Liger's default, which is kept, and not its function's. 
                         returned as float32. dweight is rounded once: of 64 pairs it is off by
                         0.24 %, Liger's, added up pair by pair, by 0.74 %
     float64             is float64; Liger's is float32
-    padding             may hold NaN, and is no part of the mean logits that are returned, of which
-                        no logits are formed
+    padding             may hold NaN, which then is in the means of logits alone: these are Liger's,
+                        over padding too, and no logits are formed for them
     odd sequences       of losses of pairs are a ValueError; Liger compares one with several
-    nll_target          of ORPO gives a token that target counts too the same label
 """
 
 from fused_rl.integrations.liger.cpo import (

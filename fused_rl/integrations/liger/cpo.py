@@ -59,11 +59,10 @@ class LigerFusedLinearCPOFunction:
         """
         link = links.Logistic(smoothing_of(label_smoothing))
         score = score_of(beta, average_log_prob, None)
-        loss = preference.PreferenceLoss(
-            score, link, likelihood=likelihood_of(alpha, compute_nll_loss)
-        )
+        loss = preference.PreferenceLoss(score, link)
+        options = {"likelihood": likelihood_of(alpha, compute_nll_loss)}
         tokens = Tokens.of(_input, weight, target, bias, ignore_index)
-        return of_pairs(tokens, loss, averaged=average_log_prob).output
+        return of_pairs(tokens, loss, averaged=average_log_prob, **options).output
 
 
 liger_fused_linear_cpo = LigerFusedLinearCPOFunction.apply
@@ -153,11 +152,10 @@ class LigerFusedLinearSimPOFunction:
         is_number("gamma", gamma)
         link = links.Logistic(smoothing_of(label_smoothing), gamma)
         score = score_of(beta, True, None)
-        loss = preference.PreferenceLoss(
-            score, link, likelihood=likelihood_of(alpha, compute_nll_loss)
-        )
+        loss = preference.PreferenceLoss(score, link)
+        options = {"likelihood": likelihood_of(alpha, compute_nll_loss)}
         tokens = Tokens.of(_input, weight, target, bias, ignore_index)
-        return of_pairs(tokens, loss, averaged=True).output
+        return of_pairs(tokens, loss, averaged=True, **options).output
 
 
 liger_fused_linear_simpo = LigerFusedLinearSimPOFunction.apply

@@ -3,11 +3,13 @@
 preference.py says what goes in and what is returned.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fused_rl import links, preference
-from fused_rl.checks import require
+from fused_rl.checks import is_number, require
 from fused_rl.integrations.liger.preference import (
     Output,
     Tokens,
@@ -15,7 +17,6 @@ from fused_rl.integrations.liger.preference import (
     of_pairs,
     reference_of,
     score_of,
-    smoothing_of,
 )
 from fused_rl.stats import IGNORE_INDEX
 
@@ -35,19 +36,30 @@ _SMOOTHED = ("robust", "exo_pair")
 _LOSS_TYPES = (*_LINKS, *_SMOOTHED, "discopop")
 
 
-def _link(loss_type: str, label_smoothing: float, discopop_tau: float) -> tuple:
+def _link(loss_type: str, label_smoothing: float, discopop_tau: float) -> tuple[Callable, int]:
     """The link by its name, and the power of beta that it is multiplied by."""
+    # In Liger's words, which its users may look for.
     require(
         loss_type in _LOSS_TYPES,
-        lambda: f"loss_type must be one of {', '.join(_LOSS_TYPES)}, got {loss_type!r}",
+        lambda: f"Unsupported loss_type: {loss_type!r}, not one of {', '.join(_LOSS_TYPES)}",
     )
-    smoothing = smoothing_of(label_smoothing, below=0.5 if loss_type == "robust" else 1.0)
+    is_number("label_smoothing", label_smoothing)
+    smoothing = label_smoothing
     if loss_type == "robust":
+        require(
+            0 <= smoothing < 0.5,
+            lambda: (
+                f"label_smoothing must lie in [0.0, 0.5) for loss_type='robust', got {smoothing}"
+            ),
+        )
         return links.Robust(smoothing), 0
     if loss_type == "exo_pair":
         require(
-            smoothing > 0,
-            lambda: "label_smoothing must be positive for loss_type 'exo_pair', 1e-3 say, got 0",
+            0 < smoothing < 1,
+            lambda: (
+                "label_smoothing must be > 0 for loss_type='exo_pair', 1e-3 say, and below 1, got "
+                f"{smoothing}"
+            ),
         )
         return links.EXO(smoothing), 0
     require(
@@ -117,11 +129,11 @@ class LigerFusedLinearDPOFunction:
         reference = reference_of(use_ref_model, ref_input, ref_weight, ref_bias)
         # IPO is of log-ratios per token.
         score = score_of(beta, average_log_prob or loss_type == "ipo", reference)
-        loss = preference.PreferenceLoss(
-            score, link, beta**power, likelihood_of(alpha, compute_nll_loss)
-        )
+        loss = preference.PreferenceLoss(score, link, beta**power)
+        options = {"averaged": average_log_prob, "reference": reference}
+        options["likelihood"] = likelihood_of(alpha, compute_nll_loss)
         tokens = Tokens.of(_input, weight, target, bias, ignore_index)
-        return of_pairs(tokens, loss, averaged=average_log_prob, reference=reference).output
+        return of_pairs(tokens, loss, **options).output
 
 
 liger_fused_linear_dpo = LigerFusedLinearDPOFunction.apply

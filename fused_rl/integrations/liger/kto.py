@@ -49,8 +49,9 @@ class LigerFusedLinearKTOFunction:
             compiled, chunk_size: accepted; they change nothing here.
 
         Returns:
-            (loss [], aux): sums over the chosen and over the rejected of their log-probs, of their
-            tokens' logits and of their rewards beta r, [] each, without gradient.
+            (loss [], aux): sums over the chosen, and over the rejected, of their log-probs, of
+            their logits (at all places, padding too) and of their rewards beta r, [] each, without
+            gradient.
 
         Raises:
             ValueError: no preference_labels; no reference where use_ref_model asks for one; tensors
@@ -72,7 +73,7 @@ class LigerFusedLinearKTOFunction:
         losses = torch.where(chosen, link.chosen(beyond), link.rejected(beyond))
         value = losses.sum() / max(len(losses), 1)
         logps = sequences.mean if average_log_prob else sequences.sum
-        logits = tokens.logits() * len(weight)
+        logits = tokens.logits() * target.shape[1] * len(weight)
         sums = (
             t.detach()[rows].sum() for t in (logps, logits, rewards) for rows in (chosen, ~chosen)
         )

@@ -41,8 +41,8 @@ class LigerFusedLinearORPOFunction:
             target: [2 P, T] int64; ignore_index counts nowhere.
             beta: weight of the odds ratio's term.
             compute_nll_loss: whether the NLL is added.
-            nll_target: [2 P, T] int64: what the NLL counts of the chosen, the prompts too; where
-                target counts as well, they are the same. None: target.
+            nll_target: [2 P, T] int64: what the NLL counts of the chosen, the prompts too; None:
+                target. Tokens whose label is not target's cost a pass of their own.
             compiled, chunk_size: accepted; they change nothing here.
 
         Returns:
@@ -50,17 +50,16 @@ class LigerFusedLinearORPOFunction:
             log sigmoid(log odds_w - log odds_l), and of what the sigmoid is of.
 
         Raises:
-            ValueError: an odd number of sequences; two labels for one token; options out of their
-                range; as linear_logprobs raises.
+            ValueError: an odd number of sequences; nll_target of another shape; options out of
+                their range; as linear_logprobs raises.
         """
         is_not_negative("beta", beta)
-        loss = preference.PreferenceLoss(
-            scores.LogOdds(), links.Logistic(), beta, float(compute_nll_loss)
-        )
+        loss = preference.PreferenceLoss(scores.LogOdds(), links.Logistic(), beta)
         tokens = Tokens.of(_input, weight, target, bias, ignore_index)
         if nll_target is not None:
             tokens = tokens.with_nll(nll_target, ignore_index)
-        pairs = of_pairs(tokens, loss, averaged=True)
+        likelihood = 1.0 if compute_nll_loss else None
+        pairs = of_pairs(tokens, loss, averaged=True, likelihood=likelihood)
         chosen, rejected = pairs.scores
         count = max(len(chosen), 1)
         means = (t.sum() / count for t in (logsigmoid(chosen - rejected), chosen - rejected))

@@ -3,8 +3,8 @@
 Of hidden states [2 P, T, H] the first P sequences were chosen, each over the one P further on.
 Functions and modules return (loss [], aux): aux is (log-probs of the chosen [P], of the rejected
 [P], the mean of their logits [] each, NLL [], rewards of the chosen [P], of the rejected [P]),
-without gradient. Means of logits are over the vocabulary and the tokens that count; the NLL is 0
-where the loss has none.
+without gradient. Means of logits are over the vocabulary and all places, padding too, as Liger's;
+the NLL is 0 where the loss has none.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rl import LMHead, TokenStats, linear_logprobs, scores
+from fused_rl import LMHead, TokenStats, linear_logprobs
+from fused_rl import scores as of_sequences
 from fused_rl.checks import is_not_negative, is_number, require, shown
 from fused_rl.linear.mean_logits import mean_logits
 from fused_rl.preference import PreferenceBatch, PreferenceLoss, SequenceStats
+from fused_rl.reference import acc_dtype
 from fused_rl.stats import IGNORE_INDEX
 
 Output = tuple[Tensor, tuple[Tensor, ...]]
@@ -32,25 +34,29 @@ class Tokens:
     Attributes:
         hidden: [S, T, H]; head: the policy's.
         labels: [S, T] int64, IGNORE_INDEX where a token counts nowhere.
-        scored: [S, T] bool: the tokens that sequences are scored by.
-        likely: [S, T] bool: those that the NLL counts; None: as scored.
+        scored, likely: [S, T] bool: the tokens that sequences are scored by, that the NLL counts
+            of the chosen.
+        second: [S, T]: labels that the NLL counts besides, where `labels` has others; or None.
     """
 
     hidden: Tensor
     head: LMHead
     labels: Tensor
     scored: Tensor
-    likely: Tensor | None = None
+    likely: Tensor
+    second: Tensor | None = None
 
     @classmethod
     def of(
         cls, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int
     ) -> "Tokens":
         labels, scored = _labels("target", target, ignore_index)
-        return cls(hidden, LMHead(weight, bias), labels, scored)
+        return cls(hidden, LMHead(weight, bias), labels, scored, scored)
 
     def with_nll(self, target: Tensor, ignore_index: int) -> "Tokens":
-        """With labels [S, T] of the NLL's own, of which the chosen ones count."""
+        """With labels [S, T] of the NLL's own. Where they are those of what is scored, or it has
+        none, one log-prob serves both.
+        """
         labels, likely = _labels("nll_target", target, ignore_index)
         require(
             labels.shape == self.labels.shape,
@@ -58,19 +64,27 @@ class Tokens:
                 f"nll_target must be as target, {list(self.labels.shape)}, got {list(labels.shape)}"
             ),
         )
-        likely = (
-            likely & (torch.arange(len(likely), device=likely.device) < len(likely) // 2)[:, None]
-        )
-        both = (likely & self.scored & (labels != self.labels)).nonzero().tolist()
-        require(
-            not both,
-            lambda: f"target and nll_target have two labels for the token at {both[0]}",
-        )
-        return replace(self, labels=labels.where(likely, self.labels), likely=likely)
+        is_chosen = torch.arange(len(likely), device=likely.device) < len(likely) // 2
+        likely = likely & is_chosen[:, None]
+        second = labels.where(likely & self.scored & (labels != self.labels), IGNORE_INDEX)
+        likely = likely & (second == IGNORE_INDEX)
+        merged = labels.where(likely, self.labels)
+        return replace(self, labels=merged, likely=likely, second=second)
 
     def stats(self) -> TokenStats:
         """[S, T] each, of the policy."""
         return linear_logprobs(self.hidden, self.head, self.labels)
+
+    def nll(self, stats: TokenStats) -> Tensor:
+        """[]: the mean over the tokens of the chosen that it counts; 0 without any."""
+        P = len(self.labels) // 2
+        total = -stats.logprobs[:P].double().where(self.likely[:P], 0.0).sum()
+        count = self.likely[:P].sum()
+        if self.second is not None:
+            more = linear_logprobs(self.hidden[:P], self.head, self.second[:P]).logprobs
+            total = total - more.double().sum()
+            count = count + (self.second != IGNORE_INDEX).sum()
+        return total / count.clamp(min=1)
 
     @torch.no_grad()
     def ref_logprobs(self, reference: Reference | None) -> Tensor | None:
@@ -79,10 +93,10 @@ class Tokens:
             return None
         return linear_logprobs(*reference, self.labels.where(self.scored, IGNORE_INDEX)).logprobs
 
+    @torch.no_grad()
     def logits(self) -> Tensor:
-        """[S]: the sums over the scored tokens of each one's mean logit."""
-        means = mean_logits(self.hidden.detach(), self.head)
-        return means.where(self.scored, 0.0).sum(-1)
+        """[S]: the means of each sequence's logits, over the vocabulary and all T places."""
+        return mean_logits(self.hidden.mean(1, dtype=acc_dtype(self.hidden)), self.head)
 
 
 def _labels(name: str, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -117,22 +131,22 @@ def reference_of(
 def score_of(beta: float, averaged: bool, reference: Reference | None) -> Score:
     """beta times the log-prob of a sequence, or its log-ratio; averaged: their mean per token."""
     if reference is not None:
-        return scores.MeanLogRatio(beta) if averaged else scores.LogRatio(beta)
-    return scores.MeanLogProb(beta) if averaged else scores.LogProb(beta)
+        return of_sequences.MeanLogRatio(beta) if averaged else of_sequences.LogRatio(beta)
+    return of_sequences.MeanLogProb(beta) if averaged else of_sequences.LogProb(beta)
 
 
-def likelihood_of(alpha: float, wanted: bool) -> float:
-    """The weight of the NLL."""
+def likelihood_of(alpha: float, wanted: bool) -> float | None:
+    """The weight of the NLL; None: it is not formed."""
     is_not_negative("alpha", alpha)
-    return alpha if wanted else 0.0
+    return alpha if wanted else None
 
 
-def smoothing_of(label_smoothing: float, below: float = 1.0) -> float:
-    """label_smoothing, in [0, below)."""
+def smoothing_of(label_smoothing: float) -> float:
+    """label_smoothing, in [0, 1)."""
     is_number("label_smoothing", label_smoothing)
     require(
-        0 <= label_smoothing < below,
-        lambda: f"label_smoothing must be in [0, {below}), got {label_smoothing}",
+        0 <= label_smoothing < 1,
+        lambda: f"label_smoothing must be in [0, 1), got {label_smoothing}",
     )
     return label_smoothing
 
@@ -155,20 +169,27 @@ def of_pairs(
     loss: PreferenceLoss,
     *,
     averaged: bool,
+    likelihood: float | None = None,
     reference: Reference | None = None,
 ) -> Pairs:
-    """The loss; averaged: the log-probs that are reported are means over a sequence's tokens."""
-    masks = {"likelihood_mask": tokens.likely, "ref_logprobs": tokens.ref_logprobs(reference)}
-    batch = PreferenceBatch.padded(tokens.labels, tokens.scored, **masks)
+    """The loss and `likelihood` times the NLL, or no NLL where that is None.
+
+    averaged: whether the log-probs that are reported are means over a sequence's tokens.
+    """
+    ref_logprobs = tokens.ref_logprobs(reference)
+    batch = PreferenceBatch.padded(tokens.labels, tokens.scored, ref_logprobs=ref_logprobs)
     stats = tokens.stats()
-    value, metrics = loss(stats, batch)
+    value = loss(stats, batch).loss
+    nll = torch.zeros_like(value)
+    if likelihood is not None:
+        nll = tokens.nll(stats).to(value.dtype)
+        value = value + likelihood * nll
+        nll = nll.detach()
     with torch.no_grad():
-        _, sequences, rewards, _ = loss.judged(stats, batch)
+        _, sequences, scores, _ = loss.judged(stats, batch)
         logps = sequences.mean if averaged else sequences.sum
-        logits, count = tokens.logits(), sequences.length
         sides = (batch.chosen, batch.rejected)
-        means = (logits[rows].sum() / count[rows].sum().clamp(min=1) for rows in sides)
-        nll = metrics["nll"] if loss.likelihood else torch.zeros_like(metrics["nll"])
-        reported = (*(logps[rows] for rows in sides), *means, nll)
+        logits = (tokens.logits()[rows].sum() / max(len(rows), 1) for rows in sides)
+        reported = (*(logps[rows] for rows in sides), *logits, nll)
     reported = tuple(t.to(value.dtype) for t in reported)
-    return Pairs(value, reported, tuple(rewards[rows] for rows in sides))
+    return Pairs(value, reported, tuple(scores[rows] for rows in sides))
