@@ -1,5 +1,7 @@
 """A plugin for pytest: our functions in the place of Liger's, before its tests are imported."""
 
+import importlib
+
 import liger_kernel.chunked_loss as chunked
 import liger_kernel.chunked_loss.functional as functional
 import liger_kernel.ops as ops
@@ -28,6 +30,13 @@ PAIRS = (
 )
 for theirs, ours in PAIRS:
     swap("liger_kernel", theirs, ours)
+for name in ("DPO", "CPO", "SimPO", "ORPO", "KTO"):
+    module = importlib.import_module(f"liger_kernel.chunked_loss.{name.lower()}_loss")
+    by_its_name = f"liger_fused_linear_{name.lower()}"
+    swap("liger_kernel", getattr(functional, by_its_name), getattr(liger, by_its_name))
+    for kind in ("Loss", "Function"):
+        theirs = f"LigerFusedLinear{name}{kind}"
+        swap("liger_kernel", getattr(module, theirs), getattr(liger, theirs))
 
 
 def pytest_collection_finish(session) -> None:

@@ -102,6 +102,15 @@ SUITES = {
         ("test/transformers/test_fused_linear_kl_div.py",),
         select="not 8-128-1024-4096",
     ),
+    "Liger: preference losses": Suite(
+        "liger-kernel",
+        "ours_in_liger",
+        tuple(
+            f"test/chunked_loss/test_{name}_loss.py"
+            for name in ("dpo", "cpo", "simpo", "orpo", "kto")
+        ),
+        select="not 8-128-1024-4096",
+    ),
     "verl: losses, means, rollout correction": Suite(
         "verl",
         "ours_in_verl",
