@@ -260,7 +260,7 @@ def cpo(
     num_pairs: Count | None = None,
     num_tokens: Count | None = None,
 ) -> PreferenceLoss:
-    """mean -log s(beta (S_w - S_l)) + likelihood NLL: CPO (arXiv 2401.08417, eq. 5).
+    """mean -log s(beta (S_w - S_l)) + likelihood NLL: CPO (arXiv 2401.08417).
 
     Without a reference. Elsewhere: TRL CPO "sigmoid", cpo_alpha.
     """
@@ -303,7 +303,7 @@ def kto(
     point: Point | None = None,
     num_sequences: Count | None = None,
 ) -> PreferenceLoss:
-    """mean of desirable s(z0 - beta r), undesirable s(beta r - z0): KTO (arXiv 2402.01306, eq. 8).
+    """mean of desirable s(z0 - beta r), undesirable s(beta r - z0): KTO (arXiv 2402.01306).
 
     Of single answers, without pairs; the mean is over all that are judged. z0 = beta max(mean r, 0)
     over the batch's mismatched sequences of all ranks, without gradient; `point`, a number or a
