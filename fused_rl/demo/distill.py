@@ -8,7 +8,7 @@ said at each of their tokens, distillation.opd.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from rich.console import Console
@@ -19,6 +19,14 @@ from fused_rl import LMHead, LossOutput, TokenBatch, distillation, gpg, linear_p
 from fused_rl.demo.report import Panel, Record
 from fused_rl.demo.rollout import Rollout, answer_states, right_answers, sample
 from fused_rl.demo.task import build_model, ready, sample_problems, start
+
+
+class Rates(Protocol):
+    """What updates depend on."""
+
+    learning_rate: float
+    warmup_steps: int
+    max_grad_norm: float
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ def batch_of(rollout: Rollout, advantage: float) -> TokenBatch:
     return TokenBatch.padded(rollout.labels, rollout.loss_mask, advantages)
 
 
-def rate(step: int, config: DistillConfig) -> float:
+def rate(step: int, config: Rates) -> float:
     """Linear warm-up, then constant; step counts from 1."""
     return config.learning_rate * min(1.0, step / config.warmup_steps)
 
@@ -135,7 +143,7 @@ def update(
     optimizer: torch.optim.Optimizer,
     output: LossOutput,
     learning_rate: float,
-    config: DistillConfig,
+    config: Rates,
 ) -> None:
     """One step of the optimizer."""
     optimizer.param_groups[0]["lr"] = learning_rate

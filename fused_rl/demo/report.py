@@ -22,12 +22,13 @@ Record = dict[str, float]
 
 
 class Panel(NamedTuple):
-    """A curve of the figure: a field of the records by step."""
+    """A curve of the figure: a field of the records by step; and one beside it, in grey."""
 
     key: str
     title: str
     unit: str
     colour: str
+    other: str | None = None
 
 
 class Config(Protocol):
@@ -35,7 +36,7 @@ class Config(Protocol):
 
     Attributes:
         steps, seed, out, model: options of the command.
-        panels: the curves of the figure, four.
+        panels: the curves of the figure, two in a row.
         shown: fields of the records that the progress bar has, and how they are written.
         compares: whether the loss step is measured in the end.
     """
@@ -101,22 +102,30 @@ def running_mean(values: list[float], reach: int) -> list[float]:
 
 
 def write_figure(path: Path, records: list[Record], panels: tuple[Panel, ...]) -> None:
-    """Four panels by step, as a PNG: each value, and a running mean."""
+    """Panels by step, two in a row, as a PNG: each value, and a running mean."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    rows = len(panels) // 2
+    figure = Figure(figsize=(10, 3.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     steps = [record["step"] for record in records]
     reach = len(steps) // 50
-    for axes, (key, title, unit, colour) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        values = [record[key] for record in records]
-        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, running_mean(values, reach), color=colour, linewidth=2)
-        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    for axes, panel in zip(figure.subplots(rows, 2, squeeze=False).flat, panels, strict=True):
+        curves = {panel.key: panel.colour} | ({panel.other: "#777777"} if panel.other else {})
+        lowest = 0.0
+        for key, colour in curves.items():
+            values = [record[key] for record in records]
+            lowest = min([lowest, *values])
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            mean = running_mean(values, reach)
+            axes.plot(steps, mean, color=colour, linewidth=2, label=key.split("_")[-1])
+        if panel.other:
+            axes.legend(frameon=False)
+        axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel("step")
-        axes.set_ylabel(unit)
-        axes.set_ylim(bottom=min([0.0, *values]))
+        axes.set_ylabel(panel.unit)
+        axes.set_ylim(bottom=lowest)
         axes.margins(x=0.01)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
