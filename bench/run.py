@@ -7,7 +7,8 @@ python bench/run.py --readme RESULT.json   measures nothing: pictures and pages 
 A page is written between its marks, bench:begin and bench:end for the table, curves:begin and
 curves:end for the pictures. With docs/benchmarks.md goes the README's short table, summary:begin
 and summary:end. Options of `fused-rl bench` are taken as well; --out is for results. The results of
---work divergence go into MACHINE-DTYPE-divergence-V.json, and between marks of divergence-V.
+another --work, divergence say, go into MACHINE-DTYPE-divergence-V.json, and between marks of
+divergence-V.
 """
 
 from __future__ import annotations
@@ -39,6 +40,17 @@ PAGE, FRONT_PAGE = Path("docs/benchmarks.md"), Path("README.md")
 # The case of the front page's table, and who is in it beside the first of ours.
 SUMMARY = "GRPO step, head trained"
 SUMMARY_PEERS = ("eager torch", "torch.compile", "LigerFusedLinearGRPOLoss", "TRL chunked")
+# What a table's errors are of, by the work: its cases without a gradient come first.
+JUDGED = {
+    "logprobs": (
+        "largest of the log-probs against float64 in the first case, and in the others the "
+    ),
+    "divergence": (
+        "largest of the divergences against float64 where there is no gradient, and in the others "
+        "the "
+    ),
+    "preference": "",
+}
 # Parts of a processor's name that do not tell it from others.
 NOISE = ("amd", "intel", "nvidia", "cpu", "processor")
 
@@ -163,9 +175,7 @@ def table(content: Content, link: str) -> list[str]:
     records = [{**shape, **record} for record in content["records"]]
     of_heads = block_of(content) == "bench"
     command = "make bench" if of_heads else f"python bench/run.py {asked_of(shape)}"
-    judged = "log-probs against float64 in the first case"
-    if not of_heads:
-        judged = "divergences against float64 where there is no gradient"
+    judged = JUDGED[shape.get("work", "logprobs")]
     lines = [
         f"N = {shape['tokens']} tokens, H = {shape['hidden']}, V = {shape['vocabulary']}, "
         f"{shape['dtype']}, on {where['cores']} cores of an {where['cpu']} "
@@ -181,8 +191,7 @@ def table(content: Content, link: str) -> list[str]:
         *lines,
         "",
         "Medians of interleaved runs; below 1 is less time than torch's own products take. The "
-        f"error is the largest of the {judged}, and in the "
-        "others the relative error of the gradients against float32 or better.",
+        f"error is the {judged}relative error of the gradients against float32 or better.",
     ]
 
 

@@ -116,8 +116,9 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
     from fused_rl.bench import peers
 
     add = bench_parser.add_argument
-    works = "log-probs and policy steps of a head, or divergences and distillation of two"
-    add("--work", choices=("logprobs", "divergence"), default="logprobs", help=works)
+    works = "log-probs and policy steps, divergences from a teacher, or steps from pairs"
+    choices = ("logprobs", "divergence", "preference")
+    add("--work", choices=choices, default="logprobs", help=works)
     add("--preset", choices=peers.PRESETS, help="the head of a model: sets H and V")
     add("--tokens", type=positive, default=1024, help="N, a multiple of 8 (default: 1024)")
     add("--hidden", type=positive, help="H (default: 1024)")

@@ -14,12 +14,12 @@ TRL_WORDS = 32768  # of the vocabulary at a time, as TRL's trainers ask for
 Stats = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
-def trl_chunked() -> Stats:
-    """The autograd function under TRL's trainers, from 1.16 on."""
+def trl_chunked(outputs: tuple[str, ...] = ("entropy",)) -> Stats:
+    """The autograd function under TRL's trainers, from 1.16 on; outputs: beside log-probs."""
     from trl.kernels import ChunkedLogProbFunction
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        options = (None, labels, 1.0, TRL_WORDS, None, 1.0, ("entropy",))
+        options = (None, labels, 1.0, TRL_WORDS, None, 1.0, outputs)
         return ChunkedLogProbFunction.apply(hidden, weight, *options)[:2]
 
     return run

@@ -52,6 +52,8 @@ KERNELS = {
     "GRPO": ("grpo_step", "full"),
     "divergence,": ("linear_divergence", "forward"),
     "distillation": ("distillation_step", "full"),
+    "DPO": ("dpo_step", "full"),
+    "SimPO": ("simpo_step", "full"),
 }
 
 

@@ -13,6 +13,12 @@ import torch
 
 from fused_rl.bench import report
 from fused_rl.bench.peers import PEERS, SEQUENCES, Case, Peer
+from fused_rl.bench.preference import (
+    PREFERENCE_KINDS,
+    PREFERENCE_PEERS,
+    Pairs,
+    preference_task,
+)
 from fused_rl.bench.records import OURS, Content, Record
 from fused_rl.bench.tasks import (
     KINDS,
@@ -50,6 +56,7 @@ class Work:
 WORKS = {
     "logprobs": Work(KINDS, PEERS, Case.make, head_task),
     "divergence": Work(TWO_HEAD_KINDS, TWO_HEAD_PEERS, TwoHeads.make, two_head_task),
+    "preference": Work(PREFERENCE_KINDS, PREFERENCE_PEERS, Pairs.make, preference_task),
 }
 
 

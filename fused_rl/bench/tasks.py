@@ -131,18 +131,27 @@ def stats_errors(case: Case, stats: tuple[Tensor, Tensor | None], rows: Tensor) 
 def step_gradients(case: Case, batch: TokenBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """dhidden and dweight of the step in plain torch, in chunks of tokens, in the dtype given."""
     hidden, weight = case.hidden.to(dtype), case.weight.to(dtype)
-    pieces = list(torch.arange(len(case.labels), device=hidden.device).split(ROWS))
+    pieces = zip(hidden.split(ROWS), case.labels.split(ROWS), strict=True)
     with torch.no_grad():
-        parts = [eager(hidden[i], weight, case.labels[i]) for i in pieces]
+        parts = [eager(h, weight, labels) for h, labels in pieces]
     stats = TokenStats(*(torch.cat(t) for t in zip(*parts, strict=True)))
     logprobs = stats.logprobs.requires_grad_()
     loss = fused_rl.grpo(beta=BETA)(TokenStats(logprobs, stats.entropy), batch).loss
     (dlogprobs,) = torch.autograd.grad(loss, logprobs)
+    return chunk_gradients(hidden, weight, case.labels, dlogprobs)
+
+
+def chunk_gradients(
+    hidden: Tensor, weight: Tensor, labels: Tensor, dlogprobs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dhidden and dweight from the gradient of the log-probs, in plain torch, in chunks of tokens;
+    dweight in float32 or better.
+    """
     dhidden = torch.zeros_like(hidden)
-    dweight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32))
-    for i in pieces:
+    dweight = torch.zeros_like(weight, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for i in torch.arange(len(labels), device=hidden.device).split(ROWS):
         h, w = hidden[i].requires_grad_(), weight.detach().requires_grad_()
-        chunk = eager(h, w, case.labels[i])[0]
+        chunk = eager(h, w, labels[i])[0]
         dhidden[i], dw = torch.autograd.grad(chunk, (h, w), dlogprobs[i])
         dweight += dw
     return dhidden, dweight
