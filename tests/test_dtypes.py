@@ -157,7 +157,7 @@ def of_preference(loss: fused_rl.preference.PreferenceLoss, *, paired: bool = Tr
     return case
 
 
-_UNPAIRED = {"kto", "apo_zero_unpaired", "bco"}
+_UNPAIRED = ("kto", "apo_zero_unpaired", "bco")
 _SCORES = (
     *(fused_rl.scores.LogRatio(), fused_rl.scores.MeanLogRatio(), fused_rl.scores.LogProb()),
     *(fused_rl.scores.MeanLogProb(), fused_rl.scores.LogOdds(), fused_rl.scores.Ranked()),
