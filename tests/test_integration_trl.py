@@ -201,6 +201,9 @@ def a_trl(monkeypatch, *names: str) -> tuple[type, ModuleType, ModuleType]:
     root.__version__ = "9.9.9"
     utils._ChunkedLogProbFunction = other.under_another_name = Function
     utils.nothing = other.nothing = None
+    # Whatever of the installed one other tests have imported.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trl"]:
+        monkeypatch.delitem(sys.modules, name)
     for module in (root, ModuleType("trl.trainer"), utils, other):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return Function, utils, other
