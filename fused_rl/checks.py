@@ -168,6 +168,15 @@ def is_indices(name: str, tensor: Tensor) -> None:
     is_tensor(name, tensor)
 
 
+def is_mask(name: str, tensor: Tensor) -> None:
+    """bool, or integers that are 0 or 1."""
+    is_tensor(name, tensor)
+    require(
+        tensor.dtype in (torch.bool, torch.int32, torch.int64, torch.uint8),
+        lambda: f"{name} must be bool or 0/1 integers, got {tensor.dtype}: give {name}.bool()",
+    )
+
+
 def is_labels(labels: Tensor) -> None:
     is_indices("labels", labels)
 

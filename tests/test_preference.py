@@ -459,6 +459,8 @@ def test_losses_say_what_they_lack():
         of(preference.dpo, batch)
     with pytest.raises(ValueError, match="give one of them"):
         of(preference.dpo(), batch.with_reference(torch.zeros(S, T)), reference=reference)
+    with pytest.raises(ValueError, match="of the reference: hidden and weight must agree in H"):
+        of(preference.dpo(), batch, reference=(torch.zeros(S, T, H + 1), weight))
     with pytest.raises(ValueError, match="token by token"):
         of(preference.ld_dpo(0.5), batch.with_reference(torch.zeros(S)))
     with pytest.raises(ValueError, match="several pairs"):

@@ -147,15 +147,8 @@ class TokenBatch:
 
     @classmethod
     def _build(cls, labels, loss_mask, advantages, sequence, num_sequences, *given) -> TokenBatch:
-        checks.is_tensor("loss_mask", loss_mask)
+        checks.is_mask("loss_mask", loss_mask)
         checks.same_shape("loss_mask", loss_mask, "labels", labels)
-        checks.require(
-            loss_mask.dtype in (torch.bool, torch.int32, torch.int64, torch.uint8),
-            lambda: (
-                f"loss_mask must be bool or 0/1 integers, got {loss_mask.dtype}: "
-                "give loss_mask.bool()"
-            ),
-        )
         checks.require(
             advantages.shape == labels.shape,
             lambda: (
@@ -178,7 +171,7 @@ class TokenBatch:
 
         flat = {"labels": counted, "advantages": advantages, **optional}
         return cls(
-            **{name: _neutral(name, tensor, mask) for name, tensor in flat.items()},
+            **{name: neutral(name, tensor, mask) for name, tensor in flat.items()},
             loss_mask=mask,
             sequence=sequence,
             sequence_tokens=tokens[sequence],
@@ -204,7 +197,7 @@ class TokenBatch:
         """
         checks.is_floating("weights", weights)
         self._one_per_token("weights", weights)
-        return replace(self, weights=_neutral("weights", weights, self.loss_mask))
+        return replace(self, weights=neutral("weights", weights, self.loss_mask))
 
     def with_mask(self, keep: Tensor) -> TokenBatch:
         """Without the tokens where keep is False; every count stays that of this batch, so that
@@ -220,7 +213,7 @@ class TokenBatch:
         self._one_per_token("keep", keep)
         mask = self.loss_mask & keep.reshape(-1)
         parts = {name: getattr(self, name) for name in ("labels", "advantages", *_OPTIONAL)}
-        left = {name: _neutral(name, tensor, mask) for name, tensor in parts.items()}
+        left = {name: neutral(name, tensor, mask) for name, tensor in parts.items()}
         return replace(self, loss_mask=mask, **left)
 
     def log_ratio(self, logprobs: Tensor) -> Tensor:
@@ -310,7 +303,7 @@ def outside_inference(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
-def _neutral(name: str, tensor: Tensor | None, mask: Tensor) -> Tensor | None:
+def neutral(name: str, tensor: Tensor | None, mask: Tensor) -> Tensor | None:
     """Flat, detached, and outside the mask what no sum, exp or lookup notices.
 
     Half precision becomes float32: a loss in float16 would lose a count beyond 65504.

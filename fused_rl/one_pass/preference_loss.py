@@ -92,7 +92,10 @@ def _of_reference(
         lambda: "the batch has ref_logprobs, and a reference is given: give one of them",
     )
     with torch.no_grad():
-        return linear_logprobs(*reference, labels, **options).logprobs
+        try:
+            return linear_logprobs(*reference, labels, **options).logprobs
+        except ValueError as error:
+            raise ValueError(f"of the reference: {error}") from error
 
 
 @torch.no_grad()

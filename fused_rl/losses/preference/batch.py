@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_rl import checks
 from fused_rl.losses import counts
-from fused_rl.losses.batch import TokenBatch
+from fused_rl.losses.batch import TokenBatch, neutral
 from fused_rl.losses.preference.compared import Compared, mask_of
 from fused_rl.losses.sequences import sequence_ids
 
@@ -99,8 +99,11 @@ class PreferenceBatch:
         checks.require(
             labels.dim() == 2, lambda: f"labels must be [S, T], got {list(labels.shape)}"
         )
-        sides = Compared.of(labels.shape[0], labels.device, pairs, desirable, mismatched)
-        return cls._build(labels, loss_mask, None, sides, ref_logprobs, likelihood_mask)
+        sequence, S = sequence_ids(labels.shape, None, labels.device)
+        sides = Compared.of(S, labels.device, pairs, desirable, mismatched)
+        return cls._build(
+            labels, loss_mask, (sequence, S, None), sides, ref_logprobs, likelihood_mask
+        )
 
     @classmethod
     def packed(
@@ -133,17 +136,19 @@ class PreferenceBatch:
         checks.is_tensor("cu_seqlens", cu_seqlens)
         if loss_mask is None:
             loss_mask = torch.ones_like(labels, dtype=torch.bool)
-        _, S = sequence_ids(labels.shape, cu_seqlens, labels.device)
+        sequence, S = sequence_ids(labels.shape, cu_seqlens, labels.device)
         sides = Compared.of(S, labels.device, pairs, desirable, mismatched)
-        return cls._build(labels, loss_mask, cu_seqlens, sides, ref_logprobs, likelihood_mask)
+        return cls._build(
+            labels, loss_mask, (sequence, S, cu_seqlens), sides, ref_logprobs, likelihood_mask
+        )
 
     @classmethod
-    def _build(cls, labels, loss_mask, cu_seqlens, sides, ref_logprobs, likelihood_mask):
+    def _build(cls, labels, loss_mask, sequences, sides, ref_logprobs, likelihood_mask):
+        sequence, S, cu_seqlens = sequences
         scored = mask_of("loss_mask", loss_mask, labels)
         likely = scored
         if likelihood_mask is not None:
             likely = mask_of("likelihood_mask", likelihood_mask, labels)
-        sequence, S = sequence_ids(labels.shape, cu_seqlens, labels.device)
         is_chosen = torch.zeros(S, dtype=torch.bool, device=labels.device)
         is_chosen = is_chosen.index_fill(0, sides.chosen, True)
         likely = likely & is_chosen[sequence].reshape(labels.shape)
@@ -206,7 +211,7 @@ class PreferenceBatch:
             ref_logprobs, self.tokens.labels if flat else labels, self.tokens.local_sequences
         )
         if per_token is not None:
-            per_token = per_token.detach().reshape(-1).where(self.tokens.loss_mask, 0.0)
+            per_token = neutral("ref_logprobs", per_token, self.tokens.loss_mask)
         return replace(self, tokens=replace(self.tokens, ref_logprobs=per_token), ref_sums=sums)
 
     @property

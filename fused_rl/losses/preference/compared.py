@@ -72,22 +72,15 @@ def _indices(name: str, given: Tensor, S: int, device: torch.device) -> Tensor:
 
 
 def _flags(name: str, given: Tensor, S: int, device: torch.device) -> Tensor:
-    checks.is_tensor(name, given)
+    checks.is_mask(name, given)
     checks.require(given.shape == (S,), lambda: f"{name} must be [{S}], got {list(given.shape)}")
     checks.same_device(labels=torch.empty(0, device=device), **{name: given})
-    return _bool(name, given)
+    return given != 0
 
 
 def mask_of(name: str, given: Tensor, labels: Tensor) -> Tensor:
-    checks.is_tensor(name, given)
+    """bool, in the shape of labels."""
+    checks.is_mask(name, given)
     checks.same_shape(name, given, "labels", labels)
     checks.same_device(labels=labels, **{name: given})
-    return _bool(name, given)
-
-
-def _bool(name: str, given: Tensor) -> Tensor:
-    checks.require(
-        given.dtype in (torch.bool, torch.int32, torch.int64, torch.uint8),
-        lambda: f"{name} must be bool or 0/1 integers, got {given.dtype}: give {name}.bool()",
-    )
     return given != 0
