@@ -3,7 +3,7 @@
 docs/losses.md    from the docstrings of losses/, and of the named losses
 docs/distillation.md    from the docstrings of losses/distillation.py
 docs/preference.md      from the docstrings of losses/preference/
-docs/kl.md        the expected gradients that tests/enumeration.py finds, and exact_enumeration.py,
+docs/kl.md        the expected gradients that study/enumeration.py and exact_enumeration.py find,
                   and what losses on preferences end at (preference_world.py)
 docs/predictions.md     what fused_rl/plan says of one head over ranks
 """
@@ -22,8 +22,6 @@ from pdoc.doc import Doc
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("docs", "bench", "tests")]
 
-from enumeration import World, markdown  # noqa: E402 - found by the line above
-from exact_enumeration import ExactWorld, exact_markdown  # noqa: E402
 from preference_world import PreferenceWorld, preference_markdown  # noqa: E402
 from reference import Page, pages  # noqa: E402
 from run import replace_block  # noqa: E402
@@ -41,6 +39,8 @@ from fused_rl.losses.preference import named as preferences  # noqa: E402
 from fused_rl.losses.sequences import Level  # noqa: E402
 from fused_rl.plan import ranks, ranks_report  # noqa: E402
 from fused_rl.plan.memory import plan  # noqa: E402
+from fused_rl.study.enumeration import World, markdown  # noqa: E402 - found by the line above
+from fused_rl.study.exact_enumeration import ExactWorld, exact_markdown  # noqa: E402
 
 
 def named_losses() -> list[str]:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from preference_world import ENDS, PreferenceWorld  # noqa: E402 - found by the line above
 
 from fused_rl import preference  # noqa: E402
-from fused_rl.bench.figures import INK, MUTED, STRONG, frame, new_figure, save  # noqa: E402
+from fused_rl.system.drawing import INK, MUTED, STRONG, frame, new_figure, save  # noqa: E402
 
 PICTURE = ROOT / "docs" / "images" / "preference-optimum.svg"
 BETAS = (0.5, 1.0, 2.0)

@@ -14,8 +14,8 @@ import sys
 import torch
 
 from fused_rl import linear
-from fused_rl.divergences import Divergence
-from fused_rl.kl import KL, kl_penalty
+from fused_rl.kl.divergences import Divergence
+from fused_rl.kl.estimators import KL, kl_penalty
 from fused_rl.linear.at import linear_logprobs_at
 from fused_rl.linear.divergence import linear_divergence
 from fused_rl.linear.head import LMHead

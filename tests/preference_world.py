@@ -11,11 +11,11 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from exact_enumeration import ExactWorld
 from torch import Tensor
 
 from fused_rl import LMHead, LossOutput, linear_preference_loss, preference
 from fused_rl.preference import PreferenceBatch
+from fused_rl.study.exact_enumeration import ExactWorld
 
 F64 = {"dtype": torch.float64}
 

@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from enumeration import EXACT, Expectation, Target
-from exact_enumeration import ExactWorld
 from torch import Tensor
 
 import fused_rl
@@ -35,6 +33,8 @@ from fused_rl.distillation import (
     opd_advantages,
 )
 from fused_rl.rewards import shape_rewards
+from fused_rl.study.enumeration import EXACT, Expectation, Target
+from fused_rl.study.exact_enumeration import ExactWorld
 
 B, T, H, TEACHER_H, V = 3, 5, 8, 6, 37
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 1], [1, 0, 0, 0, 0]]).bool()

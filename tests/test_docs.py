@@ -16,11 +16,11 @@ from types import ModuleType
 import parity
 import pytest
 import torch
-from exact_enumeration import DIVERGENCES
 from tiny_models import qwen2
 
 import fused_rl
 from fused_rl.integrations import liger, transformers, trl, verl
+from fused_rl.study.exact_enumeration import DIVERGENCES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

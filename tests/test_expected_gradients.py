@@ -2,19 +2,15 @@
 
 The verdicts below are data, one row per setup: for k1, k2, k3, first on-policy, then off-policy,
 the divergence whose gradient the expected gradient is, to 1e-12. BIASED: it is none of theirs, by
-more than 1e-3. `python tests/enumeration.py` prints them in markdown, and
-`python tests/exact_enumeration.py` those of exact divergences.
+more than 1e-3. `python -m fused_rl.study.enumeration` prints them in markdown, and
+`python -m fused_rl.study.exact_enumeration` those of exact divergences.
 """
 
 from dataclasses import replace
 from math import exp
 
-import enumeration
-import exact_enumeration
 import pytest
 import torch
-from enumeration import KINDS, Credit, Setup, Target, World
-from exact_enumeration import MISSING, ExactWorld, Use
 
 from fused_rl import (
     KL,
@@ -29,6 +25,9 @@ from fused_rl import (
 )
 from fused_rl.advantages import pass_at_k_advantages
 from fused_rl.ratios import ProductRatio
+from fused_rl.study import enumeration, exact_enumeration
+from fused_rl.study.enumeration import KINDS, Credit, Setup, Target, World
+from fused_rl.study.exact_enumeration import MISSING, ExactWorld, Use
 from fused_rl.surrogates import Unclipped
 
 ZERO, BIASED = Target.ZERO, None

@@ -13,7 +13,7 @@ from by_name import loss_of
 
 import fused_rl
 from fused_rl import KL, KLPenalty, Level, TokenBatch, TokenStats, kl_penalty, linear_policy_loss
-from fused_rl.log_ratios import log_ratio
+from fused_rl.kl.log_ratios import log_ratio
 from fused_rl.losses import named
 from fused_rl.mismatch import truncated_weights
 from fused_rl.rewards import shape_rewards

@@ -1,7 +1,6 @@
 """The benchmark's pictures: curves of time, memory and error, and bars for a single shape.
 
-The background is transparent and every colour is of medium lightness, so that a picture can be read
-on white and on black. Ours is the one strong colour; lines carry their names at their ends.
+Ours is the one strong colour; lines carry their names at their ends.
 """
 
 from __future__ import annotations
@@ -24,12 +23,8 @@ from fused_rl.bench.records import (
     on_axis,
     shape_of,
 )
-from fused_rl.system.outputs import replacing
+from fused_rl.system.drawing import INK, MARKERS, MUTED, STRONG, frame, new_figure, save, title
 
-INK = "#767c85"
-STRONG = "#2f81f7"
-MUTED = ("#a9824f", "#8f7fa8", "#6f9479", "#b07a78", "#5f93a3", "#98934f", "#a57798")
-MARKERS = "osD^vPX"
 LETTERS = {"tokens": "N tokens", "hidden": "H", "vocabulary": "V"}
 PADDED = "padded"
 # Below it, what the operating system says of memory is noise.
@@ -260,37 +255,3 @@ def write_ratios(path: Path, records: list[Record]) -> None:
         panel.set_visible(False)
     figure.supxlabel("time / bare products", color=INK, fontsize=9)
     save(figure, path)
-
-
-def new_figure(size: tuple[float, float]):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained", facecolor="none")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def frame(panel) -> None:
-    panel.set_facecolor("none")
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.spines[["left", "bottom"]].set_color(INK)
-    panel.tick_params(labelsize=8, colors=INK)
-    panel.xaxis.label.set(color=INK, size=9)
-    panel.yaxis.label.set(color=INK, size=9)
-    panel.grid(color=INK, alpha=0.2, lw=0.6)
-    panel.set_axisbelow(True)
-
-
-def title(figure, case: str, where: str) -> None:
-    figure.suptitle(f"{case}\n{where}", x=0.01, ha="left", color=INK, fontsize=9)
-
-
-def save(figure, path: Path) -> None:
-    """The same bytes for the same records."""
-    import matplotlib
-
-    metadata = {"Date": None} if path.suffix == ".svg" else {}
-    settings = {"svg.hashsalt": path.name, "svg.fonttype": "none"}
-    with replacing(path) as partial, matplotlib.rc_context(settings):
-        figure.savefig(partial, dpi=130, metadata=metadata)

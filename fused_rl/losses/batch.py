@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
-from fused_rl.log_ratios import log_ratio
+from fused_rl.kl.log_ratios import log_ratio
 from fused_rl.losses.context import least, summed
 from fused_rl.losses.sequences import Level, segment_min, segment_sum, sequence_ids
 from fused_rl.reference import acc_dtype

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
-from fused_rl.divergences import Divergence
-from fused_rl.log_ratios import log_ratio
+from fused_rl.kl.divergences import Divergence
+from fused_rl.kl.log_ratios import log_ratio
 from fused_rl.losses.batch import TokenBatch, divisor
 from fused_rl.losses.means import Count, TokenMean
 from fused_rl.losses.penalties import KLPenalty

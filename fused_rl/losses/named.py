@@ -19,8 +19,8 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from fused_rl import checks
-from fused_rl.divergences import Divergence
-from fused_rl.kl import KL
+from fused_rl.kl.divergences import Divergence
+from fused_rl.kl.estimators import KL
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.means import Count, FixedLengthMean, SequenceMean, SequenceSumMean, TokenMean
 from fused_rl.losses.penalties import KLPenalty

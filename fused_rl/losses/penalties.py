@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
-from fused_rl.divergences import Divergence
-from fused_rl.kl import KL, kl_penalty
-from fused_rl.log_ratios import log_ratio
+from fused_rl.kl.divergences import Divergence
+from fused_rl.kl.estimators import KL, kl_penalty
+from fused_rl.kl.log_ratios import log_ratio
 from fused_rl.losses.batch import TokenBatch, outside_inference
 from fused_rl.losses.sequences import Level
 from fused_rl.losses.surrogates import bounded

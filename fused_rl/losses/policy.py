@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from fused_rl import checks
 from fused_rl.derivatives import transformed
-from fused_rl.divergences import Divergence
+from fused_rl.kl.divergences import Divergence
 from fused_rl.losses.batch import TokenBatch, divisor
 from fused_rl.losses.means import TokenMean
 from fused_rl.losses.penalties import KLPenalty

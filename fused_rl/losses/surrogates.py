@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
-from fused_rl.log_ratios import BOUND
+from fused_rl.kl.log_ratios import BOUND
 from fused_rl.reference import promoted
 
 __all__ = [

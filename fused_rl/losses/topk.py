@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
-from fused_rl.divergences import Divergence
-from fused_rl.log_ratios import log1mexp
+from fused_rl.kl.divergences import Divergence
+from fused_rl.kl.log_ratios import log1mexp
 from fused_rl.reference import promoted
 
 __all__ = ["Tail", "topk_divergence"]

@@ -16,7 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fused_rl import checks, ops
-from fused_rl.divergences import Divergence
+from fused_rl.kl.divergences import Divergence
 from fused_rl.linear.divergence import Side, flat_divergence, two_heads
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.logprobs import flat_top_logprobs, spread_arguments

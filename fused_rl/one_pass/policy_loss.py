@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fused_rl import checks, ops
 from fused_rl.derivatives import transformed
-from fused_rl.divergences import Divergence
+from fused_rl.kl.divergences import Divergence
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.logprobs import named
 from fused_rl.losses import distillation

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
-from fused_rl.log_ratios import BOUND, difference
+from fused_rl.kl.log_ratios import BOUND, difference
 from fused_rl.losses.batch import TokenBatch, is_batch
 from fused_rl.losses.sequences import Level
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
-from fused_rl.kl import KL, kl_penalty
-from fused_rl.log_ratios import log_ratio
+from fused_rl.kl.estimators import KL, kl_penalty
+from fused_rl.kl.log_ratios import log_ratio
 from fused_rl.losses.sequences import Level, has_next, segment_sum, sequence_ids
 from fused_rl.reference import acc_dtype, promoted
 

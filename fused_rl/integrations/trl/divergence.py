@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from fused_rl.checks import require
-from fused_rl.divergences import Divergence
 from fused_rl.integrations.trl.gathered import averaged
+from fused_rl.kl.divergences import Divergence
 from fused_rl.linear.divergence import linear_divergence
 from fused_rl.linear.head import LMHead
 

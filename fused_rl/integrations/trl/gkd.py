@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rl.divergences import Divergence
 from fused_rl.integrations.trl.divergence import detached, same_vocabulary
 from fused_rl.integrations.trl.logprobs import in_head
+from fused_rl.kl.divergences import Divergence
 from fused_rl.linear.divergence import linear_divergence
 from fused_rl.linear.head import LMHead
 from fused_rl.models.parts import backbone

@@ -6,9 +6,10 @@ From hidden states, without logits, the exact KL is fused_rl.linear_divergence.
 from torch import Tensor, cat, log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from fused_rl import kl, reference
+from fused_rl import reference
 from fused_rl.checks import require
-from fused_rl.kl import KL
+from fused_rl.kl import estimators
+from fused_rl.kl.estimators import KL
 
 # Logits that are in float32 at once: 64 MiB of each model's.
 _LOGITS = 2**24
@@ -47,7 +48,7 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
             f'kl_penalty must be one of {list(_ESTIMATORS)}, or that with "+", got {kl_penalty!r}'
         )
     grad = KL.K2 if kl_penalty.endswith("+") else None
-    return kl.kl_penalty(logprob, ref_logprob, value=_ESTIMATORS[name], grad=grad)
+    return estimators.kl_penalty(logprob, ref_logprob, value=_ESTIMATORS[name], grad=grad)
 
 
 def _full(logits: Tensor, ref_logits: Tensor) -> Tensor:

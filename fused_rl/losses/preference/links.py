@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from fused_rl import checks
-from fused_rl.log_ratios import held
+from fused_rl.kl.log_ratios import held
 
 __all__ = [
     "EXO",

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fused_rl import checks
-from fused_rl.log_ratios import held, log1mexp
+from fused_rl.kl.log_ratios import held, log1mexp
 from fused_rl.losses.preference.sequences import SequenceStats
 
 __all__ = [

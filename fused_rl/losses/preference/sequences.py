@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import checks
-from fused_rl.log_ratios import log_ratio
+from fused_rl.kl.log_ratios import log_ratio
 from fused_rl.losses.preference.batch import PreferenceBatch
 
 

@@ -1,8 +1,8 @@
 """A world small enough to be summed: every sequence of a tabular policy, with its probability.
 
 Expectations here are sums over all sequences, in float64, so that an expected gradient is exact or
-wrong, and nothing is left to luck. `python tests/enumeration.py` prints, in markdown, which KL
-option optimises what.
+wrong, and nothing is left to luck. `python -m fused_rl.study.enumeration` prints, in markdown,
+which KL option optimises what.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fused_rl import KL, KLPenalty, Level, PolicyLoss, TokenBatch, TokenStats
-from fused_rl.advantages import discounted_returns
-from fused_rl.mismatch import truncated_weights
-from fused_rl.rewards import shape_rewards
-from fused_rl.surrogates import Reinforce, Unclipped
+from fused_rl.losses.surrogates import Reinforce, Unclipped
+from fused_rl.rollouts.advantages import discounted_returns
+from fused_rl.rollouts.mismatch import truncated_weights
+from fused_rl.rollouts.rewards import shape_rewards
 
 V, T = 3, 3
 END = V - 1

@@ -19,7 +19,7 @@ from enum import Enum
 from torch import Tensor
 
 from fused_rl import checks, ops, reference
-from fused_rl.log_ratios import log_ratio
+from fused_rl.kl.log_ratios import log_ratio
 
 
 class KL(Enum):

@@ -1,7 +1,7 @@
 """Which use of exact divergences optimises what, in the world of enumeration.py.
 
 The library forms them as it does for a model: hidden states are prefixes, one-hot, and a head is a
-policy's table of logits. `python tests/exact_enumeration.py` prints the table in markdown.
+policy's table of logits. `python -m fused_rl.study.exact_enumeration` prints the table in markdown.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from enumeration import BIASED, EXACT, Expectation, Target, World
 from torch import Tensor
 
 from fused_rl import (
@@ -22,10 +21,11 @@ from fused_rl import (
     linear_divergence,
     linear_policy_loss,
 )
-from fused_rl.advantages import discounted_returns
-from fused_rl.mismatch import truncated_weights
-from fused_rl.rewards import shape_rewards
-from fused_rl.surrogates import Reinforce
+from fused_rl.losses.surrogates import Reinforce
+from fused_rl.rollouts.advantages import discounted_returns
+from fused_rl.rollouts.mismatch import truncated_weights
+from fused_rl.rollouts.rewards import shape_rewards
+from fused_rl.study.enumeration import BIASED, EXACT, Expectation, Target, World
 
 DIVERGENCES = {"reverse": Divergence.REVERSE, "forward": Divergence.FORWARD}
 SAMPLERS = ("current", "old", "ref")
