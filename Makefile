@@ -20,10 +20,14 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/CMakeLists.txt)
 # Results and logs of `make gpu`.
 OUT ?= out/gpu
 
-.PHONY: demo test test-all test-peers gpu bench bench-pytest docs lint clean
+.PHONY: demo study test test-all test-peers gpu bench bench-pytest docs lint clean
 
 demo: $(READY)
 	$(BIN)/fused-rl demo $(ARGS)
+
+# The tables and pictures of docs/kl.md: ARGS="all --out docs/study".
+study: $(READY)
+	$(BIN)/fused-rl study $(ARGS)
 
 # Each process takes a file at a time and has all the threads that torch takes. Threads that wait
 # sleep, and leave the processor to the other process.

@@ -1,6 +1,6 @@
-"""The command line: `fused-rl doctor` says what runs here, `demo` trains a small model, `bench`
-measures beside the peers, `plan` says what a head will need, `export-hub` writes what `kernels`
-loads.
+"""The command line: `fused-rl doctor` says what runs here, `demo` trains a small model, `study`
+computes what each KL does, `bench` measures beside the peers, `plan` says what a head will need,
+`export-hub` writes what `kernels` loads.
 
 Nothing heavier than torch is imported before a command needs it.
 """
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor_parser = commands.add_parser("doctor", help="say which kernels run here, and why")
     doctor_parser.set_defaults(command=doctor)
     add_demo(commands)
+    add_study(commands)
     add_bench(commands)
     add_plan(commands)
     add_export_hub(commands)
@@ -97,6 +98,22 @@ def add_demo_options(demo_parser: argparse.ArgumentParser) -> None:
     from fused_rl.demo import command
 
     command.add_options(demo_parser)
+
+
+def add_study(commands: argparse._SubParsersAction) -> None:
+    """The study."""
+    commands.add_parser(
+        "study",
+        help="compute and draw what each KL option does",
+        later=add_study_options,
+    )
+
+
+def add_study_options(study_parser: argparse.ArgumentParser) -> None:
+    """The options of the study."""
+    from fused_rl.study import command
+
+    command.add_options(study_parser)
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
