@@ -222,6 +222,9 @@ def test_a_setting_has_the_gradient_that_the_enumeration_finds():
         "TRL 1.16",
         "verl 0.9.1",
         "OpenRLHF 0.11.2",
+        "NeMo-RL 005a098",
+        "NeMo-RL 006907a",
+        "slime 00c2d6d",
     }
     for _, setting, where, ratio, kind, on_policy, off_policy in settings:
         found = options[where, ratio]
