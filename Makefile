@@ -58,6 +58,7 @@ bench-pytest: $(READY_BENCH)
 docs: $(READY)
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/optimum.py
+	$(BIN)/python docs/planned.py
 	$(BIN)/python bench/predictions.py
 	$(BIN)/python docs/reference.py out/docs
 
