@@ -78,6 +78,16 @@ def test_links_lead_to_files_and_to_headings_that_are_there(page):
             assert anchor in map(slug, headings), link
 
 
+def test_every_picture_is_in_the_gallery_and_says_what_is_seen():
+    """Those of docs/ and of the results. The words stand in for the picture."""
+    shown = re.findall(r"!\[(.*?)\]\((.*?)\)", TEXTS["docs/gallery.md"])
+    places = ("docs/**/*.svg", "docs/images/*.png", "bench/results/*.svg")
+    pictures = [path for place in places for path in ROOT.glob(place)]
+    assert sorted((DOCS / link).resolve() for _, link in shown) == sorted(pictures)
+    for words, link in shown:
+        assert 100 < len(words) < 500, link
+
+
 @pytest.fixture(scope="module")
 def generated() -> ModuleType:
     pytest.importorskip("pdoc")
