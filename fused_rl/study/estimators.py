@@ -30,7 +30,10 @@ CLAMPED = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.
 SAMPLED = {"shifted": (0.01, 0.1, 1.0, 5.0, 10.0), "sharper": (0.01, 0.05, 0.1, 0.5, 1.0)}
 # How near another machine's numbers come, relative to them, and what is taken for nothing.
 TOLERANCES = {
-    "gaussians": {"rtol": 1e-5, "atol": 1e-6},
+    **{
+        name: {"rtol": 1e-5, "atol": 1e-6}
+        for name in ("gaussians", "quantiles", "limits", "clamped")
+    },
     "sampled": {"rtol": 1e-3, "atol": 2e-2},
     "vocabulary": {"rtol": 1e-4, "atol": 1e-6},
     "rounding": {"rtol": 1e-2, "atol": 1e-9},
