@@ -15,6 +15,8 @@ from fused_rl.system.numbers import seed
 
 NAMES = ("estimators", "gradients", "training", "overoptimisation")
 NEEDS = ("rich", "matplotlib")
+# Of tables in a file.
+WIDTH = 118
 DESCRIPTION = (
     "Compute what each KL option does, with this library: how well its value is estimated, how "
     "biased and noisy its gradient is, what it trains, and how far a proxy reward may be followed. "
@@ -67,6 +69,8 @@ def study(name: str, chosen: part.Part, options: part.Options, folder: Path) -> 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=WIDTH)
     columns = (TextColumn(name), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, expand=True) as progress:
         task = progress.add_task("", total=chosen.ticks(options))
