@@ -48,9 +48,9 @@ class Problem:
         return " ".join(map(str, sorted(self.digits)))
 
 
-def sample_problems(count: int, generator: torch.Generator) -> list[Problem]:
-    """Problems of DIGITS digits, drawn independently and uniformly from 0 to 9."""
-    rows = torch.randint(10, (count, DIGITS), generator=generator)
+def sample_problems(count: int, generator: torch.Generator, digits: int = DIGITS) -> list[Problem]:
+    """Problems of so many digits, drawn independently and uniformly from 0 to 9."""
+    rows = torch.randint(10, (count, digits), generator=generator)
     return [Problem(tuple(row)) for row in rows.tolist()]
 
 
@@ -162,10 +162,13 @@ def start(
 
 
 def ready(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    temperature: float,
+    digits: int = DIGITS,
 ) -> PreTrainedModel:
-    """The model without dropout, set to plain sampling of answers."""
-    answer = Problem((9,) * DIGITS).answer
+    """The model without dropout, set to plain sampling of answers of up to so many digits."""
+    answer = Problem((9,) * digits).answer
     length = len(tokenizer(f" {answer}", add_special_tokens=False).input_ids)
     # A generation config of its own: top-k or a repetition penalty that came with the model would
     # sample from another distribution than the one whose log-probabilities the loss takes.
