@@ -8,6 +8,7 @@ which KL option optimises what.
 from __future__ import annotations
 
 import itertools
+from copy import copy
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -21,7 +22,6 @@ from fused_rl.rollouts.mismatch import truncated_weights
 from fused_rl.rollouts.rewards import shape_rewards
 
 V, T = 3, 3
-END = V - 1
 EXACT, BIASED = 1e-12, 1e-3
 KINDS = (KL.K1, KL.K2, KL.K3)
 
@@ -57,6 +57,7 @@ class Setup:
     ratio: how the surrogate corrects off-policy samples: TOKEN by the ratio of each token, PRODUCT
         by weights of whole sequences, None not at all.
     stale: the KL in the reward is that of the policy that sampled, not of the current one.
+    grad: whose derivative the KL in the loss takes, as of KLPenalty; None: that of its value.
     """
 
     loss: Level | None = None
@@ -65,6 +66,7 @@ class Setup:
     reward: Credit | None = None
     ratio: Level | None = None
     stale: bool = False
+    grad: KL | None = None
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,16 @@ class Expectation:
 class World:
     """All sequences of at most T tokens out of V, the last token of which ends them.
 
-    A policy is one row of logits per prefix, [S, V].
+    A policy is one row of logits per prefix, [S, V]: the current one, its reference and an old one,
+    drawn from N(0, 1).
     """
 
-    def __init__(self) -> None:
-        prefixes = [p for t in range(T) for p in itertools.product(range(END), repeat=t)]
-        ended = [(*p, END) for p in prefixes]
-        sequences = ended + list(itertools.product(range(END), repeat=T))
-        self.S, self.B = len(prefixes), len(sequences)
+    def __init__(self, seed: int = 7, *, V: int = V, T: int = T) -> None:
+        end = V - 1
+        prefixes = [p for t in range(T) for p in itertools.product(range(end), repeat=t)]
+        ended = [(*p, end) for p in prefixes]
+        sequences = ended + list(itertools.product(range(end), repeat=T))
+        self.S, self.B, self.V = len(prefixes), len(sequences), V
         self.labels = torch.zeros(self.B, T, dtype=torch.int64)
         self.mask = torch.zeros(self.B, T, dtype=torch.bool)
         self.state = torch.zeros(self.B, T, dtype=torch.int64)
@@ -95,11 +99,18 @@ class World:
             for t, token in enumerate(tokens):
                 self.labels[b, t], self.mask[b, t] = token, True
                 self.state[b, t] = prefixes.index(tokens[:t])
-        generator = torch.Generator().manual_seed(7)
+        generator = torch.Generator().manual_seed(seed)
         self.current, self.ref, self.old = torch.randn(
             3, self.S, V, generator=generator, dtype=torch.float64
         )
         self.truth = {target: self.true_gradient(target) for target in Target}
+
+    def at(self, **policies: Tensor) -> World:
+        """The same sequences where current, ref or old are other policies, [S, V]."""
+        world = copy(self)
+        vars(world).update(policies)
+        world.truth = {target: world.true_gradient(target) for target in Target}
+        return world
 
     def logprobs(self, policy: Tensor) -> Tensor:
         """[B, T]; 0 outside the mask."""
@@ -111,7 +122,7 @@ class World:
 
     def reach(self, policy: Tensor) -> Tensor:
         """[S]: how probable it is that a sequence passes each prefix."""
-        passing = self.probability(policy)[:, None].expand(self.B, T)[self.mask]
+        passing = self.probability(policy)[:, None].expand_as(self.mask)[self.mask]
         return torch.zeros(self.S, dtype=torch.float64).index_add(0, self.state[self.mask], passing)
 
     def divergence(self, policy: Tensor, target: Target) -> Tensor:
@@ -138,16 +149,30 @@ class World:
     def expected_gradient(self, setup: Setup, kind: KL, *, off_policy: bool) -> Tensor:
         """[S, V]: what the library's loss gives, over all that the sampling policy may sample."""
         sampler = self.old if off_policy else self.current
-        leaf = self.current.clone().requires_grad_()
-        batch = self.batch(setup, kind, sampler)
+        return self.mean(self.gradients(setup, kind, sampler), sampler)
+
+    def gradients(self, setup: Setup, kind: KL, sampler: Tensor) -> Tensor:
+        """[B, T, V]: what the library's loss gives for each sequence by itself, with respect to the
+        logits of the prefixes that it passes. It passes none of them twice.
+        """
+        leaf = self.current[self.state].requires_grad_()
+        chosen = leaf.log_softmax(-1).gather(-1, self.labels[..., None])[..., 0]
+        logprobs = chosen.where(self.mask, 0.0)
         loss = PolicyLoss(
             Unclipped() if setup.ratio is Level.TOKEN else Reinforce(),
             kl=penalty(setup, kind),
-            mean=Expectation(self.probability(sampler)),
+            mean=Expectation(torch.ones(self.B, dtype=torch.float64)),
         )
-        logprobs = self.logprobs(leaf)
-        value = loss.objective(TokenStats(logprobs, torch.zeros_like(logprobs)), batch)
+        stats = TokenStats(logprobs, torch.zeros_like(logprobs))
+        value = loss.objective(stats, self.batch(setup, kind, sampler))
         return torch.autograd.grad(value, leaf)[0]
+
+    def mean(self, gradients: Tensor, sampler: Tensor) -> Tensor:
+        """[S, V]: of each sequence's gradients [B, T, V], over what the sampling policy samples."""
+        weighted = self.probability(sampler)[:, None, None] * gradients
+        return torch.zeros_like(self.current).index_add(
+            0, self.state.flatten(), weighted.flatten(0, 1)
+        )
 
     def batch(self, setup: Setup, kind: KL, sampler: Tensor) -> TokenBatch:
         """All sequences as one batch, whose advantages are those of the KL in the reward."""
@@ -200,7 +225,7 @@ def penalty(setup: Setup, kind: KL) -> KLPenalty | None:
     if setup.loss is None:
         return None
     return KLPenalty(
-        1.0, kind, level=setup.loss, importance=setup.importance, attached=setup.attached
+        1.0, kind, setup.grad, setup.loss, importance=setup.importance, attached=setup.attached
     )
 
 

@@ -102,9 +102,16 @@ class ExactWorld(World):
 
     def exact_gradient(self, use: Use, divergence: Divergence, sampler: Tensor) -> Tensor:
         """[S, V]: what the library's loss gives, over all that the sampling policy may sample."""
-        leaf = self.current.clone().requires_grad_()
+        return self.mean(self.exact_gradients(use, divergence, sampler), sampler)
+
+    def exact_gradients(self, use: Use, divergence: Divergence, sampler: Tensor) -> Tensor:
+        """[B, T, V]: as gradients. Each token has a hidden state, and a row of the heads, of its
+        own.
+        """
+        leaf = self.current[self.state].requires_grad_()
+        own = torch.eye(self.mask.numel(), dtype=torch.float64).unflatten(0, self.mask.shape)
         penalty = KLPenalty(1.0, importance=use.importance, attached=use.attached, exact=divergence)
-        mean = Expectation(self.probability(sampler))
+        mean = Expectation(torch.ones(self.B, dtype=torch.float64))
         loss = PolicyLoss(Reinforce(), kl=penalty if use.loss else None, mean=mean)
         batch = TokenBatch.padded(
             *(self.labels, self.mask, self.exact_advantages(use, divergence)),
@@ -115,8 +122,8 @@ class ExactWorld(World):
             now = self.logprobs(self.current)
             options = {"level": Level.PRODUCT, "high": torch.inf, "logprobs": now}
             batch = batch.with_weights(truncated_weights(batch, **options))
-        reference = (self.hidden, self.ref.T)
-        output = linear_policy_loss(self.hidden, LMHead(leaf.T), batch, loss, reference=reference)
+        head, reference = leaf.flatten(0, 1).T, self.ref[self.state].flatten(0, 1).T
+        output = linear_policy_loss(own, LMHead(head), batch, loss, reference=(own, reference))
         return torch.autograd.grad(output.loss, leaf)[0]
 
     def exact_advantages(self, use: Use, divergence: Divergence) -> Tensor:
