@@ -188,6 +188,19 @@ def test_the_measured_kl_is_the_mean_log_ratio_of_sequences(world):
     assert abs(k1.mean().item() - world.point(policy).kl) < 5 * error
 
 
+@pytest.mark.parametrize("seed", [0, 7, -(2**63), 2**64 - 1])
+def test_every_run_samples_on_its_own(seed):
+    """Runs at other rates or scales share seeds with those that they are compared with."""
+    options = Options(seed)
+    free, held = overoptimisation.free_cases(options), overoptimisation.held_cases(options, 1, 1)
+    assert len(free) + len(held) + 5 == overoptimisation.ticks(options)
+    seeds = {case.seed for case in [*free.values(), *held.values()]}
+    assert len(seeds) == 9
+    for case in (*free.values(), *held.values()):
+        torch.Generator().manual_seed(case.seed)
+        torch.Generator().manual_seed(case.world)
+
+
 @pytest.fixture(scope="module")
 def small():
     """The part with short runs, which are too short to bear out its claims."""

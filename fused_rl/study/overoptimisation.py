@@ -59,8 +59,8 @@ def ticks(options: Options) -> int:
 
 def measure(options: Options, tick: Callable[[], None]) -> Numbers:
     """Exact curves of several worlds, and runs in the first of them."""
-    seeds = [options.seed + 1000 * i for i in range(size(options).worlds)]
-    worlds = workers.each(exact, seeds, tick)
+    n = size(options)
+    worlds = workers.each(exact, [world_seed(options, i) for i in range(n.worlds)], tick)
     top = worlds[0]["frontier"]["peak"]
     free, held = free_cases(options), held_cases(options, top["beta"], top["kl"])
     found = workers.each(run, [*free.values(), *held.values()], tick)
@@ -106,7 +106,8 @@ def free_cases(options: Options) -> dict[tuple[float, int], Case]:
         slower = RATE / rate
         for i in range(count):
             steps, every = round(STEPS * slower), round(EVERY * slower)
-            found[rate, i] = Case(options.seed, seed_of(options, i), steps, every, rate)
+            seeds = world_seed(options), run_seed(options, i)
+            found[rate, i] = Case(*seeds, steps, every, rate)
     return found
 
 
@@ -132,16 +133,22 @@ def held_cases(options: Options, beta: float, kl: float) -> dict[tuple[str, floa
     kinds += [(name, scale) for scale in SCALES for name in TUNED]
     return {
         (name, scale, i): Case(
-            *(options.seed, seed_of(options, 100 + i), n.steps, 20, RATE, named[name], scale)
+            *(world_seed(options), run_seed(options, 100 + i)),
+            *(n.steps, 20, RATE, named[name], scale),
         )
         for name, scale in kinds
         for i in range(n.betas)
     }
 
 
-def seed_of(options: Options, i: int) -> int:
+def world_seed(options: Options, i: int = 0) -> int:
+    """Of a world; the first is the main one."""
+    return (options.seed + 1000 * i) % 2**63
+
+
+def run_seed(options: Options, i: int) -> int:
     """Of what a run samples."""
-    return 1_000_003 * (options.seed + 1) + i
+    return (1_000_003 * (options.seed + 1) + i) % 2**63
 
 
 def judged_free(runs: dict[tuple[float, int], peaks.Curve]) -> list[dict[str, Any]]:
