@@ -227,7 +227,11 @@ def test_what_the_study_finds(numbers):
     assert {len(row) for row in used.rows} == {len(used.header)}
     assert {len(row) for row in ranking.rows} == {len(ranking.header)}
     assert ranking.rows[0][0] == "exact in loss, later in reward, product ratio"
-    assert len(numbers["ways"]) == len(ways.every())
+    every = gradients.everything(numbers)
+    assert len(every.rows) == len(ways.every())
+    assert {len(row) for row in every.rows} == {len(every.header)}
+    row = next(r for r in every.rows if r[:3] == ("loss, product", "product detached", "k2"))
+    assert row[3:5] == row[6:8] == ("reverse", "0")
 
 
 def test_a_claim_fails_where_its_numbers_say_so(numbers):
@@ -265,6 +269,7 @@ def test_labels_do_not_overlap():
 
 
 def test_rounding():
+    assert gradients.sequences(2.0) == "400"
     assert gradients.rounded(1.23456789e-3) == 1.234568e-3
     assert gradients.rounded(1e-12) == 0
     assert [gradients.percent(x) for x in (0.0, 0.0123, 0.0996, 0.5, 2.34)] == [

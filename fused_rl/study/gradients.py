@@ -53,6 +53,7 @@ def path_of(quick: bool) -> list[float]:
 
 
 def measure(options: Options, tick: Callable[[], None]) -> Numbers:
+    """Lines as `lines` says; named and ways as `joined` says, a way after its three columns."""
     worlds = workers.each(of_world, cases(options), tick)
     entries = [ways.columns(way) for way in ways.every()]
     return {
@@ -190,17 +191,31 @@ def tables(numbers: Numbers) -> list[Table]:
 def used(numbers: Numbers) -> Table:
     """What people use, at the farther distance."""
     old, distance = numbers["world"]["old"], numbers["staleness"]["distance"]
-    header = ("option", "gradient of", "bias, %", "noise, %")
-    header += tuple(f"{old} steps old: {what}" for what in ("bias, %", "cosine", "noise, %"))
+    header = ("option", "gradient of", "bias, %", "sequences for 10% noise")
+    header += tuple(f"{old} steps old: {what}" for what in ("bias, %", "cosine", "sequences"))
     rows = []
     for name in ways.USED:
         now, then = numbers["named"][name][-2:]
-        of_now = (now[0], percent(now[1]), percent(now[3]))
-        rows.append((name, *of_now, percent(then[1]), f"{then[2]:.2f}", percent(then[3])))
+        on_policy = (now[0], percent(now[1]), sequences(now[3]))
+        rows.append((name, *on_policy, percent(then[1]), f"{then[2]:.2f}", sequences(then[3])))
     title = (
         f"Gradients {distance:g} nat from the reference, beside that of the KL of whole sequences; "
-        "noise of one sequence"
+        f"on-policy and {old} steps old"
     )
+    return Table(title, header, rows)
+
+
+def everything(numbers: Numbers) -> Table:
+    """Every way, at the farther distance: too long for a terminal."""
+    old, distance = numbers["world"]["old"], numbers["staleness"]["distance"]
+    header = ("KL in", "importance ratio", "estimator")
+    for when in ("", f"{old} steps old: "):
+        header += tuple(f"{when}{what}" for what in ("gradient of", "bias, %", "noise, %"))
+    rows = []
+    for where, ratio, estimator, *found in numbers["ways"]:
+        moments = [(m[0], percent(m[1]), percent(m[3])) for m in found[-2:]]
+        rows.append((where, ratio, estimator, *moments[0], *moments[1]))
+    title = f"Every way to use a KL, {distance:g} nat from the reference; noise of one sequence"
     return Table(title, header, rows)
 
 
@@ -220,6 +235,11 @@ def ranking(numbers: Numbers) -> Table:
         "the reference"
     )
     return Table(title, tuple(header), [row for _, row in found])
+
+
+def sequences(noise: float) -> str:
+    """How many bring the noise down to a tenth of the true gradient."""
+    return f"{(noise / 0.1) ** 2:.0f}"
 
 
 def percent(value: float) -> str:
