@@ -128,7 +128,8 @@ def half_is_enough(numbers: Numbers) -> Claim:
     return Claim(
         "half the KL of the peak keeps 91 % (best of n) and 95 % (RL) of the gain",
         "docs; tutorial",
-        f"{percent(best)} (best of n), {percent(rl)} (RL)",
+        f"{percent(fmean(best))} and {percent(fmean(rl))} on average, {percent(best)} (best of n, "
+        f"{len(best)} worlds) and {percent(rl)} (RL)",
         all(kept),
         "depends: best of n does, RL does not" if kept == [True, False] else "",
     )

@@ -62,7 +62,13 @@ def gold(numbers: Numbers):
         budget = math.sqrt(run["pilot"]["kl_peak"] / 2)
         for each in (proxy, panel):
             each.axvline(budget, color=INK, ls="--", lw=0.9)
-        label(panel, "budget: half the KL\nof a pilot's peak", (budget, -0.8), (6, 0), INK)
+        label(
+            panel,
+            "budget: half the KL\nof a pilot's peak",
+            (budget, 0.7 * run["end"]["gold"]),
+            (6, 0),
+            INK,
+        )
     at = {"peak": run["peak"], **run["stops"]}
     words = {
         "peak": "peak",
@@ -75,7 +81,7 @@ def gold(numbers: Numbers):
         if at[name] is not None:
             point = (math.sqrt(at[name]["kl"]), at[name]["gold"])
             size = 11 if marker == "*" else 6
-            panel.plot(*point, marker=marker, ms=size, color=STRONG, mec=INK, ls="none")
+            panel.plot(*point, marker=marker, ms=size, color=STRONG, mec=INK, ls="none", zorder=5)
             offset = {"peak": (0, 10), "five falls": (-9, -5)}.get(name, (9, 4))
             label(panel, text, point, offset, INK)
     return figure
@@ -118,8 +124,11 @@ def beta(numbers: Numbers):
         column[2].set_yticks([0.2, 0.5, 1, 2], ["0.2", "0.5", "1", "2"])
         column[2].minorticks_off()
         column[2].set_xlabel("step")
+        column[2].locator_params(axis="x", nbins=4)
     for panel, (text, _) in zip(panels[:, 0], rows.values(), strict=True):
         panel.set_ylabel(text)
+    for panel in panels[:2, 0]:
+        panel.locator_params(axis="y", nbins=5)
     label(panels[1, 0], "target of the adaptive beta", (0, target), (4, 7), INK)
     panels[0, 0].legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower left")
     title(figure, "A beta that holds a KL, and two that do not", "tuned for the proxy times 1")
@@ -169,7 +178,7 @@ def frontier(numbers: Numbers):
 def betas_along(panel, curve: dict[str, Any]) -> None:
     """Ticks on the frontier with their beta."""
     top = curve["gold"].index(max(curve["gold"]))
-    for wanted in (4.0, 1.0, 0.4, 0.3, 0.2):
+    for wanted in (4.0, 1.0, 0.35, 0.25):
         i = nearest(curve["beta"], wanted)
         point = (math.sqrt(curve["kl"][i]), curve["gold"][i])
         panel.plot(*point, marker="|", ms=9, color=INK, ls="none")
