@@ -58,13 +58,13 @@ def differences(first: list[float], second: list[float]) -> tuple[float, float]:
     return mean, (1 if mean > 0 else -1) if one_sign and abs(mean) > 2 * error else 0
 
 
-def verdict(seeds: int, sign: int, expected: int) -> str:
-    """Of a claim that the difference has a sign, or, expected = 0, that there is none."""
+def verdict(seeds: int, sign: int, *claimed: int) -> str:
+    """Of a claim that a difference has one of these signs, 0 being none that counts."""
     if seeds == 1:
         return ONE_SEED
-    if sign == expected:
-        return "confirmed" if expected else "confirmed, within the seeds' spread"
-    return "not confirmed" if sign or not expected else "depends: within the seeds' spread"
+    if sign in claimed:
+        return "confirmed" if sign else "confirmed: within the seeds' spread"
+    return "not confirmed" if sign else "depends: within the seeds' spread"
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -147,23 +147,23 @@ def claims(numbers: Numbers) -> Table:
 
 
 def compared(
-    numbers: Numbers, what: str, first: str, second: str, expected: int, unit: str = ""
+    numbers: Numbers, what: str, first: str, second: str, *claimed: int
 ) -> tuple[str, str]:
     """Our number and the verdict: of first against second."""
     a, b = (found(numbers, name, what) for name in (first, second))
     mean, sign = differences(a, b)
+    unit = " nats per token" if what in ("kl", "entropy") else ""
     said = f"{statistics.fmean(a):.2f} against {statistics.fmean(b):.2f}{unit}, {mean:+.3f}"
-    return said, verdict(numbers["seeds"], sign, expected)
+    return said, verdict(numbers["seeds"], sign, *claimed)
 
 
 def useless(numbers: Numbers) -> list[tuple[str, ...]]:
     """k1 in the loss, k3 in the reward."""
-    nats = " nats per token"
-    idle = compared(numbers, "kl", "k1 in loss", "no KL", 0, nats)
+    idle = compared(numbers, "kl", "k1 in loss", "no KL", 0, 1)
     worse = compared(numbers, "objective", "k3 in reward", "k1 in reward", -1)
-    further = compared(numbers, "kl", "k3 in reward", "k1 in reward", 1, nats)
+    further = compared(numbers, "kl", "k3 in reward", "k1 in reward", 1)
     return [
-        ("k1 in the loss holds nothing: it ends as far away as no KL", PAPER, *idle),
+        ("k1 in the loss holds nothing: it ends as far away as no KL, or further", PAPER, *idle),
         ("k3 in the reward is a bad penalty: less reward - beta KL than k1", PAPER, *worse),
         ("and it ends further from the reference", PAPER, *further),
     ]
@@ -180,7 +180,7 @@ def generalising(numbers: Numbers) -> list[tuple[str, ...]]:
             claim = f"{name} earns more than k3 in loss {where}"
             paper = f"{PAPER}: +19 %" if what == "unseen" else PAPER
             rows.append((claim, paper, f"{said} ({a / b - 1:+.0%})", judged))
-    lower = compared(numbers, "entropy", "k1 in reward", base, -1, " nats per token")
+    lower = compared(numbers, "entropy", "k1 in reward", base, -1)
     rows.append(("k1 in reward ends with a lower entropy than k3 in loss", PAPER, *lower))
     return rows
 
@@ -188,30 +188,35 @@ def generalising(numbers: Numbers) -> list[tuple[str, ...]]:
 def equal(numbers: Numbers) -> list[tuple[str, ...]]:
     """Options whose gradients have the same mean."""
     rows = []
-    for what, unit in (("reward", ""), ("kl", " nats per token"), ("unseen", "")):
-        same = compared(numbers, what, "k3 in reward and loss", "k1 in reward", 0, unit)
+    for what in ("reward", "kl", "unseen"):
+        same = compared(numbers, what, "k3 in reward and loss", "k1 in reward", 0)
         name = {"unseen": "reward on unseen lengths", "kl": "KL"}.get(what, what)
         rows.append((f"k3 in reward and loss trains as k1 in reward: {name}", PAPER, *same))
-    same = compared(numbers, "kl", "exact in loss", "k2 in loss", 0, " nats per token")
+    same = compared(numbers, "kl", "exact in loss", "k2 in loss", 0)
     rows.append(("k2 in loss trains as the exact reverse KL: KL", "arXiv 2510.01555", *same))
     return rows
 
 
 def collapses(numbers: Numbers) -> list[tuple[str, ...]]:
-    """On the oldest samples: an end below half of what the reference earns is a collapse."""
-    age = stalenesses(numbers)[-1]
+    """Below half of what the reference earns is a collapse, above all of it is stable."""
+    oldest = stalenesses(numbers)[-1]
     start = found(numbers, REFERENCE, "reward")
     rows = []
-    for name, falls in (("no KL", True), ("k1 in loss", True), ("k1 in reward", False)):
+    for name, age, falls in (
+        ("k3 in reward", 0, True),
+        ("no KL", oldest, True),
+        ("k1 in loss", oldest, True),
+        ("k1 in reward", oldest, False),
+    ):
         ends = found(numbers, name, "reward", age)
         ratios = [end / begin for end, begin in zip(ends, start, strict=True)]
-        count = sum((r < 0.5) if falls else (r > 1) for r in ratios)
-        kind = "collapses" if falls else "is stable"
+        count = sum((ratio < 0.5) if falls else (ratio > 1) for ratio in ratios)
         done = "below half" if falls else "above"
         here = f"reward {spread(ends)}; {done} of the reference's in {count} of {len(ends)} seeds"
         judged = {len(ends): "confirmed", 0: "not confirmed"}.get(count, "depends: on the seed")
-        judged = ONE_SEED if len(ends) == 1 else judged
-        rows.append((f"on samples {age} updates old {name} {kind}", PAPER, here, judged))
+        where = f"samples {age} updates old" if age else "fresh samples"
+        claim = f"on {where} {name} {'collapses' if falls else 'is stable'}"
+        rows.append((claim, PAPER, here, ONE_SEED if len(ends) == 1 else judged))
     return rows
 
 

@@ -32,7 +32,7 @@ from fused_rl.study.enumeration import Expectation
 from fused_rl.study.settings import OPTIONS, Option, rounded
 
 PLACES = 64
-STEPS = 120
+STEPS = 50
 # weight, mean, std of each bump
 BUMPS = ((0.6, 1.2, 0.4), (0.4, -1.4, 0.5))
 # mean, std
@@ -108,8 +108,8 @@ def ended(line: Line, way: Option, start: tuple[float, float]) -> tuple[Tensor, 
         value = loss(line, line.policy(leaves[0], leaves[1].exp()), way)
         slopes = torch.autograd.grad(value, leaves)
         # The Fisher information of mean and log std is 1 / std^2 and 2.
-        mean = mean - (0.3 * slopes[0] * (2 * log_std).exp()).clamp(-0.1, 0.1)
-        log_std = log_std - (0.3 * slopes[1] / 2).clamp(-0.1, 0.1)
+        mean = mean - (slopes[0] * (2 * log_std).exp()).clamp(-0.1, 0.1)
+        log_std = log_std - (slopes[1] / 2).clamp(-0.1, 0.1)
     return mean, log_std.exp()
 
 
