@@ -74,7 +74,7 @@ def study(name: str, chosen: part.Part, options: part.Options, folder: Path) -> 
     columns = (TextColumn(name), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, expand=True) as progress:
         task = progress.add_task("", total=chosen.ticks(options))
-        numbers = chosen.measure(options, lambda: progress.advance(task))
+        numbers = part.rounded(chosen.measure(options, lambda: progress.advance(task)))
     show(console, chosen.tables(numbers))
     part.write(name, chosen, numbers, folder)
     console.print(f"Wrote {folder / name}.json and {len(chosen.PICTURES)} pictures.")

@@ -92,13 +92,4 @@ def measure(options: Options, tick: Callable[[], None]) -> Numbers:
     chosen = cases(options)
     for (name, _), found in zip(chosen, each(called, chosen, tick), strict=True):
         numbers.setdefault(name, []).append(found)
-    return ten_digits(numbers)
-
-
-def ten_digits(numbers):
-    """The same with numbers that a file can hold without noise."""
-    if isinstance(numbers, dict):
-        return {key: ten_digits(value) for key, value in numbers.items()}
-    if isinstance(numbers, (list, tuple)):
-        return [ten_digits(value) for value in numbers]
-    return float(f"{numbers:.10g}") if isinstance(numbers, float) else numbers
+    return numbers

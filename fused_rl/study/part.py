@@ -30,6 +30,15 @@ class Options:
     quick: bool = False
 
 
+def rounded(numbers: Any) -> Any:
+    """The same, with ten significant digits: what another order of sums would change is left out."""
+    if isinstance(numbers, Mapping):
+        return {key: rounded(value) for key, value in numbers.items()}
+    if isinstance(numbers, (list, tuple)):
+        return [rounded(value) for value in numbers]
+    return float(f"{numbers:.10g}") if isinstance(numbers, float) else numbers
+
+
 class Table(NamedTuple):
     """Rows of cells as they are read: numbers already rounded, with their units in the header."""
 
