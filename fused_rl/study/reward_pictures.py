@@ -178,7 +178,7 @@ def frontier(numbers: Numbers):
 def betas_along(panel, curve: dict[str, Any]) -> None:
     """Ticks on the frontier with their beta."""
     top = curve["gold"].index(max(curve["gold"]))
-    for wanted in (4.0, 1.0, 0.35, 0.25):
+    for wanted in (4.0, 1.0, 0.3, 0.25):
         i = nearest(curve["beta"], wanted)
         point = (math.sqrt(curve["kl"][i]), curve["gold"][i])
         panel.plot(*point, marker="|", ms=9, color=INK, ls="none")
