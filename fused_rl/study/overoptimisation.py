@@ -68,14 +68,12 @@ def measure(options: Options, tick: Callable[[], None]) -> Numbers:
     for world in worlds[1:]:
         for kind in ("frontier", "best of n"):
             del world[kind]["curve"]
-    return rounded(
-        {
-            "worlds": worlds,
-            "free": judged_free({key: runs[key] for key in free}),
-            "spread": spreads({key: runs[key] for key in free}),
-            "beta": judged_held({key: runs[key] for key in held}, top["kl"]),
-        }
-    )
+    return {
+        "worlds": worlds,
+        "free": judged_free({key: runs[key] for key in free}),
+        "spread": spreads({key: runs[key] for key in free}),
+        "beta": judged_held({key: runs[key] for key in held}, top["kl"]),
+    }
 
 
 def exact(seed: int) -> dict[str, Any]:
@@ -224,14 +222,3 @@ def end(run: peaks.Curve) -> dict[str, float]:
     means = {name: fmean(run[name][-LAST:]) for name in ("beta", "kl", "proxy", "gold", "flattery")}
     last = run["kl"][-(len(run["kl"]) // 3) :]
     return means | {"kl_deviation": pstdev(last), "kl_most": max(run["kl"])}
-
-
-def rounded(value: Any) -> Any:
-    """Eight digits."""
-    if isinstance(value, float):
-        return float(f"{value:.8g}")
-    if isinstance(value, dict):
-        return {key: rounded(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [rounded(x) for x in value]
-    return value
