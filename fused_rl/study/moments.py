@@ -153,14 +153,16 @@ def drawn(world: World, generator: torch.Generator, farthest: float) -> tuple[Te
     library would cut off; others are drawn again.
     """
     limit = -world.logprobs(world.ref).sum(-1)
+    # Where no sequence is so rare, nearly the rarest will do.
+    enough = min(2 * farthest, 0.8 * limit.max().item())
     while True:
         direction = torch.randn(world.S, world.V, generator=generator, dtype=torch.float64)
         likeliest = world.logprobs(1e6 * direction).sum(-1).argmax()
-        if limit[likeliest] > 2 * farthest and _within(world, direction, farthest):
+        if limit[likeliest] > enough and _within(world, direction, farthest):
             break
     while True:
         reward = torch.randn(world.B, generator=generator, dtype=torch.float64)
-        if limit[reward.argmax()] > 2 * farthest:
+        if limit[reward.argmax()] > enough:
             return direction, reward
 
 
