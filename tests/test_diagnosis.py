@@ -1,6 +1,7 @@
 """Diagnosis: each ailment alone is named with its numbers, and a healthy run is left in peace."""
 
 import math
+import random
 import re
 import statistics
 from itertools import pairwise
@@ -11,6 +12,7 @@ import torch
 from fused_rl import diagnose
 from fused_rl.diagnosis import Finding, Thresholds
 from fused_rl.overoptimisation import RewardCurve, RewardForm
+from fused_rl.rollouts.diagnosis.history import Run
 
 STEPS = 40
 
@@ -106,6 +108,18 @@ def test_a_fit_finds_the_peak_that_the_kl_has_passed():
     (finding,) = diagnose(history)
     assert finding.name == "over-optimisation"
     assert "past the peak of gold rewards" in finding.evidence
+
+
+def test_chance_is_no_fall():
+    """Of a curve that is flat but for noise, an earlier window is nearly always the best one."""
+
+    def fell(drop: float, seed: int) -> bool:
+        noise = random.Random(seed)
+        steps = [{"gold_reward": noise.gauss(-drop * (i > 25), 1.0)} for i in range(STEPS)]
+        return Run(steps, window=5, kl_peak=None).fell("gold_reward")
+
+    assert sum(fell(0.0, seed) for seed in range(200)) <= 10
+    assert all(fell(4.0, seed) for seed in range(200))
 
 
 def test_a_known_peak_needs_no_gold_rewards():
