@@ -66,7 +66,7 @@ def test_a_part_is_shown_and_written(study, tmp_path, capsys):
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["gradients-values.png", "gradients-values.svg", "gradients.json"]
     numbers = json.loads((tmp_path / "out" / "gradients.json").read_text())
-    assert numbers == {"values": [drawn(3 + i) for i in range(4)]}
+    assert numbers == {"values": [float(f"{drawn(3 + i):.10g}") for i in range(4)]}
 
 
 def test_all_parts_unless_one_is_named(study, tmp_path):

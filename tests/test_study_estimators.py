@@ -169,7 +169,7 @@ def test_rounding_reaches_into_the_usual_kl(numbers):
 
 def test_the_same_seed_gives_the_same_numbers(numbers):
     case = Case(0, "open", "noise", 0.1, SMALL, tokens=16)
-    again = estimators.ten_digits(vocabulary.compared(case))
+    again = part.rounded(vocabulary.compared(case))
     assert again == numbers["vocabulary"][0]
     other = vocabulary.compared(Case(1, "open", "noise", 0.1, SMALL, tokens=16))
     assert other["k1"]["sampled"] != again["k1"]["sampled"]

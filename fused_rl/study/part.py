@@ -31,7 +31,7 @@ class Options:
 
 
 def rounded(numbers: Any) -> Any:
-    """The same, with ten significant digits: what another order of sums would change is left out."""
+    """The same with ten significant digits, without what another order of sums would change."""
     if isinstance(numbers, Mapping):
         return {key: rounded(value) for key, value in numbers.items()}
     if isinstance(numbers, (list, tuple)):
