@@ -108,6 +108,8 @@ def reward(numbers: Numbers):
     panels = figure.subplots(3, 3, sharex=True, sharey=True)
     for name, panel in zip(names, panels.flat, strict=True):
         frame(panel)
+        panel.locator_params(axis="x", nbins=4)
+        panel.locator_params(axis="y", nbins=3)
         free = by_seed(numbers, "no KL", "reward")
         panel.plot(numbers["steps"], mean(free), color=INK, ls=":", lw=1.4)
         series = by_seed(numbers, name, "reward")
@@ -115,7 +117,9 @@ def reward(numbers: Numbers):
         lowest, highest = [*map(min, at)], [*map(max, at)]
         panel.fill_between(numbers["steps"], lowest, highest, color=STRONG, alpha=0.15, lw=0)
         panel.plot(numbers["steps"], mean(series), color=STRONG, lw=2)
-        panel.set_title(f"{name}: {mean(series)[-1]:.2f}", loc="left", fontsize=9.5, color=INK)
+        also = " (dotted beside the others)" if name == "no KL" else ""
+        heading = f"{name}{also}: {mean(series)[-1]:.2f}"
+        panel.set_title(heading, loc="left", fontsize=9.5, color=INK)
     for panel in panels[-1]:
         panel.set_xlabel("updates")
     for panel in panels[:, 0]:
@@ -181,7 +185,7 @@ def of_modes(numbers: Numbers):
     x, reference = numbers["modes"]["x"], numbers["modes"]["reference"]
     panel.fill_between(x, reference, color=INK, alpha=0.25, lw=0)
     panel.plot(x, reference, color=INK, lw=0.8)
-    panel.annotate("reference", (-1.4, 0.0335), color=INK, fontsize=8.5, ha="center")
+    panel.annotate("reference", (-1.7, 0.0325), color=INK, fontsize=8.5, ha="center")
     for way, name, where, place in MODES:
         colour, line, _ = look(way)
         p = numbers["modes"]["starts"]["narrow"][way]["probabilities"]

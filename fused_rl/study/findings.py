@@ -211,8 +211,8 @@ def collapses(numbers: Numbers) -> list[tuple[str, ...]]:
         ends = found(numbers, name, "reward", age)
         ratios = [end / begin for end, begin in zip(ends, start, strict=True)]
         count = sum((ratio < 0.5) if falls else (ratio > 1) for ratio in ratios)
-        done = "below half" if falls else "above"
-        here = f"reward {spread(ends)}; {done} of the reference's in {count} of {len(ends)} seeds"
+        done = "below half of" if falls else "above"
+        here = f"reward {spread(ends)}; {done} the reference's in {count} of {len(ends)} seeds"
         judged = {len(ends): "confirmed", 0: "not confirmed"}.get(count, "depends: on the seed")
         where = f"samples {age} updates old" if age else "fresh samples"
         claim = f"on {where} {name} {'collapses' if falls else 'is stable'}"
