@@ -31,7 +31,7 @@ def numbers():
         patch.setattr(estimators, "each", lambda f, cases, tick: [tick() or f(c) for c in cases])
         found = estimators.measure(Options(), lambda: seen.append(1))
         assert len(seen) == estimators.ticks(Options())
-    return found
+    return part.rounded(found)
 
 
 def few(options):

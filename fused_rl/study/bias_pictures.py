@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 from fused_rl.study.moments import batch_error
 from fused_rl.study.part import Numbers
 from fused_rl.system.drawing import INK, MARKERS, MUTED, STRONG, frame, new_figure
 
 DISTANCE = "distance of the policy from its reference, nats (KL of whole sequences)"
+OPTIONS = ("k1 in reward", "k3 in loss", "k2 in loss", "k1 in loss", "k3 in reward", "k3 in both")
+OPTIONS += ("exact in loss", "k2 of")
 BATCH = 1024
 FLOOR = 0.005
 """Where a bias of 0 is drawn on a logarithmic axis."""
@@ -109,21 +114,35 @@ def new_panel(x: str, y: str):
 
 def draw(panel, x: list[float], curves: dict[str, list[float]]) -> None:
     """Curves, named where they end; the panel has its scales."""
-    colours = [(STRONG, *MUTED)[i % (1 + len(MUTED))] for i in range(len(curves))]
-    for i, y in enumerate(curves.values()):
-        style = {"ls": ("-", "--", "-.", ":")[i % 4], "marker": MARKERS[i % len(MARKERS)], "ms": 4}
-        panel.plot(x, y, color=colours[i], lw=1.6, clip_on=False, **style)
+    looks = looks_of(curves)
+    for y, look in zip(curves.values(), looks, strict=True):
+        panel.plot(x, y, lw=1.6, ms=4, clip_on=False, **look)
     panel.set_xlim(min(x), max(x))
     panel.set_ylim(panel.get_ylim())
     ends = panel.transData.transform([(x[-1], y[-1]) for y in curves.values()])
     heights = panel.transAxes.inverted().transform(ends)[:, 1].tolist()
     sizes = [0.02 + 0.037 * (name.count("\n") + 1) for name in curves]
-    for name, colour, height, place in zip(
-        curves, colours, heights, places(heights, sizes), strict=True
+    for name, look, height, place in zip(
+        curves, looks, heights, places(heights, sizes), strict=True
     ):
-        options = {"transform": panel.transAxes, "color": colour}
+        options = {"transform": panel.transAxes, "color": look["color"]}
         panel.plot((1.01, 1.04), (height, place), lw=0.8, clip_on=False, **options)
         panel.text(1.05, place, name, va="center", fontsize=8, **options)
+
+
+def looks_of(labels: Iterable[str]) -> list[dict[str, str]]:
+    """A colour and a marker for each option, the same in every picture; dashes tell those of one
+    picture apart. A label is of the option that it names first."""
+    looks, seen = [], Counter()
+    for label in labels:
+        text = label.replace("\n", " ")
+        option = min((o for o in OPTIONS if o in text), key=text.index, default=None)
+        i = OPTIONS.index(option) if option else len(OPTIONS)
+        colour = (STRONG, *MUTED, INK)[i]
+        dashes = ("-", "--", ":")[seen[option]] if seen[option] else ("-", "--", "-.", ":")[i % 4]
+        seen[option] += 1
+        looks.append({"color": colour, "marker": (*MARKERS, "*", "h")[i], "ls": dashes})
+    return looks
 
 
 def places(heights: list[float], sizes: list[float]) -> list[float]:
