@@ -5,6 +5,8 @@ docs/distillation.md    from the docstrings of losses/distillation.py
 docs/preference.md      from the docstrings of losses/preference/
 docs/kl.md        the expected gradients that study/enumeration.py and exact_enumeration.py find,
                   and what losses on preferences end at (preference_world.py)
+                  what `fused-rl study` found, of its files in docs/study/
+docs/study.md     all of that
 docs/predictions.md     what fused_rl/plan says of one head over ranks
 """
 
@@ -14,6 +16,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +25,7 @@ from pdoc.doc import Doc
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("docs", "bench", "tests")]
 
-from preference_world import PreferenceWorld, preference_markdown  # noqa: E402
+from preference_world import PreferenceWorld, preference_markdown  # noqa: E402 - see above
 from reference import Page, pages  # noqa: E402
 from run import replace_block  # noqa: E402
 
@@ -39,8 +42,10 @@ from fused_rl.losses.preference import named as preferences  # noqa: E402
 from fused_rl.losses.sequences import Level  # noqa: E402
 from fused_rl.plan import ranks, ranks_report  # noqa: E402
 from fused_rl.plan.memory import plan  # noqa: E402
-from fused_rl.study.enumeration import World, markdown  # noqa: E402 - found by the line above
+from fused_rl.study import command  # noqa: E402
+from fused_rl.study.enumeration import World, markdown  # noqa: E402
 from fused_rl.study.exact_enumeration import ExactWorld, exact_markdown  # noqa: E402
+from fused_rl.system.outputs import read_json  # noqa: E402
 
 
 def named_losses() -> list[str]:
@@ -179,6 +184,35 @@ def over_ranks() -> list[str]:
     return table(("way", *ranks_report.MOVED), rows)
 
 
+def studied(name: str, *titles: str) -> list[str]:
+    """Tables of a part of the study whose titles begin so, each under its title; all if none is
+    given."""
+    part, numbers = command.load(name), read_json(ROOT / "docs" / "study" / f"{name}.json")
+    found = part.tables(numbers)
+    if name == "gradients" and not titles:
+        found.append(part.everything(numbers))
+    chosen = [next(t for t in found if t.title.startswith(title)) for title in titles] or found
+    lines = []
+    for title, header, rows in chosen:
+        lines += ["", f"**{title}**", "", *table(header, rows)]
+    return lines[1:]
+
+
+def claims() -> list[str]:
+    """A row for each claim of a paper, of all parts."""
+    rows = []
+    for name in command.NAMES:
+        part, numbers = command.load(name), read_json(ROOT / "docs" / "study" / f"{name}.json")
+        (found,) = (t for t in part.tables(numbers) if t.title == "Claims")
+        rows += [(claim, linked_id(source), *rest) for claim, source, *rest in found.rows]
+    return table(found.header, rows)
+
+
+def linked_id(source: str) -> str:
+    """With each arXiv number a link."""
+    return re.sub(r"(\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", source)
+
+
 BLOCKS = {
     "losses.md": {
         "losses": named_losses,
@@ -191,7 +225,13 @@ BLOCKS = {
         "kl": lambda: markdown(World()).splitlines(),
         "exact": lambda: exact_markdown(ExactWorld()).splitlines(),
         "optimum": lambda: preference_markdown(PreferenceWorld()).splitlines(),
+        "values": lambda: studied("estimators", "Up to which KL"),
+        "gradients": lambda: studied("gradients", "Gradients"),
+        "training": lambda: studied("training", "What a KL trains"),
+        "peaks": lambda: studied("overoptimisation", "Where a monitor", "Schedules"),
+        "claims": claims,
     },
+    "study.md": {name: partial(studied, name) for name in command.NAMES},
     "distillation.md": {"distillation": distillation_losses},
     "preference.md": {
         "preference": preference_losses,

@@ -31,7 +31,7 @@ def bias(numbers: Numbers):
         "k3 in reward": "k3 in reward",
         "k1 in loss": "k1 in loss",
         "k3 in loss": "k3 in loss",
-        "k2 in loss": "k2, or exact, in loss",
+        "k2 in loss": "k2 in loss, or exact",
         "k1 in reward": "0: k1 in reward; k3 in both;\nexact in loss, later in reward",
     }
     lines = numbers["path"]["lines"]
