@@ -122,6 +122,15 @@ def test_chance_is_no_fall():
     assert all(fell(4.0, seed) for seed in range(200))
 
 
+def test_a_known_peak_needs_no_more_than_a_better_window():
+    """It says itself that gold rewards fall beyond it."""
+    noise = random.Random(1)
+    history = run(gold_reward=lambda x: 1.0 + 0.1 * noise.gauss(0.0, 1.0))
+    assert diagnose(history) == []
+    (finding,) = diagnose(history, kl_peak=0.05)
+    assert "past the peak of gold rewards at 0.05" in finding.evidence
+
+
 def test_a_known_peak_needs_no_gold_rewards():
     history = run(gold_reward=None)
     assert diagnose(history, kl_peak=0.1) == []

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from fused_rl.rollouts.overoptimisation import fit_reward_curve
 
-# By how many of them two means are apart for more than chance.
+# By how many of them two means are apart for more than chance, where nothing else is known.
 STANDARD_ERRORS = 3.0
 
 History = Sequence[Mapping[str, float]]
@@ -56,16 +56,21 @@ class Run:
             return math.inf
         return fit_reward_curve(*zip(*both, strict=True)).kl_peak
 
-    def fell(self, name: str) -> bool:
+    @property
+    def knows_peak(self) -> bool:
+        """Whether the peak was given: the gold rewards have not been asked for it."""
+        return self._kl_peak is not None
+
+    def fell(self, name: str, errors: float = STANDARD_ERRORS) -> bool:
         """Whether some window before the last was better than it, by more than noise explains.
 
         Of the best of many windows chance alone is better. A step's noise is told from its
-        neighbour's; the means of two windows have to be three standard errors apart.
+        neighbour's; the means of two windows have to be so many standard errors apart.
         """
         values, size = self[name], self._window
         windows = [mean(values[i : i + size]) for i in range(len(values) - size + 1)]
         noise = math.sqrt(mean([(b - a) ** 2 / 2 for a, b in pairwise(values)]))
-        return max(windows) - windows[-1] > STANDARD_ERRORS * noise * math.sqrt(2 / size)
+        return max(windows) - windows[-1] > errors * noise * math.sqrt(2 / size)
 
 
 def _judged(step: Mapping[str, float]) -> bool:

@@ -52,7 +52,9 @@ def over_optimisation(run: Run, limits: Thresholds) -> Finding | None:
         )
     peak = run.kl_peak
     proxy_rises = not run.has("reward") or run.gain("reward") > 0
-    gold_fell = not run.has("gold_reward") or run.fell("gold_reward")
+    # A peak that was fitted to these rewards is no evidence of its own that they fall.
+    errors = {"errors": 0.0} if run.knows_peak else {}
+    gold_fell = not run.has("gold_reward") or run.fell("gold_reward", **errors)
     if kl > peak and proxy_rises and gold_fell:
         evidence.append(f"The KL is {kl:.3g}, past the peak of gold rewards at {peak:.3g}.")
     if not evidence:
