@@ -109,6 +109,16 @@ def test_results_need_a_folder(study, tmp_path, capsys):
     assert error == f"fused-rl study: results need a folder, and {tmp_path}/out is none\n"
 
 
+@pytest.mark.parametrize("seed", [0, -(2**63), 2**64 - 1])
+def test_any_seed_of_the_command_makes_seeds_of_torch(seed):
+    made = [part.derived_seed(seed, i) for i in range(5)]
+    assert len(set(made)) == 5
+    for one in made:
+        torch.Generator().manual_seed(one)
+    gradients = pytest.importorskip("fused_rl.study.gradients")
+    assert [s for s, _ in gradients.cases(part.Options(seed))][:5] == made
+
+
 def test_wrong_options(capsys):
     for options in (["nothing"], ["--seed", "x"]):
         with pytest.raises(SystemExit) as exit_:

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[1]
 SHOWN, QUICK = ROOT / "docs" / "study", ROOT / "tests" / "study"
 EXACT = {"rtol": 1e-6, "atol": 1e-8}
-# Means of what one draws of 10,000: a sum's last digit may turn one of them round.
+# Keys of the estimators that depend on no option.
 CLOSED = ("gaussians", "quantiles", "limits", "clamped")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from fused_rl.study import bias_pictures, gradient_claims, ways, workers
 from fused_rl.study.exact_enumeration import ExactWorld
 from fused_rl.study.moments import ROUNDING, Way, batch_error, behind, drawn, kl, on_line, run_to
-from fused_rl.study.part import Numbers, Options, Table
+from fused_rl.study.part import Numbers, Options, Table, derived_seed
 
 NEEDS: tuple[str, ...] = ()
 T = 4
@@ -38,7 +38,9 @@ def ticks(options: Options) -> int:
 
 def cases(options: Options) -> list[tuple[int, bool]]:
     """A seed for each world, and whether it is a quick one."""
-    return [(1000 * options.seed + i, options.quick) for i in range(3 if options.quick else 8)]
+    return [
+        (derived_seed(options.seed, i), options.quick) for i in range(3 if options.quick else 8)
+    ]
 
 
 def tokens(quick: bool) -> int:

@@ -39,6 +39,11 @@ def rounded(numbers: Any) -> Any:
     return float(f"{numbers:.10g}") if isinstance(numbers, float) else numbers
 
 
+def derived_seed(seed: int, i: int) -> int:
+    """Of the i-th case, below 1000, of a study; one that torch takes, whatever the seed."""
+    return (1000 * seed + i) % 2**63
+
+
 class Table(NamedTuple):
     """Rows of cells as they are read: numbers already rounded, with their units in the header."""
 

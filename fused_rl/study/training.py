@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import product
 
 from fused_rl.study import curves, findings, modes, workers
-from fused_rl.study.part import Numbers, Options
+from fused_rl.study.part import Numbers, Options, derived_seed
 from fused_rl.study.settings import OPTIONS, WEIGHTED, Option, Run, train
 
 NEEDS = ("transformers",)
@@ -28,8 +28,8 @@ def runs(options: Options) -> list[Run]:
     steps, every, fresh = (20, 4, 64) if options.quick else (150, 15, 256)
     wanted = [*product((*OPTIONS, WEIGHTED), (0,)), *product(STALE_OPTIONS, STALE)]
     found = []
-    for seed in range(1 if options.quick else 5):
-        seed += 1000 * options.seed
+    for i in range(1 if options.quick else 5):
+        seed = derived_seed(options.seed, i)
         found.append(Run(Option(findings.REFERENCE), seed, 0, fresh=fresh))
         found += [
             Run(option, seed, steps, staleness, BETA, every=every, fresh=fresh)
