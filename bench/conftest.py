@@ -85,7 +85,7 @@ def gate_and_time(request, benchmark, task, provider, call, device):
 
 def extra_info(task: Task, call, rounds: int) -> dict:
     """The shape, the ratio and its spread, and memory."""
-    seconds = interleaved({PRODUCTS: task.bare, "call": call}, rounds, Clock(task.device))
+    seconds = interleaved({PRODUCTS: task.bare[PRODUCTS], "call": call}, rounds, Clock(task.device))
     found = times(seconds["call"], seconds[PRODUCTS])
     ratios = {name: value for name, value in found.items() if name.startswith("ratio")}
     return {**task.fields, **ratios, "peak_extra_bytes": peak_extra_bytes(call, task.device)}

@@ -32,8 +32,8 @@ from fused_rl.bench.peers import (
     eager,
     fused,
     gradients,
-    products,
 )
+from fused_rl.bench.products import bare, factors
 from fused_rl.bench.tasks import GATE, Judge, Kind, Task, dtype_name, gradient_error, usable
 
 PROBE_SECONDS = 60
@@ -248,7 +248,7 @@ def sum_task(case: Case) -> tuple[Task, list[str]]:
         fields,
         device,
         lambda _: {title: partial(run, of) for title, of in chosen.items()},
-        products(case, SUM.nhv),
+        bare(factors(case.hidden, case.weight, SUM.nhv)),
         Judge(lambda result: [gradient_error(result[1:], exact)], [limit]),
         "gradient_error",
     )

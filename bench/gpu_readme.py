@@ -23,8 +23,9 @@ from collections import Counter
 from pathlib import Path
 
 import forwards
+from cells import row
 from decisions import UNPROVEN
-from run import FRONT_PAGE, PAGE, SUMMARY, replace_block, row
+from run import FRONT_PAGE, PAGE, SUMMARY, replace_block
 
 from fused_rl.bench.figures import write_ratios
 from fused_rl.bench.records import MIB, OURS, PRODUCTS, Content, Record, error_of, of_case

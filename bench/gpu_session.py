@@ -247,7 +247,7 @@ class Session:
         providers = decisions.with_unproven(task.ways(peers))
         verdicts = {name: judged(task, run) for name, run in providers.items()}
         runs = {name: providers[name] for name, v in verdicts.items() if v["verdict"] == "right"}
-        taken = self.rounds_of({PRODUCTS: task.bare, **runs})
+        taken = self.rounds_of({PRODUCTS: task.bare[PRODUCTS], **runs})
         seconds = {name: [t.seconds for t in of] for name, of in taken.items()}
         records = []
         for name in (PRODUCTS, *providers):

@@ -19,17 +19,20 @@ import re
 import sys
 from pathlib import Path
 
+from cells import columns_of, row
+
 from fused_rl import cli
 from fused_rl.bench.figures import write_figures
 from fused_rl.bench.records import (
     MIB,
     OURS,
-    PRODUCTS,
     Content,
     Record,
     cases_of,
     error_of,
+    of_case,
     of_first_shape,
+    ratio_to_full,
     read_result,
 )
 from fused_rl.system.outputs import replacing, try_folder
@@ -87,6 +90,8 @@ def measure(options: list[str], name: str | None, page: Path) -> int:
         try_folder(Path(config.out))
     except ValueError as error:
         return cli.usage_error("bench", str(error))
+    if config.load[0]:
+        return cli.usage_error("bench", f"pages begin with load 0, got {config.load[0]}")
     console = Console(width=118, markup=False)
     content = measured(config, console)
     stem = Path(config.out) / f"{name or machine(content['environment'])}-{config.dtype}"
@@ -173,32 +178,48 @@ def table(content: Content, link: str) -> list[str]:
     """The lines of the table."""
     shape, where = content["shape"], content["environment"]
     records = [{**shape, **record} for record in content["records"]]
-    of_heads = block_of(content) == "bench"
-    command = "make bench" if of_heads else f"python bench/run.py {asked_of(shape)}"
+    columns = columns_of(records)
     judged = JUDGED[shape.get("work", "logprobs")]
     lines = [
         f"N = {shape['tokens']} tokens, H = {shape['hidden']}, V = {shape['vocabulary']}, "
         f"{shape['dtype']}, on {where['cores']} cores of an {where['cpu']} "
         f"({where['backend']['note']}), torch {where['torch']}: [{Path(link).name}]({link}), "
-        f"or `{command}` on your machine.",
+        f"or `{command(content)}` on your machine.",
         "",
-        "| | time, ms | x bare products | extra memory, MiB | error |",
-        "|---|---|---|---|---|",
+        f"| | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
     ]
+    found = of_first_shape(records)
     for case in cases_of(records):
-        lines += [row(r) for r in of_first_shape(records) if r["case"] == case]
+        lines += [row(r, columns.values()) for r in found if r["case"] == case]
     return [
         *lines,
         "",
+        *masked(found),
         "Medians of interleaved runs; below 1 is less time than torch's own products take. The "
         f"error is the {judged}relative error of the gradients against float32 or better.",
     ]
 
 
-def asked_of(shape: Record) -> str:
-    """The options that ask for a work at a shape."""
+def command(content: Content) -> str:
+    """What measures the table again."""
+    shape, loads = content["shape"], content["shape"].get("load", [0])
+    beside = [f"--load {' '.join(map(str, loads))}"] if any(loads) else []
+    if block_of(content) == "bench":
+        return " ".join(("make bench", *(f'ARGS="{option}"' for option in beside)))
     sizes = (f"--{name} {shape[name]}" for name in ("tokens", "hidden", "vocabulary"))
-    return " ".join((f"--work {shape['work']}", *sizes))
+    return " ".join(("python bench/run.py", f"--work {shape['work']}", *sizes, *beside))
+
+
+def masked(records: list[Record]) -> list[str]:
+    """What steps with masked tokens take of the step with all, by each provider of ours."""
+    lines = []
+    for case in cases_of(records):
+        here = [r for r in of_case(records, case) if r["provider"].startswith(OURS)]
+        shares = [(r["provider"], ratio_to_full(records, r)) for r in here]
+        if said := ", ".join(f"{share:.2f} ({name})" for name, share in shares if share):
+            lines += [f"{case}: {said} of the step with all of them.", ""]
+    return lines
 
 
 def summary(content: Content, link: str) -> list[str]:
@@ -222,20 +243,6 @@ def summary(content: Content, link: str) -> list[str]:
         f"{shape['vocabulary']}, {shape['dtype']}, {where['cores']} cores of an {where['cpu']} "
         f"([{Path(link).name}]({link})).",
     ]
-
-
-def row(record: dict) -> str:
-    """One provider."""
-    if (verdict := record.get("verdict", "right")) != "right":
-        reason = f": {record['note'][:70]}" if "note" in record else ""
-        return f"| {record['provider']} | {verdict}{reason} | | | |"
-    ms = f"{record['seconds_median'] * 1e3:.0f}"
-    if record["provider"] == PRODUCTS:
-        return f"| **{record['case']}** ({record['nhv']} NHV) | {ms} | 1 | | |"
-    peak = record.get("peak_extra_bytes")
-    memory = "" if peak is None else f"{peak / MIB:.0f}"
-    ratio = f"{record['ratio_to_products']:.2f}"
-    return f"| {record['provider']} | {ms} | {ratio} | {memory} | {error_of(record):.0e} |"
 
 
 if __name__ == "__main__":

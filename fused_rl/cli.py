@@ -146,6 +146,8 @@ def add_bench_options(bench_parser: argparse.ArgumentParser) -> None:
     add("--peers", help=f"of {names}; or none (default: those found)")
     add("--rounds", type=positive, default=7, help="timed rounds (default: 7)")
     add("--sweep", action="store_true", help="smaller N, V, H and padding, for curves of logprobs")
+    load = "beside so many processes that each keep a core busy; several: once beside each"
+    add("--load", type=int, nargs="+", metavar="K", help=f"{load} (default: 0)")
     add("--out", metavar="DIR", default="out/bench", help="where the results go")
     actions = bench_parser.add_subparsers(metavar="compare")
     compare_parser = actions.add_parser("compare", help="what changed between two results")
@@ -254,6 +256,7 @@ def bench_options(arguments: argparse.Namespace) -> dict:
         H, V = peers.PRESETS[preset]
         options = {"hidden": H, "vocabulary": V, **options}
     chosen = options.get("peers", ",".join(peers.USUAL_PEERS[arguments.device]))
+    options["load"] = tuple(options.get("load", (0,)))
     options["peers"] = () if chosen == "none" else tuple(chosen.split(","))
     return options
 

@@ -19,7 +19,7 @@ import run as make_bench
 import torch
 
 from fused_rl import TokenStats, cli, grpo
-from fused_rl.bench import clock, figures, ops, peers, report, run, tasks
+from fused_rl.bench import clock, figures, ops, peers, report, rounds, run, tasks
 from fused_rl.bench.peers import PEERS, Case, Peer, batch_of, eager
 from fused_rl.bench.records import PRODUCTS, on_axis, shape_of
 from fused_rl.bench.run import BenchConfig
@@ -44,7 +44,7 @@ def measured(case, kind, *peers):
 
 
 def by_provider(task, *peers):
-    records = tasks.measure(task, peers, rounds=2, tick=lambda: None)
+    records = rounds.measure(task, peers, 2, tick=lambda: None)
     return {record["provider"]: record for record in records}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from fused_rl import cli
-from fused_rl.bench import preference, report, tasks
+from fused_rl.bench import preference, report, rounds, tasks
 from fused_rl.bench.preference import (
     PREFERENCE_KINDS,
     PREFERENCE_PEERS,
@@ -16,7 +16,7 @@ from fused_rl.bench.preference import (
     eager_logprobs,
     preference_task,
 )
-from fused_rl.bench.records import PRODUCTS, error_of
+from fused_rl.bench.records import BARE, PRODUCTS, error_of
 from fused_rl.bench.run import BenchConfig, points
 
 pytest.importorskip("rich")
@@ -34,7 +34,7 @@ def one_thread(threads):
 def measured(kind, *peers, dtype=torch.bfloat16):
     """provider -> record."""
     task = preference_task(Pairs.make(64, 16, 90, dtype), kind)
-    records = tasks.measure(task, peers, rounds=2, tick=lambda: None)
+    records = rounds.measure(task, peers, 2, tick=lambda: None)
     return {record["provider"]: record for record in records}
 
 
@@ -43,7 +43,7 @@ def measured(kind, *peers, dtype=torch.bfloat16):
 def test_ours_and_the_peers_are_right(kind, dtype):
     names, _ = tasks.usable(("eager", "trl", "liger"), "cpu", PREFERENCE_PEERS)
     records = measured(kind, *names, dtype=dtype)
-    assert len(records) == 2 + len(names)
+    assert len(records) == len(BARE) + 1 + len(names)
     assert {r["verdict"] for r in records.values()} == {"right"}
     ours = error_of(records["fused_rl linear_preference_loss"])
     if dtype == torch.bfloat16:

@@ -9,7 +9,7 @@ import run as make_bench
 import torch
 
 from fused_rl import cli
-from fused_rl.bench import report, tasks, two_heads
+from fused_rl.bench import report, rounds, tasks, two_heads
 from fused_rl.bench.records import PRODUCTS, error_of
 from fused_rl.bench.run import BenchConfig, points
 from fused_rl.bench.two_heads import (
@@ -34,7 +34,7 @@ def one_thread(threads):
 def measured(kind, *peers, dtype=torch.bfloat16):
     """provider -> record."""
     task = two_head_task(TwoHeads.make(32, 16, 90, dtype), kind)
-    records = tasks.measure(task, peers, rounds=2, tick=lambda: None)
+    records = rounds.measure(task, peers, 2, tick=lambda: None)
     return {record["provider"]: record for record in records}
 
 

@@ -6,12 +6,13 @@ import subprocess
 import pytest
 
 from fused_rl import cli
+from fused_rl.bench.load import competing
 from fused_rl.demo import comparison
 from fused_rl.integrations import hub
 from fused_rl.system import children
 
 # Modules that a child needs, or that what it needs imports.
-INNOCENT = ("torch", "random", "json", "fused_rl", "sitecustomize")
+INNOCENT = ("torch", "random", "json", "threading", "fused_rl", "sitecustomize")
 
 
 @pytest.fixture(params=[True, False], ids=["-P", "neutral folder"])
@@ -36,6 +37,12 @@ def test_a_child_finds_the_real_modules(evil):
     )
     argument, origin = json.loads(done.stdout)
     assert argument == "x" and str(evil) not in origin
+    assert not (evil / "mark").exists()
+
+
+def test_competitors_of_the_benchmark_do_not_run_the_current_folder(evil):
+    with competing(1) as (process,):
+        assert process.poll() is None
     assert not (evil / "mark").exists()
 
 

@@ -14,16 +14,25 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows has none.
+    resource = None
+
 T = TypeVar("T")
 
 
 class Timing(NamedTuple):
     """Seconds of a call, and those until it returned. On a GPU the first are the device's, and what
     takes the host as long as the device is bound by its launches, or waits for the device within.
+
+    user: on a CPU, what all threads of the process spent outside the kernel until the call
+    returned, seconds; None elsewhere. A thread that spins on after the call is charged to the next.
     """
 
     seconds: float
     host: float
+    user: float | None = None
 
 
 class Clock:
@@ -38,8 +47,9 @@ class Clock:
     def timing(self, run: Callable[[], object]) -> Timing:
         """The device's seconds and the host's."""
         if not self.cuda:
+            before = user_seconds()
             host = wall(run)
-            return Timing(host, host)
+            return Timing(host, host, None if before is None else user_seconds() - before)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
@@ -54,6 +64,11 @@ def wall(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def user_seconds() -> float | None:
+    """Of this process, in all of its threads, without the kernel's; None where nobody can say."""
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
 
 def interleaved(

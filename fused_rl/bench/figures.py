@@ -12,6 +12,7 @@ from itertools import cycle
 from pathlib import Path
 
 from fused_rl.bench.records import (
+    BARE,
     MIB,
     OURS,
     PRODUCTS,
@@ -120,7 +121,7 @@ def looks_of(records: list[Record]) -> dict[str, dict]:
     """How the line of each provider is drawn."""
     names = list(dict.fromkeys(r["provider"] for r in records))
     ours = [n for n in names if n.startswith(OURS)]
-    peers = [n for n in names if not n.startswith(OURS) and n != PRODUCTS]
+    peers = [n for n in names if not n.startswith(OURS) and n not in BARE]
     looks = {n: {"color": INK, "lw": 1.0, "ls": "-", "zorder": 2} for n in names if n == PRODUCTS}
     for name, colour, marker in zip(peers, cycle(MUTED), cycle(MARKERS), strict=False):
         looks[name] = {"color": colour, "lw": 1.2, "marker": marker, "ms": 3.5, "zorder": 3}
@@ -216,7 +217,7 @@ def write_bars(path: Path, records: list[Record]) -> None:
     panels = figure.subplots(len(cases), 2, squeeze=False)
     columns = (("time / bare products", lambda r: r["ratio_to_products"]), (MEMORY.label, _mib))
     for row, case in zip(panels, cases, strict=True):
-        chosen = [r for r in of_case(records, case) if r["provider"] != PRODUCTS][::-1]
+        chosen = [r for r in of_case(records, case) if r["provider"] not in BARE][::-1]
         names = [r["provider"] for r in chosen]
         for panel, (label, value) in zip(row, columns, strict=True):
             frame(panel)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_rl import KL, kl_penalty, logprobs_from_logits, reference
 from fused_rl.bench.packages import liger_selective
 from fused_rl.bench.peers import Peer, compiled, eager_of_logits
+from fused_rl.bench.records import PRODUCTS
 from fused_rl.bench.tasks import GATE, Judge, Task, dtype_name, gradient_error, judged_rows
 
 Way = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -67,6 +68,11 @@ class Logits:
         return logprobs.detach(), entropy.detach(), dlogits
 
 
+def copy(source: Tensor) -> dict[str, Callable[[], object]]:
+    """The bare work, into memory that is there."""
+    return {PRODUCTS: partial(torch.ones_like(source).copy_, source)}
+
+
 def of_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return reference.logits_logprobs(logits, labels, torch.ones_like(logits[:, 0]))[:2]
 
@@ -104,7 +110,7 @@ def logits_task(N: int, V: int, dtype: torch.dtype, device: str, trained: bool) 
         **{"tokens": N, "vocabulary": V, "dtype": dtype_name(case.logits)},
     }
     judge = Judge(of_rows, limits)
-    return Task(fields, case.logits.device, ways, case.logits[:-1].clone, judge, "logprob_error")
+    return Task(fields, case.logits.device, ways, copy(case.logits[:-1]), judge, "logprob_error")
 
 
 def loaded(
@@ -157,4 +163,4 @@ def kl_task(N: int, device: str) -> Task:
     fields = {"case": "k3, with gradient", "name": "kl", "tokens": N, "dtype": "float32"}
     judge = Judge(errors, [GATE * e for e in errors(run(eager_kl))])
     both = torch.stack([logprobs, ref_logprobs])
-    return Task(fields, both.device, ways, both.clone, judge, "kl_error")
+    return Task(fields, both.device, ways, copy(both), judge, "kl_error")

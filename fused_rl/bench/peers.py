@@ -1,4 +1,4 @@
-"""What the benchmark runs: inputs, the bare products, our ways, and the peers beside them.
+"""What the benchmark runs: inputs, our ways, and the peers beside them.
 
 Most providers are a function (hidden, weight, labels) -> (logprobs, entropy or None); under a loss
 it is a training step too. Liger's losses are whole steps, and have no other use.
@@ -60,24 +60,6 @@ class Case:
         """hidden and weight; both want a gradient, or hidden alone."""
         weight = self.weight.detach()
         return self.hidden.detach().requires_grad_(), weight.requires_grad_(not frozen)
-
-
-def products(case: Case, nhv: int) -> Callable[[], None]:
-    """The bare matrix products: 2 NHV for the logits, 2 for dhidden, 2 for dweight."""
-    hidden, weight = case.hidden, case.weight
-    dlogits = None
-    if nhv > 2:
-        shape = (hidden.shape[0], weight.shape[0])
-        dlogits = torch.randn(shape, dtype=hidden.dtype, device=hidden.device)
-
-    def run() -> None:
-        hidden @ weight.T
-        if nhv >= 4:
-            dlogits @ weight
-        if nhv >= 6:
-            dlogits.T @ hidden
-
-    return run
 
 
 def eager_of_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

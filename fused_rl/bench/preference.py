@@ -18,6 +18,7 @@ from torch import Tensor
 from fused_rl import linear_preference_loss, preference
 from fused_rl.bench.packages import trl_chunked
 from fused_rl.bench.peers import ROWS, SEQUENCES, Peer, compiled, gradients
+from fused_rl.bench.products import bare, factors
 from fused_rl.bench.tasks import (
     EXACT_WORK,
     GATE,
@@ -28,7 +29,7 @@ from fused_rl.bench.tasks import (
     dtype_name,
     gradient_error,
 )
-from fused_rl.bench.two_heads import TwoHeads, bare_products, products
+from fused_rl.bench.two_heads import TwoHeads, factors_of_both
 
 # What everybody's losses are given.
 DPO_BETA = 0.1
@@ -186,10 +187,13 @@ def preference_task(pairs: Pairs, kind: PreferenceKind) -> Task:
     fields = {"case": kind.title, "name": kind.name, "nhv": kind.nhv}
     fields |= {"tokens": N, "hidden": H, "vocabulary": V, "dtype": dtype_name(case.hidden)}
     fields["counted_tokens"] = int(pairs.mask.sum())
-    bare = bare_products(pairs.heads, kind.nhv) if kind.referenced else products(case, kind.nhv)
+    if kind.referenced:
+        products = bare(factors_of_both(pairs.heads, kind.nhv))
+    else:
+        products = bare(factors(case.hidden, case.weight, kind.nhv))
     judge = step_judge(pairs, kind)
     return Task(
-        fields, pairs.mask.device, partial(ways, pairs, kind), bare, judge, "gradient_error"
+        fields, pairs.mask.device, partial(ways, pairs, kind), products, judge, "gradient_error"
     )
 
 

@@ -3,6 +3,11 @@
 A record with an "axis" belongs to a curve: "tokens", "vocabulary" or "hidden" is what varies there;
 on "padded" the tokens of the batch grow while those under the loss ("counted_tokens") stay as many.
 Records without an axis are at the shape that was asked for, the common end of the first three.
+
+"ratio_to_products" judges: it is to products that write into outputs which are there. Records of
+CPUs have "ratio_to_allocating_products" beside it, and "user_seconds_median", the processor's time
+in all threads of the process. A CPU's result without them is older, and its "ratio_to_products" is
+to products that allocate. "load" is the number of competing processes, if it says so.
 """
 
 from pathlib import Path
@@ -11,6 +16,8 @@ from typing import Any
 from fused_rl.system.outputs import read_json
 
 PRODUCTS = "bare products"
+ALLOCATING = "bare products that allocate"
+BARE = (PRODUCTS, ALLOCATING)
 # The titles of our ways begin with it.
 OURS = "fused_rl"
 MIB = 2**20
@@ -58,6 +65,23 @@ def on_axis(records: list[Record], case: str, axis: str) -> list[Record]:
     return sorted(chosen, key=lambda r: r[key])
 
 
+def ratio_to_full(records: list[Record], record: Record) -> float | None:
+    """Of a step with masked tokens: its time over that of the same provider's step without them,
+    each as a ratio to the products in its own rounds. None of anything else.
+    """
+    N = record["tokens"]
+    if record["provider"] in BARE or record.get("counted_tokens", N) == N:
+        return None
+
+    def kind(r: Record) -> tuple:
+        return r["provider"], r["nhv"], r.get("load", 0), *shape_of(r)
+
+    for r in records:
+        if r.get("counted_tokens") == N and "ratio_to_products" in r and kind(r) == kind(record):
+            return record["ratio_to_products"] / r["ratio_to_products"]
+    return None
+
+
 def read_result(path: Path) -> Content:
     """What a bench.json says, with all that a comparison asks of it.
 
@@ -80,7 +104,8 @@ def _is_record(record: Record, shape: Record) -> bool:
     *counts, dtype = ({**shape, **record}.get(key) for key in SHAPE)
     texts = (record.get("case"), record.get("provider"), dtype)
     verdict = record.get("verdict", "right")
-    ratios = [record[k] for k in ("ratio_p20", "ratio_p80") if k in record]
+    names = ("ratio_p20", "ratio_p80", "ratio_to_allocating_products")
+    ratios = [record[k] for k in names if k in record]
     if verdict == "right":
         ratios.append(record.get("ratio_to_products"))
     return (

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 from fused_rl.bench.figures import write_bars, write_figures
 from fused_rl.bench.records import (
+    BARE,
     ERRORS,
     MIB,
     OURS,
-    PRODUCTS,
     Content,
     Record,
     error_of,
     of_first_shape,
+    ratio_to_full,
     read_result,
     shape_of,
 )
@@ -68,29 +69,46 @@ def show(console: Console, content: Content) -> None:
         table = Table(
             title=f"{title} (products: {nhv} NHV), N={N} H={H} V={V} {dtype}", title_justify="left"
         )
-        table.add_column("provider")
-        for name in ("ms", "p20 .. p80", "x products", "peak extra MiB", "error"):
-            table.add_column(name, justify="right")
-        for record in rows:
-            table.add_row(*row_of(record), style=None if record["verdict"] == "right" else "red")
+        cells = [cells_of(records, r) for r in rows]
+        # What nobody has, as the processor's time on a GPU, has no column.
+        names = [name for name in cells[0] if name in ALWAYS or any(c[name] for c in cells)]
+        for name in names:
+            justify = "left" if name == "provider" else "right"
+            # A note of what failed stands where times have their spread.
+            table.add_column(name, justify=justify, no_wrap=name != SPREAD)
+        for record, cell in zip(rows, cells, strict=True):
+            style = None if record["verdict"] == "right" else "red"
+            table.add_row(*(cell[name] for name in names), style=style)
         console.print(table)
 
 
-def row_of(record: Record) -> tuple[str, ...]:
-    """The cells of one provider; a verdict instead of times where it is wrong or failed."""
-    error = error_of(record)
-    last = "" if error is None else f"{error:.1e}"
-    if record["verdict"] != "right":
-        return record["provider"], record["verdict"], record.get("note", ""), "", "", last
-    peak = record.get("peak_extra_bytes")
-    return (
-        record["provider"],
-        f"{record['seconds_median'] * 1e3:.1f}",
-        f"{record['seconds_p20'] * 1e3:.1f} .. {record['seconds_p80'] * 1e3:.1f}",
-        f"{record['ratio_to_products']:.2f}",
-        "" if peak is None else f"{peak / MIB:.0f}",
-        last,
-    )
+SPREAD, PEAK = "p20 .. p80", "peak\nextra\nMiB"
+ALWAYS = ("provider", "ms", SPREAD, "x bare\nproducts", PEAK, "error")
+
+
+def cells_of(records: list[Record], record: Record) -> dict[str, str]:
+    """column -> cell, of one provider; a verdict instead of times where it is wrong or failed."""
+
+    def cell(name: str, digits: int, unit: float = 1.0) -> str:
+        return "" if record.get(name) is None else f"{record[name] / unit:.{digits}f}"
+
+    def ms(name: str) -> str:
+        return cell(name, 1 if record.get(name, 1) < 0.1 else 0, 1e-3)
+
+    error, full = error_of(record), ratio_to_full(records, record)
+    span = "..".join(ms(f"seconds_{p}") for p in ("p20", "p80"))
+    right = record["verdict"] == "right"
+    return {
+        "provider": record["provider"],
+        "ms": ms("seconds_median") if right else record["verdict"],
+        SPREAD: span if right else record.get("note", ""),
+        "user\nCPU ms": ms("user_seconds_median"),
+        "x bare\nproducts": cell("ratio_to_products", 2),
+        "x those\nallocating": cell("ratio_to_allocating_products", 2),
+        "x full\nstep": f"{full:.2f}" if right and full else "",
+        PEAK: cell("peak_extra_bytes", 0, MIB),
+        "error": "" if error is None else f"{error:.1e}",
+    }
 
 
 # Of every run; a sweep adds pictures.
@@ -132,7 +150,7 @@ def csv_rows(content: Content) -> list[Record]:
         "liger_version": where["liger"],
     }
     rows = []
-    for record in (r for r in records if r["verdict"] == "right" and r["provider"] != PRODUCTS):
+    for record in (r for r in records if r["verdict"] == "right" and r["provider"] not in BARE):
         kernel, mode = KERNELS[record["case"].split()[0]]
         axis = record.get("axis", "tokens")
         axis = axis if axis in X_OF else "tokens"
@@ -156,7 +174,8 @@ def metrics(record: Record) -> list[tuple[str, str, tuple[float, float, float]]]
 
 
 def compare(before: Content, after: Content) -> list[Record]:
-    """What became of every provider, by its ratio to the bare products.
+    """What became of every provider, by its ratio to the bare products; to those that allocate,
+    where one of the two results knows no others.
 
     "slower" and "faster" are changes beyond the noise: 5 %, and half of each result's spread
     between its 20 % and 80 % points.
@@ -165,7 +184,7 @@ def compare(before: Content, after: Content) -> list[Record]:
     return [
         {"case": key[0], "provider": key[1], "shape": key[2:], **change(old.get(key), new.get(key))}
         for key in {**old, **new}
-        if key[1] != PRODUCTS
+        if key[1] not in BARE
     ]
 
 
@@ -184,9 +203,20 @@ def change(old: Record | None, new: Record | None) -> Record:
     if not all(right):
         verdict = new["verdict"] if right[0] else "mended" if right[1] else "same"
         return {"verdict": verdict, "before": a, "after": b, "noise": None}
+    a, b = alike(old, new)
     noise = LEAST_CHANGE + (relative_spread(old) + relative_spread(new)) / 2
     verdict = "slower" if b > a * (1 + noise) else "faster" if a > b * (1 + noise) else "same"
     return {"verdict": verdict, "before": a, "after": b, "noise": noise}
+
+
+def alike(old: Record, new: Record) -> tuple[float, float]:
+    """The ratios of both to the same products: to those that allocate where one is of a CPU and
+    older, and has no other ratio under the name of the one that judges.
+    """
+    name = "ratio_to_allocating_products"
+    if (name in old) == (name in new):
+        return old["ratio_to_products"], new["ratio_to_products"]
+    return old.get(name, old["ratio_to_products"]), new.get(name, new["ratio_to_products"])
 
 
 def relative_spread(record: Record) -> float:

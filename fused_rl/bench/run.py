@@ -20,6 +20,7 @@ from fused_rl.bench.preference import (
     preference_task,
 )
 from fused_rl.bench.records import OURS, Content, Record
+from fused_rl.bench.rounds import measure
 from fused_rl.bench.tasks import (
     KINDS,
     NO_GRAD,
@@ -28,7 +29,6 @@ from fused_rl.bench.tasks import (
     Task,
     environment,
     head_task,
-    measure,
     usable,
 )
 from fused_rl.bench.two_heads import TWO_HEAD_KINDS, TWO_HEAD_PEERS, TwoHeads, two_head_task
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 PADDED_STEP = "GRPO step, more and more padding"
 # A point of a curve needs no more.
 CURVE_ROUNDS = 5
+# Competing processes.
+MOST_LOAD = 256
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,10 @@ WORKS = {
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What to run: names in WORKS and PEERS, sizes, dtype and device, timed rounds, directory."""
+    """What to run: names in WORKS and PEERS, sizes, dtype and device, timed rounds, directory.
+
+    load: beside how many competing processes, once for each number.
+    """
 
     work: str = "logprobs"
     tokens: int = 1024
@@ -73,6 +78,7 @@ class BenchConfig:
     peers: tuple[str, ...] = ("eager",)
     rounds: int = 7
     sweep: bool = False
+    load: tuple[int, ...] = (0,)
     out: str = "out/bench"
 
     def __post_init__(self) -> None:
@@ -80,6 +86,11 @@ class BenchConfig:
             raise ValueError(f"tokens must be a multiple of {SEQUENCES}, got {self.tokens}")
         if unknown := [name for name in self.peers if name not in PEERS]:
             raise ValueError(f"peers must be among {', '.join(PEERS)}, got {', '.join(unknown)}")
+        if bad := [k for k in self.load if not 0 <= k <= MOST_LOAD]:
+            raise ValueError(f"load must be from 0 to {MOST_LOAD} processes, got {bad[0]}")
+        if len(set(self.load)) < len(self.load):
+            given = ", ".join(map(str, self.load))
+            raise ValueError(f"load must have each number of processes once, got {given}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but torch sees no device of the kind")
 
@@ -198,7 +209,7 @@ def measured(config: BenchConfig, console: Console) -> Content:
 
 
 def collect(config: BenchConfig, progress: Any) -> Iterator[Record]:
-    """The records of all points and kinds."""
+    """The records of all points and kinds; a curve is measured beside the first load alone."""
     bar = progress.add_task("", total=None)
     dtype, work = getattr(torch, config.dtype), WORKS[config.work]
     for point in points(config):
@@ -207,11 +218,12 @@ def collect(config: BenchConfig, progress: Any) -> Iterator[Record]:
         axis = {"axis": point.axis} if point.axis else {}
         rounds = min(config.rounds, CURVE_ROUNDS) if axis else config.rounds
         for kind in point.kinds:
-            total = len(config.peers) + 2 + rounds
+            loads = config.load[:1] if axis else config.load
+            total = len(config.peers) + 2 + rounds * len(loads)
             progress.reset(bar, total=total, description=f"N={N} H={H} V={V}: {kind.title}")
             task = work.task(case, kind)
             tick = partial(progress.advance, bar)
-            for record in measure(task, config.peers, rounds, tick):
+            for record in measure(task, config.peers, rounds, tick, loads):
                 yield {**record, **axis}
         del case
     progress.remove_task(bar)

@@ -1,9 +1,7 @@
-"""Time, memory and error of a task, ours beside the peers.
+"""Tasks, ours beside the peers, and who does them rightly.
 
-Every figure can be trusted on a noisy machine: providers run in turns, in one process, with the
-bare matrix products of the same shape and dtype, and a time is judged by its ratio to theirs in the
-same round. Correctness comes first: a provider whose error is over ten times that of eager torch in
-the same dtype is reported as wrong, and not timed.
+Correctness comes first: a provider whose error is over ten times that of eager torch in the same
+dtype is reported as wrong, and not timed. rounds.py times the others.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +20,7 @@ from torch import Tensor
 
 import fused_rl
 from fused_rl import TokenBatch, TokenStats, reference
-from fused_rl.bench.clock import Clock, interleaved, peak_extra_bytes, spread
+from fused_rl.bench.clock import spread
 from fused_rl.bench.peers import (
     BETA,
     PEERS,
@@ -33,10 +31,10 @@ from fused_rl.bench.peers import (
     batch_of,
     eager,
     no_grad,
-    products,
     steps,
 )
-from fused_rl.bench.records import PRODUCTS, Record
+from fused_rl.bench.products import bare, factors
+from fused_rl.bench.records import Record
 
 GATE = 10  # times the error of eager torch
 JUDGED_ROWS = 64
@@ -205,13 +203,14 @@ class Task:
     """One thing to do, at one shape.
 
     fields: what every record of it says. ways: names of peers -> title -> call, ours among them.
-    bare: the work that nobody is spared, and that times are compared with. error: its name.
+    bare: title -> the work that nobody is spared; times are judged by the first, PRODUCTS.
+    error: its name.
     """
 
     fields: Record
     device: torch.device
     ways: Callable[[tuple[str, ...]], dict[str, Callable[[], tuple]]]
-    bare: Callable[[], object]
+    bare: dict[str, Callable[[], object]]
     judge: Judge
     error: str
 
@@ -221,40 +220,19 @@ def head_task(case: Case, kind: Kind) -> Task:
     (N, H), V = case.hidden.shape, case.weight.shape[0]
     common = {"case": kind.title, "name": kind.name, "nhv": kind.nhv}
     common |= {"tokens": N, "hidden": H, "vocabulary": V, "dtype": dtype_name(case.hidden)}
-    bare = products(case, kind.nhv)
+    products = bare(factors(case.hidden, case.weight, kind.nhv))
     if kind == NO_GRAD:
         ways = partial(no_grad, case)
-        return Task(common, case.hidden.device, ways, bare, stats_judge(case), "logprob_error")
+        return Task(common, case.hidden.device, ways, products, stats_judge(case), "logprob_error")
     batch = batch_of(case, kind.counted)
     common["counted_tokens"] = int(batch.num_tokens)
     judge = step_judge(case, batch, kind.frozen)
     ways = partial(steps, case, batch, frozen=kind.frozen)
-    return Task(common, case.hidden.device, ways, bare, judge, "gradient_error")
+    return Task(common, case.hidden.device, ways, products, judge, "gradient_error")
 
 
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def measure(
-    task: Task, peers: tuple[str, ...], rounds: int, tick: Callable[[], None]
-) -> Iterator[Record]:
-    """One record for the bare work and for each provider; tick() after each step of the way."""
-    providers = task.ways(peers)
-    verdicts = {}
-    for title, run in providers.items():
-        verdicts[title] = judged(task, run)
-        tick()
-    right = {title: providers[title] for title, v in verdicts.items() if v["verdict"] == "right"}
-    seconds = interleaved({PRODUCTS: task.bare, **right}, rounds, Clock(task.device), tick)
-    base = seconds[PRODUCTS]
-    yield {**task.fields, "provider": PRODUCTS, "verdict": "right", **times(base, base)}
-    for title, verdict in verdicts.items():
-        record = {**task.fields, "provider": title, **verdict}
-        if title in right:
-            record |= times(seconds[title], base)
-            record["peak_extra_bytes"] = peak_extra_bytes(right[title], task.device)
-        yield record
 
 
 def judged(task: Task, run: Callable[[], tuple]) -> Record:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_rl import Divergence, LossOutput, TokenBatch, linear_divergence
-from fused_rl.bench.peers import ROWS, Case, Peer, compiled, gradients, products
+from fused_rl.bench.peers import ROWS, Case, Peer, compiled, gradients
+from fused_rl.bench.products import Pair, bare, factors
 from fused_rl.bench.tasks import (
     EXACT_WORK,
     GATE,
@@ -220,19 +221,14 @@ def two_head_task(heads: TwoHeads, kind: TwoHeadKind) -> Task:
     fields |= {"tokens": N, "hidden": H, "vocabulary": V, "dtype": dtype_name(case.hidden)}
     judge = step_judge(heads, kind) if kind.trains else values_judge(heads, kind)
     error = "gradient_error" if kind.trains else "divergence_error"
-    bare = bare_products(heads, kind.nhv)
-    return Task(fields, case.hidden.device, partial(ways, heads, kind), bare, judge, error)
+    products = bare(factors_of_both(heads, kind.nhv))
+    return Task(fields, case.hidden.device, partial(ways, heads, kind), products, judge, error)
 
 
-def bare_products(heads: TwoHeads, nhv: int) -> Callable[[], None]:
-    """Both heads' logits, and the products of the student's gradients."""
-    student = products(heads.student, nhv - 2)
-
-    def run() -> None:
-        F.linear(*heads.teacher)
-        student()
-
-    return run
+def factors_of_both(heads: TwoHeads, nhv: int) -> list[Pair]:
+    """Of both heads' logits, and of the student's gradients."""
+    student = heads.student.hidden, heads.student.weight
+    return factors(*heads.teacher, 2) + factors(*student, nhv - 2)
 
 
 def values_judge(heads: TwoHeads, kind: TwoHeadKind) -> Judge:
