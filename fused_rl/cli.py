@@ -73,14 +73,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fused-rl {fused_rl.__version__}")
     parser.set_defaults(command=lambda _: parser.print_help() or 0)
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Command)
-    doctor_parser = commands.add_parser("doctor", help="say which kernels run here, and why")
-    doctor_parser.set_defaults(command=doctor)
+    add_doctor(commands)
     add_demo(commands)
     add_study(commands)
     add_bench(commands)
     add_plan(commands)
     add_export_hub(commands)
     return parser
+
+
+def add_doctor(commands: argparse._SubParsersAction) -> None:
+    """The doctor."""
+    doctor_parser = commands.add_parser(
+        "doctor",
+        help="say which kernels run here, and why",
+        description="Say which kernel serves each device, why not a better one, and which versions "
+        "are here.",
+    )
+    measure = "what this CPU can do, and where the time of each way goes: about ten seconds"
+    doctor_parser.add_argument("--measure", action="store_true", help=measure)
+    doctor_parser.set_defaults(command=doctor)
 
 
 def add_demo(commands: argparse._SubParsersAction) -> None:
@@ -219,7 +231,18 @@ def doctor(arguments: argparse.Namespace) -> int:
         print(f"{name:<14}{installed_version(name)}")
     print(f"{'python':<14}{platform.python_version()}")
     print(f"{'threads':<14}{torch.get_num_threads()}")
+    if arguments.measure:
+        show_rates()
     return 0
+
+
+def show_rates() -> None:
+    """Measures this CPU, and prints each line when it is known."""
+    from fused_rl.bench import roofline
+
+    print()
+    for line in roofline.lines():
+        print(line, flush=True)
 
 
 def installed_version(name: str) -> str:
