@@ -6,6 +6,9 @@
   extern const Loops<float> float_loops;          \
   extern const Loops<double> double_loops;        \
   extern const BFloat16Loops bfloat16_loops;      \
+  extern const PackLoops<float, uint16_t> bfloat16_packs; \
+  extern const PackLoops<float, float> float_packs; \
+  extern const PackLoops<double, double> double_packs; \
   }
 
 FUSED_RL_DECLARE(baseline)
@@ -21,10 +24,16 @@ struct Tables {
   const Loops<float>* f32;
   const Loops<double>* f64;
   const BFloat16Loops* bf16;
+  const PackLoops<float, uint16_t>* pack_bf16;
+  const PackLoops<float, float>* pack_f32;
+  const PackLoops<double, double>* pack_f64;
 };
 
 #define FUSED_RL_TABLES(isa) \
-  Tables { #isa, &isa::float_loops, &isa::double_loops, &isa::bfloat16_loops }
+  Tables {                                                                              \
+    #isa, &isa::float_loops, &isa::double_loops, &isa::bfloat16_loops,                    \
+        &isa::bfloat16_packs, &isa::float_packs, &isa::double_packs                       \
+  }
 
 static Tables choose() {
 #ifdef FUSED_RL_X86_64
@@ -53,6 +62,18 @@ const Loops<float>& loops<float>() {
 template <>
 const Loops<double>& loops<double>() {
   return *tables().f64;
+}
+template <>
+const PackLoops<float, uint16_t>& pack_loops<float, uint16_t>() {
+  return *tables().pack_bf16;
+}
+template <>
+const PackLoops<float, float>& pack_loops<float, float>() {
+  return *tables().pack_f32;
+}
+template <>
+const PackLoops<double, double>& pack_loops<double, double>() {
+  return *tables().pack_f64;
 }
 const BFloat16Loops& bfloat16_loops() { return *tables().bf16; }
 const char* instruction_set() { return tables().name; }

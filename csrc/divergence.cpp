@@ -187,7 +187,7 @@ static at::Tensor linear_divergence_chunk_backward(
     }
     const auto p = student.problem<S>(labels, rows);
     const auto g = given.gathered<A>(rows, p.padded);
-    const int64_t N = hidden.size(0), padded = round_up(N, 16), room = p.V * padded;
+    const int64_t N = hidden.size(0), padded = round_up(N, group), room = p.V * padded;
     const auto taken = p.N == N ? std::vector<int64_t>{} : rows;
     const A* from = z.const_data_ptr<A>();
     const StoredTiles<A> stored(from, p.V, padded, p.N, taken);

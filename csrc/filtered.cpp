@@ -14,6 +14,7 @@
 #include <limits>
 
 #include "labels.h"
+#include "pairs.h"
 #include "problem.h"
 #include "tokens.h"
 
@@ -71,13 +72,85 @@ template <class A>
 static void add_rows(const at::Tensor& from, const std::vector<int64_t>& rows,
                      const at::Tensor& to) {
   const int64_t H = from.size(1);
-  at::parallel_for(0, rows.size(), 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      loops<A>().add_scaled(from.const_data_ptr<A>() + i * H, H, A(1),
-                            to.mutable_data_ptr<A>() + rows[i] * H);
-    }
-  });
+  for (size_t i = 0; i < rows.size(); ++i) {
+    loops<A>().add_scaled(from.const_data_ptr<A>() + i * H, H, A(1),
+                          to.mutable_data_ptr<A>() + rows[i] * H);
+  }
 }
+
+// The backward pass, group by group, each on one thread.
+template <class T>
+struct FilteredPass {
+  using A = Acc<T>;
+  struct OfGroup {
+    std::vector<int64_t> tokens;
+    at::Tensor dhidden;  // [tokens, H]
+  };
+  const Inputs& in;
+  const Gradients& all;
+  std::vector<int64_t> rows;
+  double log_filter;
+  at::Tensor labels, lse, entropy, peaks;  // contiguous; lse in double, the others of floats in A
+  const at::Tensor &dlogprobs, &dentropy;
+
+  int64_t V() const { return in.weight.size(0); }
+
+  // dweight and dbias of group g, and its share of dhidden.
+  OfGroup backward_of(int64_t g) const {
+    const int64_t v0 = g * filter_rows, count = std::min(filter_rows, V() - v0);
+    OfGroup group{tokens_of_group(rows, peaks.const_data_ptr<A>() + g * labels.numel(),
+                                  labels.const_data_ptr<int64_t>(), lse.const_data_ptr<double>(),
+                                  entropy.const_data_ptr<A>(), g, log_filter),
+                  {}};
+    Gradients out{{}, {}, {}, false};
+    if (all.dweight.defined()) out.dweight = all.dweight.narrow(0, v0, count);
+    if (all.dbias.defined()) out.dbias = all.dbias.narrow(0, v0, count);
+    if (group.tokens.empty()) {
+      if (out.dweight.defined()) out.dweight.zero_();
+      if (out.dbias.defined()) out.dbias.zero_();
+      return group;
+    }
+    const Bias own_bias = in.bias ? Bias(in.bias->narrow(0, v0, count)) : Bias();
+    auto p = make_problem<T>(in.hidden, in.weight.narrow(0, v0, count), own_bias, labels,
+                             in.temperature, in.scale, in.softcap, group.tokens);
+    for (int64_t& label : p.labels) label -= v0;
+    const auto up =
+        gather_upstream<A>(lse, entropy, dlogprobs, dentropy, group.tokens, p.padded);
+    if (all.dhidden.defined()) {
+      group.dhidden = at::empty({p.N, p.H}, at::TensorOptions().dtype(
+                                                c10::CppTypeToScalarType<A>::value));
+      out.dhidden = group.dhidden;
+    }
+    backward<T>(p, up.upstream(p.inv_temperature), nullptr, out);
+    return group;
+  }
+
+  // Shares of dhidden are added up in the order of the groups, while others are formed.
+  void run() const {
+    const int64_t groups = filter_groups(V()), ahead = 2 * members();
+    std::vector<OfGroup> formed(groups);
+    std::vector<int64_t> added(groups);
+    Team team;
+    const auto add = [&](int64_t g, int64_t needs) {
+      added[g] = team.add(1, needs, [&, g](int64_t, int64_t) {
+        if (formed[g].dhidden.defined()) {
+          add_rows<A>(formed[g].dhidden, formed[g].tokens, all.dhidden);
+        }
+        formed[g] = {};
+      });
+    };
+    std::vector<int64_t> ready(groups);
+    for (int64_t g = 0; g < groups + ahead; ++g) {
+      if (g < groups) {
+        const int64_t needs = g >= 2 * ahead ? added[g - 2 * ahead] : -1;
+        ready[g] = team.add(1, needs, [&, g](int64_t, int64_t) { formed[g] = backward_of(g); });
+      }
+      const int64_t last = g - ahead;
+      if (last >= 0) add(last, std::max(ready[last], last > 0 ? added[last - 1] : -1));
+    }
+    fused_rl::run(team);
+  }
+};
 
 static Tensors3 linear_filtered_logprobs_backward(
     const at::Tensor& dlogprobs, const at::Tensor& dentropy, const at::Tensor& hidden,
@@ -85,9 +158,6 @@ static Tensors3 linear_filtered_logprobs_backward(
     const at::Tensor& temperature, double scale, double softcap, int64_t ignore_index,
     int64_t /*chunk_bytes*/, double filter, const at::Tensor& lse, const at::Tensor& entropy,
     const at::Tensor& peaks, bool need_dhidden, bool need_dweight, bool need_dbias) {
-  const auto rows = rows_with_gradient(labels, ignore_index, dlogprobs, dentropy);
-  const at::Tensor y = labels.contiguous(), exact = lse.to(at::kDouble).contiguous();
-  const int64_t V = weight.size(0);
   return with_compute_type(hidden, weight, [&](auto zero) -> Tensors3 {
     using T = decltype(zero);
     using A = Acc<T>;
@@ -98,31 +168,19 @@ static Tensors3 linear_filtered_logprobs_backward(
       all.dweight = at::empty(weight.sizes(), weight.options());
       prefer_huge_pages(all.dweight);
     }
-    if (need_dbias) all.dbias = at::empty({V}, bias->options());
-    const at::Tensor largest = peaks.to(of_A).contiguous(), H = entropy.to(of_A).contiguous();
-    for (int64_t g = 0; g < filter_groups(V); ++g) {
-      const int64_t v0 = g * filter_rows, count = std::min(filter_rows, V - v0);
-      const auto chosen = tokens_of_group(rows, largest.const_data_ptr<A>() + g * y.numel(),
-                                          y.const_data_ptr<int64_t>(),
-                                          exact.const_data_ptr<double>(), H.const_data_ptr<A>(), g,
-                                          std::log(filter));
-      Gradients out{{}, {}, {}, false};
-      if (need_dweight) out.dweight = all.dweight.narrow(0, v0, count);
-      if (need_dbias) out.dbias = all.dbias.narrow(0, v0, count);
-      if (chosen.empty()) {
-        if (need_dweight) out.dweight.zero_();
-        if (need_dbias) out.dbias.zero_();
-        continue;
-      }
-      const Bias own_bias = bias ? Bias(bias->narrow(0, v0, count)) : Bias();
-      auto p = make_problem<T>(hidden, weight.narrow(0, v0, count), own_bias, y, temperature, scale,
-                               softcap, chosen);
-      for (int64_t& label : p.labels) label -= v0;
-      const auto up = gather_upstream<A>(exact, entropy, dlogprobs, dentropy, chosen, p.padded);
-      if (need_dhidden) out.dhidden = at::empty({p.N, p.H}, of_A);
-      backward<T>(p, up.upstream(p.inv_temperature), nullptr, out);
-      if (need_dhidden) add_rows<A>(out.dhidden, chosen, all.dhidden);
-    }
+    if (need_dbias) all.dbias = at::empty({weight.size(0)}, bias->options());
+    const Inputs in{hidden, weight, bias, labels, temperature, scale, softcap};
+    FilteredPass<T>{in,
+                    all,
+                    rows_with_gradient(labels, ignore_index, dlogprobs, dentropy),
+                    std::log(filter),
+                    labels.contiguous(),
+                    lse.to(at::kDouble).contiguous(),
+                    entropy.to(of_A).contiguous(),
+                    peaks.to(of_A).contiguous(),
+                    dlogprobs,
+                    dentropy}
+        .run();
     if (need_dhidden) all.dhidden = all.dhidden.to(hidden.scalar_type());
     return or_empty(all, hidden, weight);
   });

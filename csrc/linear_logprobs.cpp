@@ -18,18 +18,19 @@ Problem<T> make_problem(const at::Tensor& hidden, const at::Tensor& weight, cons
   constexpr int64_t tile_bytes = 512 * 1024;  // of weight: it shares the L2 cache with the logits
   Problem<T> p;
   p.N = active.size();
-  p.padded = round_up(p.N, 16);
+  p.padded = round_up(p.N, group);
   p.H = hidden.size(1);
-  p.K = round_up(p.H, lines_per_pack<T>);
+  p.wide = round_up(p.H, group);
+  p.K = tiled<T>() ? p.wide : round_up(p.H, lines_per_pack<T>);
   p.V = weight.size(0);
   p.block = std::clamp<int64_t>(tile_bytes / (p.K * sizeof(T)) / 32 * 32, 64, 256);
   const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
   const bool all = p.N == hidden.size(0);
   const at::Tensor chosen = all ? hidden : at::index_select(hidden, 0, index_tensor(active));
-  if (p.K == p.H) {
+  if (p.wide == p.H) {
     p.hidden = chosen.to(options).contiguous();
   } else {
-    p.hidden = at::zeros({p.N, p.K}, options);
+    p.hidden = at::zeros({p.N, p.wide}, options);
     p.hidden.narrow(1, 0, p.H).copy_(chosen);
   }
   p.weight = weight;
@@ -148,7 +149,7 @@ static at::Tensor linear_logprobs_chunk_backward(
     auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
     restore_log_sums(p, g);
     const bool all = p.N == hidden.size(0);
-    const StoredTiles<A> stored(z.const_data_ptr<A>(), p.V, round_up(hidden.size(0), 16), p.N,
+    const StoredTiles<A> stored(z.const_data_ptr<A>(), p.V, round_up(hidden.size(0), group), p.N,
                                 all ? std::vector<int64_t>{} : rows);
     Gradients out{at::empty({p.N, p.H}, at::TensorOptions().dtype(
                                             c10::CppTypeToScalarType<A>::value)),
@@ -168,11 +169,16 @@ static at::Tensor linear_logprobs_chunk_backward(
 static std::string cpu_features() {
   std::string out = instruction_set();
   if (has_microkernel<c10::BFloat16>()) out += " bfloat16";
+  if (tiled<c10::BFloat16>()) out += " amx";
   if (has_microkernel<float>()) out += " float32";
   return out;
 }
 
-TORCH_LIBRARY_FRAGMENT(fused_rl, m) { m.def("cpu_features() -> str", &cpu_features); }
+TORCH_LIBRARY_FRAGMENT(fused_rl, m) {
+  m.def("cpu_features() -> str", &cpu_features);
+  m.def("cpu_kept_memory() -> int", []() { return int64_t(kept_memory()); });
+  m.def("cpu_release_memory() -> ()", &release_memory);
+}
 
 TORCH_LIBRARY_IMPL(fused_rl, CPU, m) {
   m.impl("linear_logprobs", &linear_logprobs);

@@ -40,11 +40,13 @@ FUSED_RL_INLINE Vec<T> reference_point(Vec<T> max) {
   return max == -std::numeric_limits<T>::infinity() ? Vec<T>{} : max;
 }
 
+// Returns exp(z - reference).
 template <class T>
-FUSED_RL_INLINE void add_logit(State<T>& s, Vec<T> z, Vec<T> reference) {
+FUSED_RL_INLINE Vec<T> add_logit(State<T>& s, Vec<T> z, Vec<T> reference) {
   const Vec<T> d = z - reference, p = exp<T>(d);
   s.sum += p;
   s.moment += p * at_least<T>(d, Simd<T>::lowest);
+  return p;
 }
 
 // How many terms go into one sum: a sum that holds p = 1 loses the last digits of what comes after.
@@ -71,25 +73,101 @@ FUSED_RL_INLINE void rescale(State<T>& s, Vec<T> reference) {
 }
 
 template <class T>
+FUSED_RL_INLINE Vec<T> largest_of(const T* z, int64_t lines, int64_t ld) {
+  Vec<T> max = splat<T>(-std::numeric_limits<T>::infinity());
+  for (int64_t v = 0; v < lines; ++v) {
+    const Vec<T> x = load(z + v * ld);
+    max = x > max ? x : max;
+  }
+  return max;
+}
+
+template <class T>
+FUSED_RL_INLINE State<T> load_state(Running<T> run, int64_t n) {
+  return {load(run.max + n), load(run.sum + n), load(run.moment + n)};
+}
+
+template <class T>
+FUSED_RL_INLINE void store_state(const State<T>& s, Running<T> run, int64_t n) {
+  store(run.max + n, s.max);
+  store(run.sum + n, s.sum);
+  store(run.moment + n, s.moment);
+}
+
+template <class T>
+FUSED_RL_INLINE void merge_state(State<T> tile, Running<T> run, int64_t n) {
+  State<T> all = load_state(run, n);
+  const Vec<T> max = tile.max > all.max ? tile.max : all.max, reference = reference_point<T>(max);
+  rescale<T>(all, reference);
+  rescale<T>(tile, reference);
+  store_state<T>({max, all.sum + tile.sum, all.moment + tile.moment}, run, n);
+}
+
+template <class T>
 static void accumulate(const T* z, int64_t lines, int64_t columns, int64_t ld, Running<T> run,
                        T* largest) {
-  constexpr int W = Simd<T>::width;
-  for (int64_t n = 0; n < columns; n += W) {
-    State<T> before{load(run.max + n), load(run.sum + n), load(run.moment + n)};
-    Vec<T> max = largest ? load(largest + n) : before.max;
-    for (int64_t v = 0; v < lines; ++v) {
-      const Vec<T> x = load(z + v * ld + n);
-      max = x > max ? x : max;
+  for (int64_t n = 0; n < columns; n += Simd<T>::width) {
+    State<T> tile{largest_of(z + n, lines, ld), Vec<T>{}, Vec<T>{}};
+    if (largest) {
+      const Vec<T> before = load(largest + n);
+      store(largest + n, tile.max > before ? tile.max : before);
     }
-    if (largest) store(largest + n, max);
-    max = max > before.max ? max : before.max;
-    const Vec<T> reference = reference_point<T>(max);
-    State<T> block{max, Vec<T>{}, Vec<T>{}};
-    add_logits<T>(block, lines, reference, [&](int64_t v) { return load(z + v * ld + n); });
-    rescale<T>(before, reference);
-    store(run.max + n, max);
-    store(run.sum + n, before.sum + block.sum);
-    store(run.moment + n, before.moment + block.moment);
+    add_logits<T>(tile, lines, reference_point<T>(tile.max),
+                  [&](int64_t v) { return load(z + v * ld + n); });
+    merge_state(tile, run, n);
+  }
+}
+
+template <class T>
+static void merge(Running<T> tile, int64_t columns, Running<T> run) {
+  for (int64_t n = 0; n < columns; n += Simd<T>::width) {
+    merge_state(load_state(tile, n), run, n);
+  }
+}
+
+// The reference of columns whose largest logits these are, and exp(max - reference).
+template <class T>
+FUSED_RL_INLINE Vec<T> refer(Vec<T> max, double* reference) {
+  using S = Simd<T>;
+  constexpr double ln2 = 0.69314718055994530942;
+  const T limit = 65536;
+  const Vec<T> inside = at_most<T>(at_least<T>(max, -limit), limit);
+  const Vec<T> x = inside * T(1 / (16 * ln2));
+  const Vec<T> near = (x + S::round_magic) - S::round_magic;
+  const Vec<T> bits = (near < x ? near + T(1) : near) * T(16);
+  const Vec<T> head = inside - bits * S::ln2_high, tail = bits * -S::ln2_low;
+  for (int i = 0; i < S::width; ++i) {
+    reference[i] = max[i] == inside[i] ? double(bits[i]) * ln2 : double(max[i]);
+  }
+  return max == inside ? exp<T>(head + tail, head, tail) : splat<T>(1);
+}
+
+template <class T>
+static void exponentials(T* z, int64_t lines, int64_t columns, int64_t ld, const T* inv_temperature,
+                         Transform<T> by, Running<T> out, double* reference) {
+  for (int64_t n = 0; n < columns; n += Simd<T>::width) {
+    State<T> tile{largest_of(z + n, lines, ld), Vec<T>{}, Vec<T>{}};
+    const Vec<T> origin = reference_point<T>(tile.max);
+    const Vec<T> factor = refer<T>(tile.max, reference + n);
+    const bool capped = by.softcap != T(0);
+    const Vec<T> to_tanh = T(1) / (load(inv_temperature + n) * (capped ? by.softcap : T(1)));
+    for (int64_t v0 = 0; v0 < lines; v0 += terms_of_sum) {
+      const int64_t v1 = v0 + terms_of_sum < lines ? v0 + terms_of_sum : lines;
+      State<T> part{};
+      for (int64_t v = v0; v < v1; ++v) {
+        T* const at = z + v * ld + n;
+        const Vec<T> x = load(at);
+        Vec<T> e = add_logit<T>(part, x, origin) * factor;
+        if (capped) {
+          const Vec<T> t = x * to_tanh;
+          e *= T(1) - t * t;
+        }
+        store(at, e);
+      }
+      tile.sum += part.sum;
+      tile.moment += part.moment;
+    }
+    store_state(tile, out, n);
   }
 }
 
@@ -312,31 +390,6 @@ static void add_scaled_bfloat16(const uint16_t* x, int64_t n, float factor, floa
   }
 }
 
-static void pack(const float* tile, int64_t lines, int64_t columns, int64_t ld, uint16_t* rows,
-                 int64_t ld_rows, uint16_t* pairs, int64_t ld_pairs) {
-  constexpr int W = Simd<float>::width;
-  using Half = Simd<float>::half_bits;
-  for (int64_t v = 0; v < lines; v += 2) {
-    const bool odd_end = v + 1 == lines;
-    for (int64_t n = 0; n < columns; n += W) {
-      const auto low = bfloat16_bits(load(tile + v * ld + n));
-      const auto high = odd_end ? low - low : bfloat16_bits(load(tile + (v + 1) * ld + n));
-      if (rows) {
-        const Half half = __builtin_convertvector(low, Half);
-        std::memcpy(rows + v * ld_rows + n, &half, sizeof(half));
-      }
-      if (rows && !odd_end) {
-        const Half half = __builtin_convertvector(high, Half);
-        std::memcpy(rows + (v + 1) * ld_rows + n, &half, sizeof(half));
-      }
-      if (pairs) {
-        const auto both = low | (high << 16);
-        std::memcpy(pairs + v * ld_pairs + 2 * n, &both, sizeof(both));
-      }
-    }
-  }
-}
-
 static void narrow(const float* from, int64_t n, uint16_t* to) {
   constexpr int W = Simd<float>::width;
   using Half = Simd<float>::half_bits;
@@ -409,8 +462,9 @@ void two_gradient(const T*, const T*, int64_t, int64_t, int64_t, TwoLse<T>, Meas
 
 template <class T>
 static constexpr Loops<T> table() {
-  return {transform<T>,    accumulate<T>, gradient<T>,   line_sums<T>,   row_statistics<T>,
-          row_gradient<T>, kl<T>,         add_scaled<T>, dot<T>,       two_sums<T>,
+  return {transform<T>,      accumulate<T>,   exponentials<T>, merge<T>,
+          gradient<T>,       line_sums<T>,    row_statistics<T>, row_gradient<T>,
+          kl<T>,             add_scaled<T>,   dot<T>,          two_sums<T>,
           two_gradient<T>};
 }
 
@@ -419,7 +473,6 @@ extern const Loops<double> double_loops;
 extern const BFloat16Loops bfloat16_loops;
 const Loops<float> float_loops = table<float>();
 const Loops<double> double_loops = table<double>();
-const BFloat16Loops bfloat16_loops = {pack, narrow, add_scaled_bfloat16,
-                                          dot_bfloat16};
+const BFloat16Loops bfloat16_loops = {narrow, add_scaled_bfloat16, dot_bfloat16};
 
 }  // namespace fused_rl::FUSED_RL_ISA

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "layout.h"
+
 namespace fused_rl {
 
 // What turns a raw product hidden . weight into a logit:
@@ -61,8 +63,16 @@ struct Loops {
   // raw -> z in place. bias: one per line, or null.
   void (*transform)(T* z, int64_t lines, int64_t columns, int64_t ld, const T* bias,
                     const T* inv_temperature, Transform<T>);
-  // largest: null, or per column the largest logit of all tiles that were given it.
+  // Adds the softmax of a tile. largest: null, or per column the largest logit of all tiles that were
+  // given it.
   void (*accumulate)(const T* z, int64_t lines, int64_t columns, int64_t ld, Running<T>, T* largest);
+  // z -> exp(z - reference) times the slope of the softcap, in place, and the softmax of the tile, which
+  // is that of accumulate bit by bit. reference: per column, in nats, 16 k ln 2 at or above the largest
+  // z, so that it is exact to go from one to another; that z itself where it is beyond 65536 or -inf.
+  void (*exponentials)(T* z, int64_t lines, int64_t columns, int64_t ld, const T* inv_temperature,
+                       Transform<T>, Running<T> tile, double* reference);
+  // Adds the softmax of a tile that has been accumulated on its own.
+  void (*merge)(Running<T> tile, int64_t columns, Running<T>);
   // z -> draw, without the label's own term; may write where it reads.
   void (*gradient)(const T* z, int64_t lines, int64_t columns, int64_t ld, Upstream<T>,
                    Transform<T>, T* draw, int64_t ld_draw);
@@ -86,12 +96,25 @@ struct Loops {
                        Transform<T>, T* draw, int64_t ld_draw);
 };
 
-// fp32 to bf16, and the two layouts of a bf16 tile that the products of the backward pass read.
+// From the accumulators' type to that of the operands, T itself, or bf16 for float.
+template <class T, class Out>
+struct PackLoops {
+  // A tile z[v, n] as a part of two left operands: one of lines v and products n, from (v0, n0) on, and
+  // one of lines n and products v. Either may be null. The latter is filled with zeros to a whole group
+  // of 32 products.
+  void (*tile)(const T* z, int64_t lines, int64_t columns, int64_t ld, int64_t v0, int64_t n0,
+               LeftTarget<Out> by_v, LeftTarget<Out> by_n);
+  // Two lines (bf16) or one, which are lines of a right operand: columns 0 to 63, from which `columns`
+  // are taken; the others become 0. odd: null for a line of zeros.
+  void (*lines)(const Out* even, const Out* odd, int64_t columns, Layout, Out* to);
+  // Lines n of 32 products (bf16) or 16 as a part of a right operand: 16 columns n, from which
+  // `lines` are taken; the others become 0.
+  void (*columns)(const Out* from, int64_t ld, int64_t lines, int64_t row, Out* to);
+  // 16 lines, or the first `lines` of them, of 32 elements each, to lie one after the other.
+  void (*rows)(const Out* from, int64_t ld, int64_t lines, Out* to);
+};
+
 struct BFloat16Loops {
-  // rows[v * ld_rows + n] = tile;  pairs[(v / 2) * 2 * ld_pairs + 2 * n + (v & 1)] = tile.
-  // Either may be null.
-  void (*pack)(const float* tile, int64_t lines, int64_t columns, int64_t ld, uint16_t* rows,
-               int64_t ld_rows, uint16_t* pairs, int64_t ld_pairs);
   void (*narrow)(const float* from, int64_t n, uint16_t* to);
   // sum += factor * x
   void (*add_scaled)(const uint16_t* x, int64_t n, float factor, float* sum);
@@ -100,6 +123,8 @@ struct BFloat16Loops {
 
 template <class T>
 const Loops<T>& loops();
+template <class T, class Out>
+const PackLoops<T, Out>& pack_loops();
 const BFloat16Loops& bfloat16_loops();
 const char* instruction_set();
 

@@ -10,6 +10,8 @@
 #include <iterator>
 #include <new>
 
+#include "amx.h"
+
 namespace fused_rl {
 
 namespace cpublas = at::native::cpublas;
@@ -57,38 +59,73 @@ static void mm(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T
   }
 }
 
+template <>
+bool tiled<c10::BFloat16>() {
+  return has_amx();
+}
+template <>
+bool tiled<float>() {
+  return false;
+}
+template <>
+bool tiled<double>() {
+  return false;
+}
+
+// The product of one panel.
 template <class T>
-void tile_matmul(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb,
-                 Acc<T>* C, int64_t ldc, bool add) {
+static void multiply(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B,
+                     Acc<T>* C, int64_t ldc, bool add) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, B, C, true);
+    if (tiled<T>()) {
+      amx_product(M, N, K, reinterpret_cast<const uint16_t*>(A),
+                  reinterpret_cast<const uint16_t*>(B), C, ldc, add);
+    } else {
+      cpublas::brgemm(M, N, K, lda, panel_columns, ldc, add, A, B, C, true);
+    }
   } else if constexpr (std::is_same_v<T, float>) {
     if (has_microkernel<float>()) {
-      cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, B, C, false);
+      cpublas::brgemm(M, N, K, lda, panel_columns, ldc, add, A, B, C, false);
     } else {
-      mm(M, N, K, A, lda, B, ldb, C, ldc, add);
+      mm(M, N, K, A, lda, B, panel_columns, C, ldc, add);
     }
   } else {
-    mm(M, N, K, A, lda, B, ldb, C, ldc, add);
+    mm(M, N, K, A, lda, B, panel_columns, C, ldc, add);
   }
 }
 
+template <class T>
+void matmul(int64_t M, int64_t N, int64_t K, Left<T> A, const T* B, Acc<T>* C, int64_t ldc,
+            bool add) {
+  constexpr int64_t step = sum_step<T>;
+  for (int64_t k0 = 0; k0 < K; k0 += step) {
+    multiply<T>(M, N, std::min(step, K - k0), A.data + k0 / step * A.next, A.row,
+                B + k0 * panel_columns, C, ldc, add || k0 > 0);
+  }
+}
+
+// On an AMX machine oneDNN's bf16 kernels are not called: they would set shapes of tiles of their own.
 MatmulScope::MatmulScope()
-    : has_bfloat16(has_microkernel<c10::BFloat16>()), has_float(has_microkernel<float>()) {}
+    : has_bfloat16(has_microkernel<c10::BFloat16>()), has_float(has_microkernel<float>()) {
+  if (has_amx()) amx_configure();
+}
 
 MatmulScope::~MatmulScope() {
-  if (has_bfloat16) cpublas::brgemm_release(true);
+  if (has_amx()) {
+    amx_release();
+  } else if (has_bfloat16) {
+    cpublas::brgemm_release(true);
+  }
   if (has_float) cpublas::brgemm_release(false);
 }
 
 template bool has_microkernel<c10::BFloat16>();
 template bool has_microkernel<float>();
 template bool has_microkernel<double>();
-template void tile_matmul(int64_t, int64_t, int64_t, const c10::BFloat16*, int64_t,
-                          const c10::BFloat16*, int64_t, float*, int64_t, bool);
-template void tile_matmul(int64_t, int64_t, int64_t, const float*, int64_t, const float*, int64_t,
-                          float*, int64_t, bool);
-template void tile_matmul(int64_t, int64_t, int64_t, const double*, int64_t, const double*, int64_t,
-                          double*, int64_t, bool);
+template void matmul(int64_t, int64_t, int64_t, Left<c10::BFloat16>, const c10::BFloat16*, float*,
+                     int64_t, bool);
+template void matmul(int64_t, int64_t, int64_t, Left<float>, const float*, float*, int64_t, bool);
+template void matmul(int64_t, int64_t, int64_t, Left<double>, const double*, double*, int64_t,
+                     bool);
 
 }  // namespace fused_rl

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "layout.h"
+
 namespace fused_rl {
 
 template <class T>
@@ -16,35 +18,57 @@ using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T>
 inline constexpr int64_t lines_per_pack = std::is_same_v<T, c10::BFloat16> ? 2 : 1;
 
-// C[M, N] = A[M, K] B[K, N], or += when `add`. K is even for bf16; ldb counts columns.
-template <class T>
-void tile_matmul(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb,
-                 Acc<T>* C, int64_t ldc, bool add);
-
 // How many products go into one sum in fp32: short sums, added up, lose less than one long sum. bf16
-// operands have lost more than that before. A whole number of tiles of tokens.
+// operands have lost more than that before. Operands lie in panels of so many products.
 template <class T>
 inline constexpr int64_t sum_step = lines_per_pack<T> == 2 ? 256 : 64;
 
-// C[M, N] = A[M, K] B[K, N], summed in steps. A lies in one panel [M, sum_step] per step, `next`
-// elements apart: sum_step where its rows are whole. Besides M, N and the strides a microkernel knows
-// only sum_step and the rest of K that is no whole step, so that there are few of them for any K.
+// Columns in a panel of the right operand: four vectors of 16, at which the microkernels are best.
+inline constexpr int64_t panel_columns = 64;
+
+// Lines and columns of operands come in whole groups: of the tile unit's 32.
+inline constexpr int64_t group = 32;
+
+// Whether operands of this type lie as the tile unit takes them (amx.h).
 template <class T>
-void matmul_in_steps(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, int64_t next,
-                     const T* B, int64_t ldb, Acc<T>* C, int64_t ldc) {
-  constexpr int64_t step = sum_step<T>;
-  for (int64_t k0 = 0; k0 < K; k0 += step) {
-    tile_matmul<T>(M, N, std::min(step, K - k0), A + k0 / step * next, lda, B + k0 * ldb, ldb, C,
-                   ldc, k0 > 0);
-  }
+bool tiled();
+
+template <class T>
+Layout left_layout() {
+  if (tiled<T>()) return {32, 512, 8192, 1024};
+  return {sum_step<T>, 16 * sum_step<T>, 32 * sum_step<T>, 32};
 }
+
+template <class T>
+Layout right_layout() {
+  if (tiled<T>()) return {32, 512, 8192, 1024};
+  constexpr int64_t pack = lines_per_pack<T>, row = panel_columns * pack;
+  return {row, 16 * pack, 32 * pack, 16 * row};
+}
+
+// A[M, K] in panels [M, sum_step], `next` elements apart. Rows of an operand that is not tiled may lie
+// further apart, as in a matrix that is multiplied in place.
+template <class T>
+struct Left {
+  const T* data;
+  int64_t next;
+  int64_t row = sum_step<T>;
+};
+
+// C[M, N] = A[M, K] B[K, N], or += when `add`, summed in steps. B lies in panels [sum_step, 64]; N is
+// at most 64 and, like K for bf16, a multiple of what the layouts hold together: 16, or 32 where they
+// are tiled. Besides M, N and the strides a microkernel knows only sum_step and the rest of K that is
+// no whole step, so that there are few of them for any K.
+template <class T>
+void matmul(int64_t M, int64_t N, int64_t K, Left<T> A, const T* B, Acc<T>* C, int64_t ldc,
+            bool add = false);
 
 // Whether a register-blocked microkernel serves T here. Without one, float goes through at::mm and
 // bf16 is converted to float first; double always goes through at::mm.
 template <class T>
 bool has_microkernel();
 
-// To be destroyed on each thread that has multiplied: gives the matrix unit back.
+// Around what a thread multiplies: takes the matrix unit, and gives it back.
 struct MatmulScope {
   MatmulScope();
   MatmulScope(const MatmulScope&) = delete;

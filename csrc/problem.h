@@ -1,62 +1,41 @@
 // What the forward and the backward pass of the linear head share: operands in kernel layout.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 
 #include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "loops.h"
 #include "matmul.h"
+#include "memory.h"
 #include "pack.h"
+#include "parallel.h"
 
 namespace fused_rl {
 
-// Tokens in a tile: four vectors of 16, the width at which the microkernels are at their best.
-inline constexpr int64_t tile_tokens = 64;
+// Rows of a super-block, rounded to whole blocks.
+inline constexpr int64_t super_block_rows = 1024;
 
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
+// Tokens in a tile.
+inline constexpr int64_t tile_tokens = panel_columns;
 
-// For the few large buffers of a step, before they are first written. A fresh buffer of 128 MiB costs
-// 32768 page faults, a tenth of the step; with huge pages, where the system offers them, 64.
+// For the few large buffers of a step, before they are first written.
 inline void prefer_huge_pages(const at::Tensor& buffer) {
-#ifdef __linux__
-  constexpr uintptr_t page = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(buffer.data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page;
-  const uintptr_t last = (begin + buffer.nbytes()) / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-// body(begin, end) on each thread, for tasks that multiply.
-template <class F>
-void parallel_tasks(int64_t tasks, const F& body) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const MatmulScope scope;
-    body(begin, end);
-  });
+  prefer_huge_pages(buffer.data_ptr(), buffer.nbytes());
 }
 
 template <class T>
 struct Problem {
   using A = Acc<T>;
 
-  int64_t N, padded, H, K, V;  // padded: N to a multiple of 16; K: H to a whole pack of lines
-  at::Tensor hidden;           // [N, K] T, contiguous: the tokens that take part
+  int64_t N, padded;    // padded: N to a multiple of 32
+  int64_t H, wide, K, V;  // wide: H to a multiple of 32; K: H to what a product takes
+  at::Tensor hidden;    // [N, wide] T, contiguous: the tokens that take part, and zeros beyond H
   at::Tensor weight;           // [V, H], any dtype, any strides
   at::Tensor bias;             // [V] A, contiguous, or undefined
   std::vector<int64_t> labels;     // [padded], -1 in the padding
@@ -66,16 +45,21 @@ struct Problem {
 
   int64_t blocks() const { return (V + block - 1) / block; }
   int64_t block_rows(int64_t b) const { return std::min(block, V - b * block); }
+  // Rows whose statistics are merged first, and whose gradients are formed at a time.
+  int64_t super_rows() const { return std::max<int64_t>(1, super_block_rows / block) * block; }
+  int64_t super_blocks() const { return (V + super_rows() - 1) / super_rows(); }
   int64_t tiles() const { return (padded + tile_tokens - 1) / tile_tokens; }
   int64_t tile_width(int64_t t) const { return std::min(tile_tokens, padded - t * tile_tokens); }
   const A* bias_at(int64_t v) const {
     return bias.defined() ? bias.const_data_ptr<A>() + v : nullptr;
   }
-  // A weight block can be multiplied where it lies.
-  bool in_place() const {
+  // Rows of weight can be read where they lie.
+  bool readable() const {
     return weight.scalar_type() == c10::CppTypeToScalarType<T>::value &&
-           (weight.stride(1) == 1 || H == 1) && K == H;
+           (weight.stride(1) == 1 || H == 1);
   }
+  // And multiplied there.
+  bool in_place() const { return readable() && K == H && !tiled<T>(); }
 };
 
 template <class T>
@@ -85,16 +69,14 @@ Problem<T> make_problem(const at::Tensor& hidden, const at::Tensor& weight,
                         const std::vector<int64_t>& active);
 
 template <class T>
-struct Block {
+struct Rows {
   const T* data;
   int64_t ld;
 };
 
-// Rows v0 .. v0 + rows of weight as [rows, K] T; `buffer` holds them when they need converting.
+// Rows v0 .. v0 + rows of weight, at most a block, converted into `buffer`; zeros from H to K.
 template <class T>
-Block<T> weight_block(const Problem<T>& p, int64_t v0, int64_t rows, at::Tensor& buffer) {
-  if (p.in_place()) return {p.weight.template const_data_ptr<T>() + v0 * p.weight.stride(0),
-                            p.weight.stride(0)};
+Rows<T> converted_rows(const Problem<T>& p, int64_t v0, int64_t rows, at::Tensor& buffer) {
   if (!buffer.defined()) {
     buffer = at::zeros({p.block, p.K}, at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
   }
@@ -102,28 +84,71 @@ Block<T> weight_block(const Problem<T>& p, int64_t v0, int64_t rows, at::Tensor&
   return {buffer.template const_data_ptr<T>(), p.K};
 }
 
-// hidden as the right operand of the logits: one panel [K, width] per tile of tokens.
+// The same, where they lie if they can be read there.
 template <class T>
-at::Tensor pack_for_logits(const Problem<T>& p) {
-  at::Tensor packed = at::empty({p.padded * p.K}, p.hidden.options());
-  const T* from = p.hidden.template const_data_ptr<T>();
-  T* to = packed.template mutable_data_ptr<T>();
-  at::parallel_for(0, p.tiles(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t n0 = t * tile_tokens;
-      pack_transposed<T>(from, p.K, p.N, n0, p.tile_width(t), to + n0 * p.K);
-    }
-  });
-  return packed;
+Rows<T> weight_rows(const Problem<T>& p, int64_t v0, int64_t rows, at::Tensor& buffer) {
+  if (!p.readable()) return converted_rows(p, v0, rows, buffer);
+  return {p.weight.template const_data_ptr<T>() + v0 * p.weight.stride(0), p.weight.stride(0)};
 }
+
+// A block of weight as the left operand of the logits.
+template <class T>
+class WeightBlock {
+ public:
+  explicit WeightBlock(const Problem<T>& problem) : p(problem) {}
+  // Rows v0 .. v0 + rows, until the next call.
+  Left<T> at(int64_t v0, int64_t rows) {
+    if (v0 == first) return block;
+    first = v0;
+    if (p.in_place()) {
+      const Rows<T> from = weight_rows(p, v0, rows, converted);
+      return block = {from.data, sum_step<T>, from.ld};
+    }
+    if (!tiled<T>()) {
+      const Rows<T> from = converted_rows(p, v0, rows, converted);
+      return block = {from.data, sum_step<T>, from.ld};
+    }
+    const Rows<T> from = weight_rows(p, v0, rows, converted);
+    const int64_t next = p.block * sum_step<T>;
+    if (!packed) packed = Buffer<T>(round_up(p.K, sum_step<T>) * p.block);
+    pack_left(from.data, from.ld, rows, p.H, p.K, packed.data(), next);
+    return block = {packed.data(), next};
+  }
+
+ private:
+  const Problem<T>& p;
+  at::Tensor converted;
+  Buffer<T> packed;
+  Left<T> block{nullptr, 0};
+  int64_t first = -1;
+};
+
+// hidden as the right operand of the logits: one panel [K, 64] per tile of tokens.
+template <class T>
+class HiddenPanels {
+ public:
+  explicit HiddenPanels(const Problem<T>& p)
+      : size(round_up(p.wide, sum_step<T>) * panel_columns), packed(p.tiles() * size) {
+    const T* from = p.hidden.template const_data_ptr<T>();
+    parallel_tasks(p.tiles(), [&](int64_t t, int64_t) {
+      const int64_t n0 = t * tile_tokens;
+      pack_transposed<T>(from + n0 * p.wide, p.wide, p.N - n0, p.tile_width(t),
+                         packed.data() + t * size);
+    });
+  }
+  const T* tile(int64_t t) const { return packed.data() + t * size; }
+
+ private:
+  int64_t size;
+  Buffer<T> packed;
+};
 
 // Logits of `rows` vocabulary rows from v0 and the tokens of tile t, into z[rows, ld].
 template <class T>
-void logits_tile(const Problem<T>& p, Block<T> weight, int64_t v0, int64_t rows, const T* packed,
-                 int64_t t, Acc<T>* z, int64_t ld) {
+void logits_tile(const Problem<T>& p, Left<T> weight, int64_t v0, int64_t rows,
+                 const HiddenPanels<T>& hidden, int64_t t, Acc<T>* z, int64_t ld) {
   const int64_t n0 = t * tile_tokens, width = p.tile_width(t);
-  const T* tokens = packed + n0 * p.K;
-  matmul_in_steps<T>(rows, width, p.K, weight.data, weight.ld, sum_step<T>, tokens, width, z, ld);
+  matmul<T>(rows, width, p.K, weight, hidden.tile(t), z, ld);
   if (!p.transform.identity) {
     loops<Acc<T>>().transform(z, rows, width, ld, p.bias_at(v0), p.inv_temperature.data() + n0,
                               p.transform);
@@ -149,26 +174,22 @@ template <class T>
 class FormedTiles : public LogitTiles<Acc<T>> {
  public:
   using Cache = typename LogitTiles<Acc<T>>::Cache;
-  explicit FormedTiles(const Problem<T>& problem) : p(problem), operand(pack_for_logits(problem)) {}
-  std::unique_ptr<Cache> cache() const override { return std::make_unique<Own>(); }
+  explicit FormedTiles(const Problem<T>& problem) : p(problem), hidden(problem) {}
+  std::unique_ptr<Cache> cache() const override { return std::make_unique<Own>(p); }
   const Acc<T>* tile(int64_t v0, int64_t rows, int64_t t, Acc<T>* scratch,
                      Cache* own) const override {
-    Own& c = *static_cast<Own*>(own);
-    if (c.first != v0) c.block = weight_block(p, v0, rows, c.buffer);
-    c.first = v0;
-    logits_tile(p, c.block, v0, rows, operand.template const_data_ptr<T>(), t, scratch,
-                p.tile_width(t));
+    const Left<T> weight = static_cast<Own*>(own)->block.at(v0, rows);
+    logits_tile(p, weight, v0, rows, hidden, t, scratch, p.tile_width(t));
     return scratch;
   }
 
  private:
   struct Own : Cache {
-    at::Tensor buffer;
-    Block<T> block{nullptr, 0};
-    int64_t first = -1;
+    explicit Own(const Problem<T>& p) : block(p) {}
+    WeightBlock<T> block;
   };
   const Problem<T>& p;
-  const at::Tensor operand;
+  const HiddenPanels<T> hidden;
 };
 
 // The gradient of a raw product from dz, that of its logit z.
@@ -209,6 +230,30 @@ struct TokenStatistics {
 // What a filtered backward pass skips: so many vocabulary rows for one token. p.block divides it.
 inline constexpr int64_t filter_rows = 512;
 
+// The softmax of each super-block and token, [super-blocks, max | sum | moment, padded], to become that
+// of the whole vocabulary.
+template <class T>
+class PartialSoftmax {
+ public:
+  explicit PartialSoftmax(const Problem<T>& p)
+      : supers(p.super_blocks()), padded(p.padded), parts(supers * 3 * padded) {
+    for (int64_t s = 0; s < supers; ++s) {
+      Acc<T>* const of_s = parts.data() + s * 3 * padded;
+      std::fill_n(of_s, padded, -std::numeric_limits<Acc<T>>::infinity());
+      std::fill_n(of_s + padded, 2 * padded, Acc<T>(0));
+    }
+  }
+  Running<Acc<T>> at(int64_t super_block, int64_t n) const {
+    Acc<T>* const of_s = parts.data() + super_block * 3 * padded + n;
+    return {of_s, of_s + padded, of_s + 2 * padded};
+  }
+  TokenStatistics<T> finish(const Problem<T>& p, const std::vector<Acc<T>>& at_label) const;
+
+ private:
+  int64_t supers, padded;
+  Buffer<Acc<T>> parts;
+};
+
 // stored: null, or a buffer for V * padded logits, tile by tile: [tiles, V, width].
 // picks: null, or the pairs whose logits are wanted in `picked`, each under its number.
 // peaks: null, or -inf [V / filter_rows, padded], to become the largest logits.
@@ -235,7 +280,7 @@ class StoredTiles : public LogitTiles<A> {
   const A* tile(int64_t v0, int64_t lines, int64_t t, A* scratch, Cache*) const override {
     const int64_t n0 = t * tile_tokens;
     if (rows.empty()) return z + n0 * V + v0 * std::min(tile_tokens, padded - n0);
-    const int64_t width = std::min(tile_tokens, round_up(N, 16) - n0);
+    const int64_t width = std::min(tile_tokens, round_up(N, group) - n0);
     for (int64_t n = 0; n < width; ++n) {
       int64_t stride = 0;
       const bool real = n0 + n < N;

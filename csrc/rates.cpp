@@ -15,8 +15,8 @@
 
 #include "loops.h"
 #include "matmul.h"
+#include "memory.h"
 #include "multiply_adds.h"
-#include "pack.h"
 
 #define FUSED_RL_DECLARE(isa)               \
   namespace fused_rl::isa {                 \
@@ -130,13 +130,12 @@ static Rates of_product(Clock::time_point start, double seconds) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const MatmulScope scope;
   constexpr int64_t K = 1024, rows = 512 * 1024 / (K * sizeof(T)), width = 64;
-  Scratch<T> weight(rows * K), tokens(K * width);
-  Scratch<float> z(rows * width);
+  Buffer<T> weight(rows * K), tokens(K * width);
+  Buffer<float> z(rows * width);
   fill(weight.data(), rows * K);
   fill(tokens.data(), K * width);
   const auto batch = [&] {
-    matmul_in_steps<T>(rows, width, K, weight.data(), K, sum_step<T>, tokens.data(), width,
-                       z.data(), width);
+    matmul<T>(rows, width, K, {weight.data(), rows * sum_step<T>}, tokens.data(), z.data(), width);
     return 2.0 * rows * width * K;
   };
   return rates_of(batch, start, seconds);
@@ -145,7 +144,7 @@ static Rates of_product(Clock::time_point start, double seconds) {
 // Logits that join the running softmax of their tokens, as in the forward.
 static Rates of_exponentials(Clock::time_point start, double seconds) {
   constexpr int64_t lines = 256, columns = 64;
-  Scratch<float> z(lines * columns), running(3 * columns);
+  Buffer<float> z(lines * columns), running(3 * columns);
   fill(z.data(), lines * columns);
   float *max = running.data(), *sum = max + columns, *moment = sum + columns;
   const auto batch = [&] {

@@ -159,7 +159,7 @@ struct Turns {
     for (int64_t n0 = 0; n0 < N; n0 += most) {
       rows.emplace_back(active.begin() + n0, active.begin() + std::min(N, n0 + most));
     }
-    room = V * round_up(std::min(most, N), 16);
+    room = V * round_up(std::min(most, N), group);
     z = at::empty({2 * room}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
     prefer_huge_pages(z);
   }

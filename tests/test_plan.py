@@ -115,7 +115,7 @@ def test_the_way_and_the_chunks_are_those_of_the_library(chunk_bytes, frozen, mo
     weight = weight if frozen else weight.requires_grad_()
     labels = torch.zeros(1, TOKENS, dtype=torch.int64)
     batch = TokenBatch.padded(labels, torch.ones_like(labels), torch.ones(1))
-    sizes = []
+    sizes, whole = [], []
 
     def chunk(head):
         sizes.append(len(head.hidden))
@@ -127,11 +127,17 @@ def test_the_way_and_the_chunks_are_those_of_the_library(chunk_bytes, frozen, mo
     def two_passes(head, limits):
         return Statistics(*torch.zeros(4, TOKENS))
 
+    def walk(head, limits):
+        whole.append(len(head.hidden))
+        return Statistics(*torch.zeros(4, TOKENS))
+
     monkeypatch.setattr(ops, "linear_logprobs_chunk", chunk)
     monkeypatch.setattr(ops, "linear_logprobs_chunk_backward", chunk_backward)
     monkeypatch.setattr(ops, "linear_logprobs", two_passes)
+    monkeypatch.setattr(ops, "linear_logprobs_frozen", walk)
     linear_policy_loss(hidden, weight, batch, grpo(), chunk_bytes=chunk_bytes)
-    assert (by_name(planned)["linear_policy_loss"].nhv < 8) == bool(sizes)
+    assert whole == [TOKENS] * frozen
+    assert by_name(planned)["linear_policy_loss"].nhv == (4 if frozen else 6 if sizes else 8)
     assert sizes in ([], planned.chunks)
     assert sum(planned.chunks) == TOKENS
     assert planned.chunk_bytes == ops.scratch_bytes(hidden.device, chunk_bytes)

@@ -14,6 +14,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from fused_rl import ops
+
 try:
     import resource
 except ImportError:  # Windows has none.
@@ -122,6 +124,7 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> i
     if not Path("/proc/self/clear_refs").exists():
         run()
         return None
+    ops.release_memory()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

@@ -50,8 +50,8 @@ WAYS = (
     Way("no gradient", "fused_rl", 2, 2, 1),
     Way("step by autograd", AUTOGRAD, 6, 8, 2),
     Way("step in one pass", ONE_PASS, 6, 6, 2),
-    Way("frozen head by autograd", AUTOGRAD, 4, 4, 2, frozen=True),
-    Way("frozen head in one pass", ONE_PASS, 4, 4, 2, frozen=True),
+    Way("frozen head by autograd", AUTOGRAD, 4, 4, 1, frozen=True),
+    Way("frozen head in one pass", ONE_PASS, 4, 4, 1, frozen=True),
 )
 
 

@@ -22,7 +22,7 @@ from fused_rl.losses.named import NAMES
 from fused_rl.losses.policy import Loss, LossOutput
 from fused_rl.losses.statistics import with_reference
 from fused_rl.one_pass.chunks import Way, needs, one_pass
-from fused_rl.one_pass.policies import flattened
+from fused_rl.one_pass.policies import Alone, Heads, Policies, flattened
 from fused_rl.parallel.visits import told
 from fused_rl.stats import IGNORE_INDEX
 
@@ -98,7 +98,7 @@ def linear_policy_loss(
     trained = torch.is_grad_enabled() and any(needs(heads))
     separable = getattr(loss, "token_separable", False) and not torch.compiler.is_compiling()
     in_one = trained and separable and grad_filter is None and not transformed()
-    if in_one and checks.has_values(hidden):
+    if in_one and checks.has_values(hidden) and not _walks_once(policies, heads, loss):
         most = policies.chunk_tokens(heads, chunk_bytes)
         formed = policies.tokens(heads)
         if ops.one_pass_pays(formed, most, hidden.device, head.requires_grad):
@@ -108,6 +108,14 @@ def linear_policy_loss(
             return one_pass(heads, batch, Way(loss, policies, most))
     stats = _named(policies.two_passes, heads, chunk_bytes, grad_filter, shape=batch.shape)
     return loss(stats, with_reference(batch, stats))
+
+
+def _walks_once(policies: Policies, heads: Heads, loss: object) -> bool:
+    """Whether the gradient of the log-probs is formed with them, and is all that the loss asks of the
+    head: then any loss takes 4 NHV and no buffer of logits.
+    """
+    alone = isinstance(policies, Alone) and not any(needs(heads)[1:])
+    return alone and ops.walks_once(heads.hidden.device) and not getattr(loss, "entropy_coef", 0)
 
 
 def _named(op: Callable, *args: object, shape: torch.Size) -> Any:

@@ -36,13 +36,13 @@ from fused_rl.ops.divergence_chunk import (
     linear_divergence_frozen,
 )
 from fused_rl.ops.filtered import FILTER_ROWS, Filter, linear_filtered_logprobs
-from fused_rl.ops.frozen import linear_logprobs_frozen
+from fused_rl.ops.frozen import linear_logprobs_frozen, walks_once
 from fused_rl.ops.kept import KeptHead, linear_kept_logprobs
 from fused_rl.ops.kept_sets import Sets
 from fused_rl.ops.kl import Deviation, kl
 from fused_rl.ops.linear import linear_logprobs, linear_logprobs_backward
 from fused_rl.ops.logits import Rows, logits_logprobs
-from fused_rl.ops.native import native_missing
+from fused_rl.ops.native import native_missing, release_memory
 from fused_rl.ops.record import Head, Known, Limits, Needs, Statistics, Upstream
 from fused_rl.ops.stored import linear_logprobs_stored
 from fused_rl.ops.terms import LogPair, divergence_terms
@@ -100,6 +100,7 @@ __all__ = [
     "native_missing",
     "one_pass_pays",
     "pair_rows",
+    "release_memory",
     "round_up",
     "scratch_bytes",
     "triton",
@@ -107,6 +108,7 @@ __all__ = [
     "trust",
     "two_heads_triton",
     "waiting_dtype",
+    "walks_once",
 ]
 
 find_kernels()

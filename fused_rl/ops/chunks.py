@@ -149,7 +149,7 @@ def round_up(n: int, multiple: int) -> int:
 
 def padded(tokens: int) -> int:
     """Tokens that the buffer of a chunk's logits has room for."""
-    return round_up(tokens, 16)
+    return round_up(tokens, 32)
 
 
 def check_tokens(labels: Tensor, temperature: Tensor, vocabulary: int, ignore_index: int) -> None:

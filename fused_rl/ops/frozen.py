@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_rl.ops import native
 from fused_rl.ops.chunk import ChunkLogits, linear_logprobs_chunk, linear_logprobs_chunk_unit
 from fused_rl.ops.chunks import check_tokens, chunk_tokens, counted_rows, statistics_like
 from fused_rl.ops.linear import linear_logprobs_backward
@@ -22,6 +23,11 @@ class FrozenStatistics(NamedTuple):
     lse: Tensor
     top: Tensor
     unit: Tensor  # [N, H], in the dtype of hidden
+
+
+def walks_once(device: torch.device) -> bool:
+    """Whether linear_logprobs_frozen holds no logits there: the C++ kernels, in whatever dtype."""
+    return device.type == "cpu" and native.native_missing is None
 
 
 class Unit(NamedTuple):

@@ -21,3 +21,13 @@ def _load() -> str | None:
 
 
 native_missing = _load()
+
+
+def release_memory() -> None:
+    """Hands the system the buffers that the C++ kernels keep for the next call.
+
+    They are 64 MiB at most, and on Linux the system takes their pages by itself where memory runs
+    short; until then they count in the resident size of the process.
+    """
+    if native_missing is None:
+        torch.ops.fused_rl.cpu_release_memory()

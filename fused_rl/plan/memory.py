@@ -27,9 +27,9 @@ from fused_rl.reference import acc_dtype
 # Of the one pass; a plan with more is a slip of the pen, and its list would fill the memory.
 MOST_CHUNKS = 2**20
 
-# The C++ kernels' tiles: rows of a super-block of the vocabulary, tokens in one product over it,
-# columns in a panel of dweight, partial softmaxes of three numbers per token.
-SUPER_BLOCK, PASS_TOKENS, PANEL, SLABS = 2048, 4096, 64, 64
+# The C++ kernels' tiles: rows of a super-block of the vocabulary, for each of which a token has a
+# softmax of three numbers; tokens in one product over it; columns of a panel; steps in flight.
+SUPER_BLOCK, PASS_TOKENS, PANEL, STEPS = 1024, 2048, 64, 3
 
 Parts = dict[str, int]
 DEVICES = ("cpu", "cuda", *CARDS)
@@ -134,6 +134,8 @@ def plan(
     any_loss = _frozen(s, most) if frozen else _any_loss(s, scratch)
     pays = one_pass_pays(tokens, most, torch.device(s.device), not frozen)
     loss = one_pass(s, sizes, frozen) if pays else _two_passes(s, "linear_policy_loss", scratch)
+    if frozen and s.device == "cpu":
+        loss = _frozen(s, most, "linear_policy_loss")
     ways = [_eager_no_grad(s), _no_grad(s), _eager(s, frozen), any_loss, loss]
     return Plan(tokens, H, V, scratch, sizes, ways, device, dtype, frozen)
 
@@ -213,9 +215,12 @@ def _eager(s: Sizes, frozen: bool) -> Way:
 
 def _no_grad(s: Sizes) -> Way:
     packed = s.N * s.H * s.op if s.device == "cpu" else 0
-    return s.way(
-        "linear_logprobs, no gradient", 2, forward={"operands": packed + 3 * SLABS * s.N * s.acc}
-    )
+    return s.way("linear_logprobs, no gradient", 2, forward={"operands": packed + _softmaxes(s)})
+
+
+def _softmaxes(s: Sizes) -> int:
+    """Partial ones, of three numbers."""
+    return 3 * -(-s.V // SUPER_BLOCK) * s.N * s.acc
 
 
 def _pass_operands(s: Sizes, n: int, *, dweight: bool, recompute: bool) -> int:
@@ -223,17 +228,18 @@ def _pass_operands(s: Sizes, n: int, *, dweight: bool, recompute: bool) -> int:
     if s.device != "cpu":
         # Hidden states times a factor for each token.
         return n * s.H * s.w if s.kept and dweight and not recompute else 0
-    n, rows, H = round_up(n, 16), min(SUPER_BLOCK, s.V), s.H
-    columns = round_up(H, PANEL)
+    n, rows, columns = round_up(n, 32), min(SUPER_BLOCK, s.V), round_up(s.H, PANEL)
     at_once = min(n, PASS_TOKENS)
-    draw = rows * (at_once + 32) * s.op
-    transposed = H * rows * s.op + (at_once * rows * s.op if s.op == 2 else 0)
-    of_weight = n * columns * s.op + (rows * columns * s.acc if n > PASS_TOKENS else 0)
-    return draw + transposed + dweight * of_weight + recompute * n * H * s.op
+    chunks = -(-n // PASS_TOKENS)
+    steps = min(STEPS, chunks * -(-s.V // SUPER_BLOCK))
+    draws = at_once * rows * s.op * (2 if dweight else 1)
+    weights = rows * columns * s.op * (2 if recompute and s.op == 2 else 1)
+    of_weight = n * columns * s.op + (rows * columns * s.acc if chunks > 1 else 0)
+    return steps * (draws + weights) + dweight * of_weight + recompute * n * s.H * s.op
 
 
 def _pass_dhidden(s: Sizes, n: int) -> int:
-    """Sums of dhidden, and on a CPU their transpose."""
+    """Sums of dhidden, and on a CPU what they are put together in."""
     return n * s.H * s.acc * (2 if s.device == "cpu" else 1)
 
 
@@ -244,7 +250,7 @@ def _chunk_logits(s: Sizes, n: int) -> int:
     if s.kept:
         return 2 * n * round_up(s.V, 64)
     beside = s.w if s.device != "cpu" and s.w < s.acc else 0
-    return round_up(n, 16) * s.V * (s.acc + beside)
+    return round_up(n, 32) * s.V * (s.acc + beside)
 
 
 def _any_loss(s: Sizes, scratch: int) -> Way:
@@ -304,14 +310,19 @@ def one_pass(s: Sizes, sizes: list[int], frozen: bool) -> Way:
     return s.way("linear_policy_loss", 4 if frozen else 6, **phases)
 
 
-def _frozen(s: Sizes, n: int) -> Way:
+def _frozen(s: Sizes, n: int, name: str = "linear_logprobs") -> Way:
+    # The kernels of a CPU hold no logits: their two products are in one walk over all tokens.
+    walk = s.device == "cpu"
+    n = s.N if walk else n
+    references = 2 * -(-s.V // SUPER_BLOCK) * s.N * 8
     return s.way(
-        "linear_logprobs",
+        name,
         4,
         forward={
-            "logits": _chunk_logits(s, n),
+            "logits": 0 if walk else _chunk_logits(s, n),
             "dhidden": s.N * s.H * s.w + _pass_dhidden(s, n),
-            "operands": n * s.H * s.w + _pass_operands(s, n, dweight=False, recompute=False),
+            "operands": _pass_operands(s, n, dweight=False, recompute=walk)
+            + (_softmaxes(s) + references if walk else n * s.H * s.w),
         },
         backward={"dhidden": s.N * s.H * (s.w + 2 * s.acc)},
     )
