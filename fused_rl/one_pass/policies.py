@@ -6,6 +6,8 @@
     OwnTokens             2, 4, N the mean over ranks            TokenStats
     BesideReference       4, 4                                   DivergenceStats
 
+A frozen head alone on a CPU goes another way, 4 NHV for any loss: ops/frozen.py.
+
 Each says how a chunk of tokens is formed and how its gradient is; the rest of the pass is one code.
 """
 

@@ -111,8 +111,8 @@ def linear_policy_loss(
 
 
 def _walks_once(policies: Policies, heads: Heads, loss: object) -> bool:
-    """Whether the gradient of the log-probs is formed with them, and is all that the loss asks of the
-    head: then any loss takes 4 NHV and no buffer of logits.
+    """Whether the gradient of the log-probs is formed with them, and is all that the loss asks of
+    the head: then any loss takes 4 NHV and no buffer of logits.
     """
     alone = isinstance(policies, Alone) and not any(needs(heads)[1:])
     return alone and ops.walks_once(heads.hidden.device) and not getattr(loss, "entropy_coef", 0)
