@@ -10,7 +10,6 @@
 #include <iterator>
 #include <new>
 
-#include "amx.h"
 
 namespace fused_rl {
 
@@ -57,19 +56,6 @@ static void mm(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T
   } else {
     at::mm_out(c, a, b);
   }
-}
-
-template <>
-bool tiled<c10::BFloat16>() {
-  return has_amx();
-}
-template <>
-bool tiled<float>() {
-  return false;
-}
-template <>
-bool tiled<double>() {
-  return false;
 }
 
 // The product of one panel.

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "amx.h"
 #include "layout.h"
 
 namespace fused_rl {
@@ -31,7 +32,10 @@ inline constexpr int64_t group = 32;
 
 // Whether operands of this type lie as the tile unit takes them (amx.h).
 template <class T>
-bool tiled();
+bool tiled() {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) return has_amx();
+  return false;
+}
 
 template <class T>
 Layout left_layout() {

@@ -159,6 +159,8 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_one_pass_equals_two_passes_in_value_and_gradient(name, chunk_tokens, trained, monkeypatch):
     monkeypatch.setitem(ops.ONE_PASS_TOKENS, "cpu", 1)
+    # As on a GPU: here a frozen head has a way of its own.
+    monkeypatch.setattr(ops, "walks_once", lambda _: False)
     tokens = Tokens(trained=trained)
     loss, batch = LOSSES[name], tokens.batch
     chunk_bytes = None if chunk_tokens is None else chunk_tokens * 19 * 8

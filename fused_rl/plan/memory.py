@@ -30,6 +30,8 @@ MOST_CHUNKS = 2**20
 # The C++ kernels' tiles: rows of a super-block of the vocabulary, for each of which a token has a
 # softmax of three numbers; tokens in one product over it; columns of a panel; steps in flight.
 SUPER_BLOCK, PASS_TOKENS, PANEL, STEPS = 1024, 2048, 64, 3
+# Those on CUDA, at most.
+SLABS = 64
 
 Parts = dict[str, int]
 DEVICES = ("cpu", "cuda", *CARDS)
@@ -220,7 +222,8 @@ def _no_grad(s: Sizes) -> Way:
 
 def _softmaxes(s: Sizes) -> int:
     """Partial ones, of three numbers."""
-    return 3 * -(-s.V // SUPER_BLOCK) * s.N * s.acc
+    parts = -(-s.V // SUPER_BLOCK) if s.device == "cpu" else SLABS
+    return 3 * parts * s.N * s.acc
 
 
 def _pass_operands(s: Sizes, n: int, *, dweight: bool, recompute: bool) -> int:
