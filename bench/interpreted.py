@@ -66,7 +66,8 @@ def device():
 
 
 def _operators() -> None:
-    from fused_rl.ops import triton
+    from fused_rl import ops
+    from fused_rl.ops import frozen, triton
 
     def on_cpu(kernel: Callable, plain: Callable) -> Callable:
         def run(*records):
@@ -80,6 +81,10 @@ def _operators() -> None:
     for operator, kernel in triton.OPERATORS.items():
         run = operator.flat(on_cpu(kernel, operator.plain))
         library.impl(operator.__name__, run, "CPU", allow_override=True)
+    # A GPU has no kernel of its own for it: a frozen head is two operators of a chunk there.
+    walk = frozen.linear_logprobs_frozen
+    library.impl(walk.__name__, walk.flat(walk.plain), "CPU", allow_override=True)
+    ops.walks_once = lambda _: False
     _libraries.append(library)
 
 

@@ -138,7 +138,6 @@ def test_a_retained_graph_gives_the_same_again(stored):
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_policy_loss_in_one_pass(chunk_bytes, entropy_coef, trained, monkeypatch):
     monkeypatch.setattr(ops, "one_pass_pays", lambda *_: True)
-    monkeypatch.setattr(ops, "walks_once", lambda _: False)
 
     def run(hidden, head, labels, leaves):
         shape = (8, 6)
