@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "matmul.h"
@@ -17,7 +18,7 @@ inline int64_t members() { return at::in_parallel_region() ? 1 : at::get_num_thr
 // Runs the stages of a team whose tasks multiply. Throws what a task throws.
 inline void run(Team& team) {
   team.start();
-  at::parallel_for(0, members(), 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, std::min(members(), team.widest()), 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const MatmulScope scope;
     for (int64_t member = begin; member < end; ++member) team.member(member);

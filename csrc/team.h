@@ -8,6 +8,7 @@
 // same place are in stages that need each other. A thread alone does all tasks in order.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -28,6 +29,13 @@ class Team {
     stages_.push_back({first_, tasks, needs, std::move(body)});
     first_ += tasks;
     return int64_t(stages_.size()) - 1;
+  }
+
+  // More members than this have nothing to do.
+  int64_t widest() const {
+    int64_t tasks = 1;
+    for (const Stage& stage : stages_) tasks = std::max(tasks, stage.tasks);
+    return tasks;
   }
 
   // To be called before the members start, once.
