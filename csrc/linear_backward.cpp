@@ -70,7 +70,7 @@ class Pass : public SuperBlocks<T> {
       this->form_logits(step, first, count, t, target);
     }
     if (teacher) {
-      auto& cache = own.caches[0];
+      auto& cache = own.of_other;
       if (!cache) cache = teacher->logits.cache();
       zt = teacher->logits.tile(v0, count, t, own.other.data(), cache.get());
     }

@@ -56,7 +56,7 @@ class SuperBlocks {
         : tile(walk.p.block * tile_tokens), other(walk.p.block * tile_tokens),
           sum(std::max(walk.p.block, hidden_tokens) * panel_columns) {}
     Buffer<A> tile, other, sum;
-    std::array<std::unique_ptr<typename LogitTiles<A>::Cache>, 2> caches;
+    std::unique_ptr<typename LogitTiles<A>::Cache> of_other;  // where other logits are formed, too
   };
 
   const Problem<T>& p;
