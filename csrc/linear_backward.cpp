@@ -4,12 +4,14 @@
 //     draw[v, n] = dz softcap'(.) scale / temperature[n]
 //     dweight    = draw hidden        dhidden = draw^T weight        dbias[v] = sum_n draw[v, n]
 //
-// From logits that are formed again or stored; super_blocks.h has the walk.
+// From logits that are formed again or stored, or from their exponentials (kept_exponentials.h);
+// super_blocks.h has the walk.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty_like.h>
 
 #include <cmath>
 
+#include "kept_exponentials.h"
 #include "super_blocks.h"
 
 namespace fused_rl {
@@ -23,11 +25,13 @@ class Pass : public SuperBlocks<T> {
   using typename Walk::Step;
 
   Pass(const Problem<T>& problem, Upstream<A> upstream, const StoredTiles<A>* stored,
-       Gradients& gradients, const Picks* chosen, const A* chosen_terms, const Teacher<A>* other)
+       const ExponentialsOf* exponentials, Gradients& gradients, const Picks* chosen = nullptr,
+       const A* chosen_terms = nullptr, const Teacher<A>* other = nullptr)
       : Walk(problem, {gradients.dhidden.defined(), gradients.dweight.defined(),
-                       gradients.dbias.defined(), !stored}),
+                       gradients.dbias.defined(), !stored && !exponentials}),
         up(upstream),
         stored(stored),
+        kept(exponentials),
         out(gradients),
         picks(chosen),
         terms(chosen_terms),
@@ -52,6 +56,7 @@ class Pass : public SuperBlocks<T> {
   using Walk::p;
   Upstream<A> up;
   const StoredTiles<A>* stored;
+  const ExponentialsOf* kept;
   Gradients& out;
   const Picks* picks;
   const A* terms;
@@ -61,6 +66,22 @@ class Pass : public SuperBlocks<T> {
   Buffer<double>& parts_of(const Step& step) { return bias_parts[step.super_block % 3]; }
 
   void tile(const Step& step, int64_t first, int64_t count, int64_t t, OfThread& own) override {
+    A* const target = own.tile.data();
+    if (kept) {
+      if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        of_exponentials(step.v0 + first, count, t, reinterpret_cast<uint16_t*>(own.other.data()), target);
+      }
+    } else {
+      of_logits(step, first, count, t, own);
+    }
+    if (out.dbias.defined()) {
+      loops<A>().line_sums(target, count, p.tile_width(t), p.tile_width(t),
+                           parts_of(step).data() + t * p.super_rows() + first);
+    }
+    this->put(step, target, first, count, t, p.tile_width(t));
+  }
+
+  void of_logits(const Step& step, int64_t first, int64_t count, int64_t t, OfThread& own) {
     const int64_t v0 = step.v0 + first;
     A* const target = own.tile.data();
     const A *z = target, *zt = nullptr;
@@ -75,12 +96,43 @@ class Pass : public SuperBlocks<T> {
       zt = teacher->logits.tile(v0, count, t, own.other.data(), cache.get());
     }
     gradient(z, zt, target, v0, count, t);
-    if (out.dbias.defined()) {
-      const int64_t width = p.tile_width(t);
-      loops<A>().line_sums(target, count, width, width,
-                           parts_of(step).data() + t * p.super_rows() + first);
+  }
+
+  // The draw of one tile from its exponentials; `scratch` is for those of chosen tokens.
+  void of_exponentials(int64_t v0, int64_t rows, int64_t t, uint16_t* scratch, A* target) {
+    const int64_t n0 = t * tile_tokens, width = p.tile_width(t);
+    const KeptExponentials& from = kept->kept;
+    const bool all = kept->rows.empty();
+    const auto of_chunk = [&](int64_t n) { return all ? n0 + n : kept->rows[n0 + n]; };
+    const auto lse = [&](int64_t n) { return double(up.lse[n0 + n]) + double(up.lse_low[n0 + n]); };
+    const auto slope = [&](int64_t n) {
+      return double(p.transform.scale) * up.inv_temperature[n0 + n] * up.dlogprobs[n0 + n];
+    };
+    const int64_t real = std::min(width, p.N - n0);
+    A factor[tile_tokens] = {};
+    for (int64_t n = 0; n < real; ++n) {
+      factor[n] = A(-slope(n) * std::exp(*from.reference(v0 / p.block, of_chunk(n)) - lse(n)));
     }
-    this->put(step, target, first, count, t, p.tile_width(t));
+    if (!all) from.gather(v0, rows, kept->rows.data() + n0, real, width, scratch);
+    bfloat16_loops().widen(all ? from.tile(v0, t) : scratch, rows, width, factor, target);
+    without_gradient(target, rows, t);
+    for (int64_t n = 0; n < real; ++n) {
+      const int64_t line = p.labels[n0 + n] - v0;
+      if (line < 0 || line >= rows || up.dlogprobs[n0 + n] == A(0)) continue;
+      const double logprob = double(from.at_labels()[of_chunk(n)]) - lse(n);
+      target[line * width + n] = A(-slope(n) * std::expm1(logprob));
+    }
+  }
+
+  // Tokens without an upstream gradient, and what pads them, count for nothing, not even as a NaN: a
+  // hidden state of 0 has one for a logit where a weight is infinite.
+  void without_gradient(A* target, int64_t rows, int64_t t) const {
+    const int64_t n0 = t * tile_tokens, width = p.tile_width(t);
+    for (int64_t n = 0; n < width; ++n) {
+      const int64_t i = n0 + n;
+      if (i < p.N && (teacher || up.dlogprobs[i] != A(0) || up.dentropy[i] != A(0))) continue;
+      for (int64_t v = 0; v < rows; ++v) target[v * width + n] = A(0);
+    }
   }
 
   // z -> draw for one tile, with the label's own term.
@@ -107,13 +159,11 @@ class Pass : public SuperBlocks<T> {
     } else {
       loops<A>().gradient(z, rows, width, width, here, p.transform, target, width);
     }
-    // What pads the tokens, a hidden state of 0, has a NaN for a logit where a weight is infinite.
-    for (int64_t n = std::max<int64_t>(0, p.N - n0); n < width; ++n) {
-      for (int64_t v = 0; v < rows; ++v) target[v * width + n] = A(0);
-    }
+    without_gradient(target, rows, t);
     for (int64_t n = 0; n < width; ++n) {
       const int64_t line = p.labels[n0 + n] - v0;
-      if (line >= 0 && line < rows) target[line * width + n] += label_term[n];
+      if (line < 0 || line >= rows || up.dlogprobs[n0 + n] == A(0)) continue;
+      target[line * width + n] += label_term[n];
     }
     if (picks) {
       picks->each(v0 / p.block, t, [&](Picks::Pick i) {
@@ -161,7 +211,12 @@ template <class T>
 void backward(const Problem<T>& p, Upstream<Acc<T>> up, const StoredTiles<Acc<T>>* stored,
               Gradients& out, const Picks* picks, const Acc<T>* terms,
               const Teacher<Acc<T>>* teacher) {
-  Pass<T>(p, up, stored, out, picks, terms, teacher).run();
+  Pass<T>(p, up, stored, nullptr, out, picks, terms, teacher).run();
+}
+
+void backward(const Problem<c10::BFloat16>& p, Upstream<float> up, const ExponentialsOf& chunk,
+              Gradients& out) {
+  Pass<c10::BFloat16>(p, up, nullptr, &chunk, out).run();
 }
 
 template void backward(const Problem<c10::BFloat16>&, Upstream<float>, const StoredTiles<float>*,

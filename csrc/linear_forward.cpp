@@ -7,6 +7,7 @@
 // the L2 cache, joins the softmax of its super-block and tokens and is forgotten. Those of the
 // super-blocks are merged in order: the same bits on any number of threads. Traffic: reads NH + VH,
 // writes 4N.
+#include "kept_exponentials.h"
 #include "labels.h"
 #include "problem.h"
 
@@ -51,11 +52,12 @@ struct OfThread {
   explicit OfThread(const Problem<T>& p) : weight(p), tile(p.block * tile_tokens) {}
   WeightBlock<T> weight;
   Buffer<Acc<T>> tile;
+  Acc<T> softmax[3 * tile_tokens];  // of a tile
 };
 
 template <class T>
 TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* stored, const Picks* picks,
-                           Acc<T>* picked, Acc<T>* peaks) {
+                           Acc<T>* picked, Acc<T>* peaks, const KeptExponentials* kept) {
   using A = Acc<T>;
   const int64_t supers = p.super_blocks(), blocks_of_super = p.super_rows() / p.block;
   // Few super-blocks, as with a small vocabulary, leave threads idle: then the tokens are cut as well.
@@ -77,8 +79,6 @@ TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* stored, const Picks* pic
         const int64_t n0 = t * tile_tokens, width = p.tile_width(t);
         A* z = stored ? stored + n0 * p.V + v0 * width : own->tile.data();
         logits_tile(p, weight, v0, rows, hidden, t, z, width);
-        A* const largest = peaks ? peaks + v0 / filter_rows * p.padded + n0 : nullptr;
-        loops<A>().accumulate(z, rows, width, width, softmax.at(s, n0), largest);
         for (int64_t n = 0; n < width; ++n) {
           const int64_t line = p.labels[n0 + n] - v0;
           if (line >= 0 && line < rows) at_label[n0 + n] = z[line * width + n];
@@ -88,9 +88,23 @@ TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* stored, const Picks* pic
             picked[i.pair] = z[i.line * width + i.column];
           });
         }
+        if constexpr (std::is_same_v<T, c10::BFloat16>) {
+          if (kept) {
+            A* const of_tile = own->softmax;
+            const Running<A> state{of_tile, of_tile + tile_tokens, of_tile + 2 * tile_tokens};
+            loops<A>().exponentials(z, rows, width, width, p.inv_temperature.data() + n0,
+                                    p.transform, state, kept->reference(b, n0));
+            loops<A>().merge(state, width, softmax.at(s, n0));
+            bfloat16_loops().narrow(z, rows * width, kept->tile(v0, t));
+            continue;
+          }
+        }
+        A* const largest = peaks ? peaks + v0 / filter_rows * p.padded + n0 : nullptr;
+        loops<A>().accumulate(z, rows, width, width, softmax.at(s, n0), largest);
       }
     }
   });
+  if (kept) std::copy(at_label.begin(), at_label.end(), kept->at_labels());
   return softmax.finish(p, at_label);
 }
 
@@ -98,10 +112,11 @@ template class PartialSoftmax<c10::BFloat16>;
 template class PartialSoftmax<float>;
 template class PartialSoftmax<double>;
 template TokenStatistics<c10::BFloat16> forward(const Problem<c10::BFloat16>&, float*,
-                                                const Picks*, float*, float*);
+                                                const Picks*, float*, float*,
+                                                const KeptExponentials*);
 template TokenStatistics<float> forward(const Problem<float>&, float*, const Picks*, float*,
-                                        float*);
+                                        float*, const KeptExponentials*);
 template TokenStatistics<double> forward(const Problem<double>&, double*, const Picks*, double*,
-                                         double*);
+                                         double*, const KeptExponentials*);
 
 }  // namespace fused_rl

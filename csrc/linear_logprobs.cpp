@@ -4,6 +4,7 @@
 #include <ATen/ops/index_select.h>
 #include <torch/library.h>
 
+#include "kept_exponentials.h"
 #include "labels.h"
 #include "problem.h"
 #include "tokens.h"
@@ -111,17 +112,25 @@ static Tensors3 linear_logprobs_backward(
 
 static Tensors5 linear_logprobs_chunk(const at::Tensor& hidden, const at::Tensor& weight,
                                       const Bias& bias, const at::Tensor& labels,
-                                      const at::Tensor& temperature, double scale, double softcap) {
+                                      const at::Tensor& temperature, double scale, double softcap,
+                                      bool has_dentropy) {
   check_labels(labels, weight.size(0), std::nullopt);
   const auto rows = all_rows(hidden.size(0));
   return with_compute_type(hidden, weight, [&](auto zero) -> Tensors5 {
     using T = decltype(zero);
     using A = Acc<T>;
     const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
-    at::Tensor z = at::empty({p.V * p.padded},
-                             at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
-    prefer_huge_pages(z);
-    const auto s = forward<T>(p, z.mutable_data_ptr<A>());
+    at::Tensor z;
+    TokenStatistics<T> s;
+    if (std::is_same_v<T, c10::BFloat16> && softcap == 0 && !has_dentropy) {
+      z = tensor_of_kept_memory(KeptExponentials::size(p.V, p.padded), at::kBFloat16);
+      const KeptExponentials kept(z.mutable_data_ptr(), p.V, p.padded);
+      s = forward<T>(p, nullptr, nullptr, nullptr, nullptr, &kept);
+    } else {
+      z = at::empty({p.V * p.padded}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
+      prefer_huge_pages(z);
+      s = forward<T>(p, z.mutable_data_ptr<A>());
+    }
     return {scatter(s.logprobs, rows, p.N), scatter(s.entropy, rows, p.N),
             scatter(s.lse, rows, p.N), scatter(s.top, rows, p.N), z};
   });
@@ -133,8 +142,16 @@ static at::Tensor linear_logprobs_chunk_backward(
     const at::Tensor& temperature, double scale, double softcap, const at::Tensor& lse,
     const at::Tensor& entropy, const at::Tensor& dweight, const at::Tensor& dbias,
     bool accumulate, bool partial) {
-  const auto rows = rows_with_gradient(labels, -1, dlogprobs, dentropy);
-  return with_compute_type(hidden, weight, [&](auto zero) -> at::Tensor {
+  auto rows = rows_with_gradient(labels, -1, dlogprobs, dentropy);
+  const int64_t N = hidden.size(0), live = rows.size();
+  at::Tensor states = hidden, silent;
+  if (live > N * 3 / 4 && live < N) {
+    // A few without a gradient cost less than the others' way to new places.
+    silent = dlogprobs.eq(0).logical_and(dentropy.eq(0)).unsqueeze(1);
+    states = hidden.masked_fill(silent, 0);
+    rows = all_rows(N);
+  }
+  const at::Tensor dhidden = with_compute_type(hidden, weight, [&](auto zero) -> at::Tensor {
     using T = decltype(zero);
     using A = Acc<T>;
     const at::ScalarType dtype = dhidden_dtype<A>(hidden, partial);
@@ -145,12 +162,11 @@ static at::Tensor linear_logprobs_chunk_backward(
       }
       return at::zeros(hidden.sizes(), hidden.options().dtype(dtype));
     }
-    const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
+    const auto p = make_problem<T>(states, weight, bias, labels, temperature, scale, softcap, rows);
     auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
     restore_log_sums(p, g);
-    const bool all = p.N == hidden.size(0);
-    const StoredTiles<A> stored(z.const_data_ptr<A>(), p.V, round_up(hidden.size(0), group), p.N,
-                                all ? std::vector<int64_t>{} : rows);
+    const std::vector<int64_t> some = p.N == N ? std::vector<int64_t>{} : rows;
+    const int64_t padded = round_up(N, group);
     Gradients out{at::empty({p.N, p.H}, at::TensorOptions().dtype(
                                             c10::CppTypeToScalarType<A>::value)),
                   {},
@@ -161,9 +177,22 @@ static at::Tensor linear_logprobs_chunk_backward(
       if (!accumulate) prefer_huge_pages(dweight);
     }
     if (dbias.numel()) out.dbias = dbias;
-    backward<T>(p, g.upstream(p.inv_temperature), &stored, out);
+    const Upstream<A> up = g.upstream(p.inv_temperature);
+    if (z.scalar_type() == c10::CppTypeToScalarType<A>::value) {
+      const StoredTiles<A> stored(z.const_data_ptr<A>(), p.V, padded, p.N, some);
+      backward<T>(p, up, &stored, out);
+    } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+      const KeptExponentials kept(const_cast<void*>(z.const_data_ptr()), p.V, padded);
+      if (g.has_dentropy) {
+        // Which the exponentials do not give.
+        backward<T>(p, up, nullptr, out);
+      } else {
+        backward(p, up, ExponentialsOf{kept, some}, out);
+      }
+    }
     return place_rows(out.dhidden, rows, hidden, dtype);
   });
+  return silent.defined() ? dhidden.masked_fill(silent, 0) : dhidden;
 }
 
 static std::string cpu_features() {

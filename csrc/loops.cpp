@@ -406,6 +406,17 @@ static void narrow(const float* from, int64_t n, uint16_t* to) {
   }
 }
 
+static void widen(const uint16_t* x, int64_t lines, int64_t columns, const float* factor,
+                  float* to) {
+  for (int64_t v = 0; v < lines; ++v) {
+    for (int64_t n = 0; n < columns; n += Simd<float>::width) {
+      Simd<float>::half_bits half;
+      std::memcpy(&half, x + v * columns + n, sizeof(half));
+      store(to + v * columns + n, widened(half) * load(factor + n));
+    }
+  }
+}
+
 // The sum of n products, product(i, count) giving those from i on in a vector: short sums in T, added
 // up in double.
 template <class T, class F>
@@ -473,6 +484,6 @@ extern const Loops<double> double_loops;
 extern const BFloat16Loops bfloat16_loops;
 const Loops<float> float_loops = table<float>();
 const Loops<double> double_loops = table<double>();
-const BFloat16Loops bfloat16_loops = {narrow, add_scaled_bfloat16, dot_bfloat16};
+const BFloat16Loops bfloat16_loops = {narrow, widen, add_scaled_bfloat16, dot_bfloat16};
 
 }  // namespace fused_rl::FUSED_RL_ISA

@@ -116,6 +116,8 @@ struct PackLoops {
 
 struct BFloat16Loops {
   void (*narrow)(const float* from, int64_t n, uint16_t* to);
+  // to[v, n] = factor[n] x[v, n]; columns is a multiple of 16.
+  void (*widen)(const uint16_t* x, int64_t lines, int64_t columns, const float* factor, float* to);
   // sum += factor * x
   void (*add_scaled)(const uint16_t* x, int64_t n, float factor, float* sum);
   double (*dot)(const uint16_t* x, const float* y, int64_t n);

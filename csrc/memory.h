@@ -9,7 +9,7 @@
 
 namespace fused_rl {
 
-inline constexpr size_t most_kept = 64 << 20;
+inline constexpr size_t most_kept = 128 << 20;
 
 // On a cache-line boundary. Throws std::bad_alloc where there is no memory.
 void* take_memory(size_t bytes);

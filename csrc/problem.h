@@ -5,6 +5,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <array>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -155,6 +157,25 @@ void logits_tile(const Problem<T>& p, Left<T> weight, int64_t v0, int64_t rows,
   }
 }
 
+// Lines v0 .. v0 + lines of chosen columns of a matrix that lies in tiles [tiles, V, width], and zeros
+// beyond `count`, into to[lines, width]. A line after the other: those of neighbours share cache lines.
+template <class E>
+void gather_columns(const E* from, int64_t V, int64_t padded, int64_t v0, int64_t lines,
+                    const int64_t* columns, int64_t count, int64_t width, E* to) {
+  std::array<const E*, tile_tokens> at;
+  std::array<int64_t, tile_tokens> stride;
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t first = columns[n] / tile_tokens * tile_tokens;
+    stride[n] = std::min(tile_tokens, padded - first);
+    at[n] = from + first * V + v0 * stride[n] + columns[n] % tile_tokens;
+  }
+  for (int64_t v = 0; v < lines; ++v) {
+    E* const line = to + v * width;
+    for (int64_t n = 0; n < count; ++n) line[n] = at[n][v * stride[n]];
+    std::fill(line + count, line + width, E(0));
+  }
+}
+
 // Where a backward pass has the logits of a tile from.
 template <class A>
 struct LogitTiles {
@@ -254,12 +275,16 @@ class PartialSoftmax {
   Buffer<Acc<T>> parts;
 };
 
+class KeptExponentials;
+
 // stored: null, or a buffer for V * padded logits, tile by tile: [tiles, V, width].
+// kept: null, or where their exponentials go. Of bf16 alone, and without softcap.
 // picks: null, or the pairs whose logits are wanted in `picked`, each under its number.
 // peaks: null, or -inf [V / filter_rows, padded], to become the largest logits.
 template <class T>
 TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* stored, const Picks* picks = nullptr,
-                           Acc<T>* picked = nullptr, Acc<T>* peaks = nullptr);
+                           Acc<T>* picked = nullptr, Acc<T>* peaks = nullptr,
+                           const KeptExponentials* kept = nullptr);
 
 // Gradients of one pass. Undefined tensors are not wanted.
 struct Gradients {
@@ -281,22 +306,11 @@ class StoredTiles : public LogitTiles<A> {
     const int64_t n0 = t * tile_tokens;
     if (rows.empty()) return z + n0 * V + v0 * std::min(tile_tokens, padded - n0);
     const int64_t width = std::min(tile_tokens, round_up(N, group) - n0);
-    for (int64_t n = 0; n < width; ++n) {
-      int64_t stride = 0;
-      const bool real = n0 + n < N;
-      const A* from = real ? column(rows[n0 + n], v0, &stride) : nullptr;
-      for (int64_t v = 0; v < lines; ++v) scratch[v * width + n] = real ? from[v * stride] : A(0);
-    }
+    gather_columns(z, V, padded, v0, lines, rows.data() + n0, std::min(width, N - n0), width, scratch);
     return scratch;
   }
 
  private:
-  // Where the logits of a token of the chunk start, and the stride of the vocabulary.
-  const A* column(int64_t row, int64_t v, int64_t* stride) const {
-    const int64_t first = row / tile_tokens * tile_tokens;
-    *stride = std::min(tile_tokens, padded - first);
-    return z + first * V + v * *stride + row % tile_tokens;
-  }
   const A* z;
   int64_t V, padded, N;
   std::vector<int64_t> rows;
@@ -312,6 +326,12 @@ struct Teacher {
   Measure measure;
 };
 
+// The exponentials of a chunk of tokens, of which a problem has those at `rows`; all, in order, if empty.
+struct ExponentialsOf {
+  const KeptExponentials& kept;
+  std::vector<int64_t> rows;
+};
+
 // up.*: [padded], zeros in the padding. stored: null to form the logits again.
 // picks: null, or the pairs to whose draw `terms` are added, each under its number.
 // teacher: null, or what a divergence is from.
@@ -319,5 +339,9 @@ template <class T>
 void backward(const Problem<T>& p, Upstream<Acc<T>> up, const StoredTiles<Acc<T>>* stored,
               Gradients& out, const Picks* picks = nullptr, const Acc<T>* terms = nullptr,
               const Teacher<Acc<T>>* teacher = nullptr);
+
+// The same from exponentials: of an upstream without entropy and a problem without softcap.
+void backward(const Problem<c10::BFloat16>& p, Upstream<float> up, const ExponentialsOf& chunk,
+              Gradients& out);
 
 }  // namespace fused_rl

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rl.ops import ChunkLogits, Head, Known, Limits, Sums, Upstream
+from fused_rl.ops import ChunkLogits, Given, Head, Known, Limits, Sums, Upstream
 from fused_rl.ops.chunk import (
     ChunkStatistics,
     linear_logprobs_chunk,
@@ -24,6 +24,7 @@ class Way(NamedTuple):
     forward: Callable[..., ChunkStatistics]
     backward: Callable[..., Tensor]
     two_passes: Callable[..., Gradients]  # the backward half of linear_logprobs
+    given: Given = Given(True)  # of the forward half
 
 
 PLAIN = Way(
@@ -33,6 +34,8 @@ PLAIN = Way(
 )
 # On a CPU with the library.
 CPP = Way(linear_logprobs_chunk, linear_logprobs_chunk_backward, linear_logprobs_backward)
+# With exponentials for logits in bfloat16, which are formed again where an entropy has a gradient.
+CPP_EXPONENTIALS = CPP._replace(given=Given(False))
 
 
 class Formed(NamedTuple):
@@ -81,7 +84,7 @@ def formed(
     """The gradients of a chunk; known and labels: what the backward half is given in the place of
     what the forward half found and was given.
     """
-    stats = way.forward(head)
+    stats = way.forward(head, way.given)
     known = known or Known(stats.lse, stats.entropy)
     of_labels = head if labels is None else head._replace(labels=labels)
     V, H = head.weight.shape
@@ -108,7 +111,7 @@ def exact(head: Head, draw: Tensor) -> Formed:
 
 def known_of(head: Head) -> Known:
     """In float64, the entropy as the operators have it."""
-    stats = PLAIN.forward(exactly(head))
+    stats = PLAIN.forward(exactly(head), Given(True))
     return Known(stats.lse, stats.entropy.to(head.dtype))
 
 
@@ -190,7 +193,7 @@ def check_nothing_but_minus_infinity(way: Way, dtype: torch.dtype) -> None:
     """A part with no mass: its lse is -inf, and among others it has no gradient."""
     head = random_head(9, 7, 70, dtype)
     head = head._replace(bias=torch.full((70,), -torch.inf, dtype=head.dtype))
-    stats = way.forward(head)
+    stats = way.forward(head, way.given)
     assert (stats.lse == -torch.inf).all()
     # These are of no distribution, and are to be left out of a sum, not weighed with 0.
     assert all(t.isnan().all() for t in (stats.logprobs, stats.entropy, stats.top))

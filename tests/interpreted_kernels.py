@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from fused_rl import reference
 from fused_rl.kernels import configs, linear_gradients, linear_logprobs, logprobs
 from fused_rl.kernels import kl as kl_kernel
-from fused_rl.ops import ChunkLogits, Head, Known, Limits, Rows, Sums, Upstream
+from fused_rl.ops import ChunkLogits, Given, Head, Known, Limits, Rows, Sums, Upstream
 from fused_rl.ops import triton as on_cuda
 from fused_rl.ops import triton_chunk as on_cuda_chunk
 from fused_rl.ops.record import Needs
@@ -149,7 +149,9 @@ def test_logprobs_equal_top_at_the_most_likely_token_alone(transform, way, take)
     case.labels[::2] = z.argmax(-1)[::2]
     case.labels[30:35], case.labels[35:] = 5, 101
     if way == "chunk":
-        logprobs_, _, _, top, _ = on_cuda_chunk.linear_logprobs_chunk(case.head, DEVICE)
+        logprobs_, _, _, top, _ = on_cuda_chunk.linear_logprobs_chunk(
+            case.head, Given(True), DEVICE
+        )
     else:
         logprobs_, _, _, top = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
     largest = z.amax(-1)
@@ -181,7 +183,7 @@ def test_gradients_in_two_passes(dtype, transform, chunk_bytes):
 def test_gradients_of_a_chunk_in_one_pass(dtype, accumulate):
     case = Case(dtype=dtype, ignored=False)
     _, exact = case.exact()
-    _, entropy, lse, _, z = on_cuda_chunk.linear_logprobs_chunk(case.head, DEVICE)
+    _, entropy, lse, _, z = on_cuda_chunk.linear_logprobs_chunk(case.head, Given(True), DEVICE)
     of_sum = torch.float32 if accumulate else dtype
     dweight = torch.full(case.weight.shape, 2.0 if accumulate else float("nan"), dtype=of_sum)
     dbias = torch.full(case.bias.shape, 2.0 if accumulate else float("nan"))
@@ -225,7 +227,7 @@ def test_one_large_upstream_gradient_leaves_the_others_theirs_in_float16(way, mo
             *(Needs(True, True, False), DEVICE),
         )
     else:
-        _, entropy, lse, _, z = on_cuda_chunk.linear_logprobs_chunk(case.head, DEVICE)
+        _, entropy, lse, _, z = on_cuda_chunk.linear_logprobs_chunk(case.head, Given(True), DEVICE)
         dweight = torch.full(case.weight.shape, float("nan"), dtype=torch.float16)
         dhidden = on_cuda_chunk.linear_logprobs_chunk_backward(
             *(ChunkLogits(z), case.upstream, case.head, Known(lse, entropy)),
@@ -245,7 +247,7 @@ def test_float16_has_room_for_the_largest_gradients(temperature):
     case.weight *= 20
     case.dlogprobs, case.dentropy = torch.ones(4), torch.ones(4)
     _, exact = case.exact()
-    _, entropy, lse, _, z = on_cuda_chunk.linear_logprobs_chunk(case.head, DEVICE)
+    _, entropy, lse, _, z = on_cuda_chunk.linear_logprobs_chunk(case.head, Given(True), DEVICE)
     dweight = torch.zeros(case.weight.shape)
     dhidden = on_cuda_chunk.linear_logprobs_chunk_backward(
         *(ChunkLogits(z), case.upstream, case.head, Known(lse, entropy)),
@@ -452,7 +454,7 @@ def test_vectors_are_read_as_they_are_stored(how, dtype):
         needs = (Known(known.lse, known.entropy), Needs(True, True, True))
         args = (of_loss, head, LIMITS, *needs)
         grads = on_cuda.launch(on_cuda.linear_logprobs_backward, args, DEVICE)
-        part = on_cuda.launch(on_cuda_chunk.linear_logprobs_chunk, (head,), DEVICE)
+        part = on_cuda.launch(on_cuda_chunk.linear_logprobs_chunk, (head, Given(True)), DEVICE)
         sums = torch.empty(70, 8, dtype=dtype), torch.empty(70, dtype=torch.float32)
         args = (ChunkLogits(part.z.clone()), of_loss, head, Known(part.lse, part.entropy))
         args = (*args, Sums(*sums, False))

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
 from fused_rl.kernels import configs, linear_gradients, linear_logprobs, logprobs, split
-from fused_rl.ops import ChunkLogits, Head, Known, Limits, Sums, Upstream, linear, trust
+from fused_rl.ops import ChunkLogits, Given, Head, Known, Limits, Sums, Upstream, linear, trust
 from fused_rl.ops import triton as on_cuda
 from fused_rl.ops import triton_chunk as on_cuda_chunk
 from fused_rl.ops.record import Needs
@@ -181,7 +181,7 @@ def in_two_passes(head, up, chunk_bytes):
 
 def in_one_pass(head, up, accumulate, partial=False):
     """Of tokens that all count; dweight waits in float32 where it is added to."""
-    *stats, z = on_cuda_chunk.linear_logprobs_chunk(head, DEVICE)
+    *stats, z = on_cuda_chunk.linear_logprobs_chunk(head, Given(True), DEVICE)
     of_sum = FP32 if accumulate else head.weight.dtype
     dweight = torch.full(head.weight.shape, 0.0 if accumulate else torch.nan, dtype=of_sum)
     dbias = torch.full(head.bias.shape, 0.0 if accumulate else torch.nan)

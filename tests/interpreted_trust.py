@@ -24,11 +24,10 @@ from fused_rl.ops.chunk import (
     linear_logprobs_chunk_unit,
 )
 from fused_rl.ops.divergence import TwoNeeds, linear_divergence_backward
-from fused_rl.ops.frozen import Given
 from fused_rl.ops.kl import Deviation
 from fused_rl.ops.linear import linear_logprobs_backward
 from fused_rl.ops.logits import logits_logprobs_backward
-from fused_rl.ops.record import Needs
+from fused_rl.ops.record import Given, Needs
 from fused_rl.ops.stored import Stored, linear_logprobs_stored_backward
 from fused_rl.ops.two_heads import TwoUpstream
 
@@ -82,14 +81,14 @@ def every_operator():
     of = head()
     stats = ops.linear_logprobs.plain(of, LIMITS)
     known, up = Known(stats.lse, stats.entropy), Upstream(torch.ones(20), torch.ones(20))
-    *_, z = on_cuda_chunk.linear_logprobs_chunk(of, INTERPRETED)
+    *_, z = on_cuda_chunk.linear_logprobs_chunk(of, Given(True), INTERPRETED)
     sums = Sums(torch.empty(70, 24), torch.empty(0), False)
     rows = Rows(torch.randn(20, 70), of.labels, torch.ones(20), -100)
     of_rows = ops.logits_logprobs.plain(rows)
     return {
         ops.linear_logprobs: (of, LIMITS),
         linear_logprobs_backward: (up, of, LIMITS, known, Needs(True, True, False)),
-        linear_logprobs_chunk: (of,),
+        linear_logprobs_chunk: (of, Given(True)),
         linear_logprobs_chunk_backward: (ops.ChunkLogits(z), up, of, known, sums),
         linear_logprobs_chunk_unit: (ops.ChunkLogits(z.clone()), of, known),
         ops.linear_logprobs_stored: (of, LIMITS),
@@ -197,7 +196,7 @@ def test_the_halves_of_a_chunk_run_in_plain_torch_if_one_is_wrong(half, place, m
     monkeypatch.setitem(on_cuda.OPERATORS, call_of(half)[0], faulty)
     _, (_, up, of, known, sums) = call_of("linear_logprobs_chunk_backward")
     with pytest.warns(RuntimeWarning, match="linear_logprobs_chunk is not used"):
-        *_, z = on_cuda.served(linear_logprobs_chunk, (of,), CPU, place)
+        *_, z = on_cuda.served(linear_logprobs_chunk, (of, Given(True)), CPU, place)
     records = (ops.ChunkLogits(z), up, of, known, sums)
     dhidden = on_cuda.served(linear_logprobs_chunk_backward, records, CPU, place)
     exact = linear_logprobs_backward.plain(up, of, LIMITS, known, Needs(True, True, False))

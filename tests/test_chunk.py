@@ -7,15 +7,15 @@ from interpreter import assert_passes
 
 from fused_rl import ops
 
-WAYS = {"plain": cases.PLAIN, "C++": cases.CPP}
-if ops.native_missing:
-    del WAYS["C++"]
+WAYS = {"plain": cases.PLAIN}
+if not ops.native_missing:
+    WAYS |= {"C++": cases.CPP, "C++ of exponentials": cases.CPP_EXPONENTIALS}
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def multiplies_bfloat16() -> bool:
-    return "bfloat16" in torch.ops.fused_rl.cpu_features().split()
+    return "bfloat16" in ops.native.cpu_features()
 
 
 # Summands of dhidden
@@ -59,7 +59,12 @@ def test_a_summand_has_no_rounding_of_its_own(way, dtype, entropy):
     draw = cases.draw_of(head, up)
     right, rounded = (cases.exact(head, d).dhidden for d in (draw, draw.bfloat16().double()))
     of_result = cases.relative(right.to(dtype), right)
-    if way is cases.CPP and dtype == torch.bfloat16 and multiplies_bfloat16():
+    of_exponentials = way.given == ops.Given(False) and not entropy
+    if of_exponentials and dtype == torch.bfloat16 and multiplies_bfloat16():
+        # One rounding more, of the exponentials; that of the label's entry outweighs both.
+        assert cases.relative(found, right) < 1.1 * of_result
+        return
+    if way is not cases.PLAIN and dtype == torch.bfloat16 and multiplies_bfloat16():
         assert cases.relative(found, rounded) < of_result / 50
         assert cases.relative(found, right) < 1.1 * of_result
         handed = cases.formed(way, head, up).dhidden

@@ -208,8 +208,9 @@ def relative(found: Tensor, right: Tensor) -> float:
 @every_kind
 @pytest.mark.parametrize("distance", [1e-2, 1e-1, 1.0])
 def test_no_worse_than_eager_with_float32_logits(kind, distance):
-    ours = theirs = 0.0
-    for _ in range(4):
+    """The median of some draws: few tokens, those of the smallest divergence, are most of a mean."""
+    ratios = []
+    for _ in range(24):
         case = near(distance)
         exact, wide = ([t.to(d) for t in case] for d in (torch.float64, torch.float32))
         right, eager = (
@@ -217,8 +218,8 @@ def test_no_worse_than_eager_with_float32_logits(kind, distance):
             for t in (exact, wide)
         )
         found = linear_divergence(*case, divergence=KINDS[kind]).divergence
-        ours, theirs = ours + relative(found, right), theirs + relative(eager, right)
-    assert ours <= theirs
+        ratios.append(relative(found, right) / relative(eager, right))
+    assert median(ratios) <= 1
 
 
 @every_kind

@@ -393,9 +393,9 @@ def test_by_hand():
 TOPS = {
     "trained": lambda head: ops.linear_logprobs(head, ops.Limits(IGNORED, 2**20)).top,
     "frozen": lambda head: ops.linear_logprobs_frozen(head, ops.Limits(IGNORED, 2**16)).top,
-    "chunk": lambda head: ops.linear_logprobs_chunk(head).top,
+    "chunk": lambda head: ops.linear_logprobs_chunk(head, ops.Given(True)).top,
     "plain": lambda head: ops.linear_logprobs.plain(head, ops.Limits(IGNORED, 2**16)).top,
-    "plain chunk": lambda head: ops.linear_logprobs_chunk.plain(head).top,
+    "plain chunk": lambda head: ops.linear_logprobs_chunk.plain(head, ops.Given(True)).top,
 }
 
 

@@ -101,13 +101,17 @@ def _chunk_args(dtype):
 
 @samples_of(chunk.linear_logprobs_chunk)
 def _of_linear_logprobs_chunk(dtype):
-    yield _chunk_args(dtype)
+    args = _chunk_args(dtype)
+    yield (*args, True)
+    yield (*args, False)
+    # Without a softcap.
+    yield (*args[:-1], 0.0, False)
 
 
 @samples_of(chunk.linear_logprobs_chunk_backward)
 def _of_linear_logprobs_chunk_backward(dtype):
     args = _chunk_args(dtype)
-    _, entropy, lse, _, z = chunk.linear_logprobs_chunk.op(*args)
+    _, entropy, lse, _, z = chunk.linear_logprobs_chunk.op(*args, True)
     up = (torch.randn_like(entropy), torch.randn_like(entropy))
     for accumulate, partial in ((False, False), (True, False), (True, True)):
         sums = (torch.zeros(11, 6, dtype=lse.dtype), torch.zeros(11, dtype=lse.dtype))
@@ -117,7 +121,7 @@ def _of_linear_logprobs_chunk_backward(dtype):
 @samples_of(chunk.linear_logprobs_chunk_unit)
 def _of_linear_logprobs_chunk_unit(dtype):
     args = _chunk_args(dtype)
-    _, entropy, lse, _, z = chunk.linear_logprobs_chunk.op(*args)
+    _, entropy, lse, _, z = chunk.linear_logprobs_chunk.op(*args, True)
     yield (z, *args, lse, entropy)
 
 

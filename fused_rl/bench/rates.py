@@ -120,7 +120,7 @@ def multiply_adds(seconds: float) -> Group:
     """What the arithmetic units do with operands in registers."""
     float32 = "float32, vectors"
     if not ops.native_missing:
-        float32 = f"float32, {torch.ops.fused_rl.cpu_features().split()[0]}"
+        float32 = f"float32, {ops.native.cpu_features()[0]}"
     names = {"amx": "bfloat16, AMX", "avx512_bf16": "bfloat16, AVX512-BF16", "float32": float32}
     rates = tuple(native(title, what, seconds) for what, title in names.items())
     return Group("multiply-adds in registers", "TFLOP/s", TERA, rates)

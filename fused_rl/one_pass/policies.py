@@ -82,20 +82,21 @@ class Placed:
 
 @dataclass(frozen=True)
 class Alone(Here):
-    """The policy's own head."""
+    """The policy's own head, and what of its statistics a loss depends on."""
 
+    given: ops.Given
     heads: ClassVar = ops.Head
     stats: ClassVar = TokenStats
 
     def chunk_tokens(self, head: ops.Head, chunk_bytes: int | None) -> int:
         """Tokens whose logits a chunk may hold."""
-        return ops.chunk_tokens(head.hidden, head.weight, chunk_bytes)
+        return ops.tokens_of_chunk(head, self.given, chunk_bytes)
 
     def chunk(self, head: ops.Head, _: int) -> tuple[TokenStats, Backward]:
         """The statistics of a chunk's tokens [n], and what their gradients go to; and its number,
         which only ranks with tokens of their own need.
         """
-        logprobs, entropy, lse, _, z = ops.linear_logprobs_chunk(head)
+        logprobs, entropy, lse, _, z = ops.linear_logprobs_chunk(head, self.given)
         logits, known = ops.ChunkLogits(z), ops.Known(lse, entropy)
 
         def backward(gradients: tuple[Tensor, ...], sums: ops.Sums) -> Tensor:
@@ -236,6 +237,11 @@ class OwnTokens:
         return TokenStats(*own_tokens.statistics(head, limits, self.journey)[:2])
 
 
+def has_entropy(loss: object) -> bool:
+    """Whether a loss may depend on the entropy: one that does not say so may."""
+    return bool(getattr(loss, "entropy_coef", True))
+
+
 Policies = Alone | BesideReference | Spread | OwnTokens
 
 
@@ -245,13 +251,13 @@ def flattened(
     labels: Tensor,
     temperature: float | Tensor,
     reference: tuple[Tensor, object] | None,
-    divergence: Divergence,
+    loss: object,
 ) -> tuple[Heads, Policies]:
     """linear_policy_loss's arguments, checked and flat [N, ...]; the reference without gradient."""
     if reference is None:
         flat, how = spread_arguments(hidden, head, labels, temperature)
         if how is None:
-            return flat, Alone()
+            return flat, Alone(ops.Given(has_entropy(loss)))
         return flat, OwnTokens(how) if how.hidden is Hidden.OWN_TOKENS else Spread(how)
     head.is_here("linear_policy_loss with a reference")
     checks.require(
@@ -273,4 +279,5 @@ def flattened(
     untrained = LMHead(ref_head.weight.detach(), bias, ref_head.scale, ref_head.softcap)
     policy = Side(hidden, head, temperature, "")
     beside = Side(ref_hidden.detach(), untrained, temperature, "ref_")
+    divergence = getattr(loss, "divergence", Divergence.REVERSE)
     return two_heads(policy, beside, labels), BesideReference(divergence)

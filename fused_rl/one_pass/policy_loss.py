@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fused_rl import checks, ops
 from fused_rl.derivatives import transformed
-from fused_rl.kl.divergences import Divergence
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.logprobs import named
 from fused_rl.losses import distillation
@@ -92,8 +91,7 @@ def linear_policy_loss(
         checks.grad_filter_is_possible(grad_filter, hidden.device, head.group)
         _can_have(reference, batch, grad_filter)
         labels = batch.labels.reshape(batch.shape)
-        divergence = getattr(loss, "divergence", Divergence.REVERSE)
-        heads, policies = flattened(hidden, head, labels, temperature, reference, divergence)
+        heads, policies = flattened(hidden, head, labels, temperature, reference, loss)
     policies = _named(policies.agreed, heads, chunk_bytes, shape=batch.shape)
     trained = torch.is_grad_enabled() and any(needs(heads))
     separable = getattr(loss, "token_separable", False) and not torch.compiler.is_compiling()

@@ -14,6 +14,7 @@ from fused_rl.ops.chunk import (
     Sums,
     linear_logprobs_chunk,
     linear_logprobs_chunk_backward,
+    tokens_of_chunk,
 )
 from fused_rl.ops.chunks import (
     HAS_TRITON,
@@ -43,7 +44,7 @@ from fused_rl.ops.kl import Deviation, kl
 from fused_rl.ops.linear import linear_logprobs, linear_logprobs_backward
 from fused_rl.ops.logits import Rows, logits_logprobs
 from fused_rl.ops.native import native_missing, release_memory
-from fused_rl.ops.record import Head, Known, Limits, Needs, Statistics, Upstream
+from fused_rl.ops.record import Given, Head, Known, Limits, Needs, Statistics, Upstream
 from fused_rl.ops.stored import linear_logprobs_stored
 from fused_rl.ops.terms import LogPair, divergence_terms
 from fused_rl.ops.triton_chunk import fits_in_half
@@ -57,6 +58,7 @@ __all__ = [
     "ChunkLogits",
     "Deviation",
     "Filter",
+    "Given",
     "Head",
     "KeptHead",
     "Known",
@@ -103,6 +105,7 @@ __all__ = [
     "release_memory",
     "round_up",
     "scratch_bytes",
+    "tokens_of_chunk",
     "triton",
     "triton_chunk",
     "trust",

@@ -30,7 +30,7 @@ def _cpu() -> Backend:
             "reference (plain torch)",
             f"{native.native_missing}; with torch and a C++20 compiler at hand: {_REBUILD}",
         )
-    isa, *microkernels = torch.ops.fused_rl.cpu_features().split()
+    isa, *microkernels = native.cpu_features()
     products = ", ".join(microkernels) or "none"
     note = f"loops for {isa}; matrix microkernels: {products}"
     if "bfloat16" not in microkernels:

@@ -12,9 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_rl.ops.chunks import padded, statistics_like, waiting_dtype
+from fused_rl.ops import native
+from fused_rl.ops.chunks import (
+    chunk_rows,
+    chunk_tokens,
+    padded,
+    round_up,
+    scratch_bytes,
+    statistics_like,
+    waiting_dtype,
+)
 from fused_rl.ops.formulas import add_gradients, statistics
-from fused_rl.ops.record import Head, Known, Operator, Upstream, Written
+from fused_rl.ops.record import Given, Head, Known, Operator, Upstream, Written
 from fused_rl.ops.two_heads import TwoHeads
 
 
@@ -52,18 +61,39 @@ def dhidden_dtype(head: Head | TwoHeads, sums: Sums) -> torch.dtype:
     return head.dtype if sums.partial else waiting_dtype(head.hidden)
 
 
+def keeps_exponentials(head: Head, given: Given) -> bool:
+    """Whether the C++ kernel has bf16 exponentials of a chunk in the place of fp32 logits."""
+    plain = head.softcap == 0.0 and not given.has_dentropy
+    return plain and native.multiplies_bfloat16(head.hidden, head.weight)
+
+
+def tokens_of_chunk(head: Head, given: Given, chunk_bytes: int | None) -> int:
+    """Tokens whose logits, or what stands for them, a chunk may hold."""
+    hidden, weight, *_ = head
+    if not keeps_exponentials(head, given):
+        return chunk_tokens(hidden, weight, chunk_bytes)
+    scratch = scratch_bytes(hidden.device, chunk_bytes)
+    return chunk_rows(weight.shape[0], torch.bfloat16, scratch)
+
+
 @Operator
-def linear_logprobs_chunk(head: Head) -> ChunkStatistics:
-    """In plain torch z is [N, V], flattened."""
+def linear_logprobs_chunk(head: Head, given: Given) -> ChunkStatistics:
+    """In plain torch z is [N, V], flattened. The C++ kernel has bf16 exponentials instead where the
+    gradient of the log-prob is all that is asked of them.
+    """
     z, N = head.logits(), len(head.labels)
     room = head.weight.shape[0] * (padded(N) - N)
     return ChunkStatistics(*statistics(z, head.labels), F.pad(z.flatten(), (0, room)))
 
 
 @linear_logprobs_chunk.fake
-def _(head: Head) -> ChunkStatistics:
+def _(head: Head, given: Given) -> ChunkStatistics:
     hidden, weight, *_ = head
-    z = hidden.new_empty(weight.shape[0] * padded(hidden.shape[0]), dtype=head.dtype)
+    N, V = padded(hidden.shape[0]), weight.shape[0]
+    z = hidden.new_empty(V * N, dtype=head.dtype)
+    if keeps_exponentials(head, given):
+        # With the references of blocks of 64 rows at least, in float64, and the labels' logits.
+        z = hidden.new_empty(N * (V + 4 * (round_up(V, 64) // 64) + 2))
     return ChunkStatistics(*statistics_like(hidden, weight), z)
 
 

@@ -18,10 +18,9 @@ from fused_rl.ops import chunk, divergence, divergence_chunk, linear, logits, st
 from fused_rl.ops.chunk import ChunkLogits, Sums
 from fused_rl.ops.divergence import TwoNeeds
 from fused_rl.ops.divergence_chunk import StudentUpstream, known_of
-from fused_rl.ops.frozen import Given
 from fused_rl.ops.kl import Deviation
 from fused_rl.ops.logits import Rows
-from fused_rl.ops.record import Head, Known, Limits, Needs, Operator, Upstream
+from fused_rl.ops.record import Given, Head, Known, Limits, Needs, Operator, Upstream
 from fused_rl.ops.stored import Stored
 from fused_rl.ops.two_heads import Measure, TwoHeads, TwoKnown, TwoStatistics, TwoUpstream
 
@@ -159,7 +158,7 @@ def _of_head(operator: Operator, head: Head, run: Callable[..., Any]) -> str | N
     if operator is stored.linear_logprobs_stored:
         return wrong(*_of_stored(head, upstream, needs, run, (stats, exact)), dtype)
     # All that goes on from the logits of a chunk.
-    *found, z = run(operator, head)
+    *found, z = run(operator, head, Given(True))
     dweight = torch.empty(head.weight.shape, device=head.weight.device)
     sums = Sums(dweight, dweight.new_empty(exact.dbias.shape), False)
     given = (ChunkLogits(z), upstream, head, known, sums)

@@ -9,7 +9,7 @@ from fused_rl.ops import native
 from fused_rl.ops.chunk import ChunkLogits, linear_logprobs_chunk, linear_logprobs_chunk_unit
 from fused_rl.ops.chunks import check_tokens, chunk_tokens, counted_rows, statistics_like
 from fused_rl.ops.linear import linear_logprobs_backward
-from fused_rl.ops.record import Head, Known, Limits, Needs, Operator, Upstream
+from fused_rl.ops.record import Given, Head, Known, Limits, Needs, Operator, Upstream
 
 
 class FrozenStatistics(NamedTuple):
@@ -57,7 +57,7 @@ def linear_logprobs_frozen(head: Head, limits: Limits) -> FrozenStatistics:
 
 def _statistics(head: Head) -> FrozenStatistics:
     """Of a chunk."""
-    *stats, z = linear_logprobs_chunk(head)
+    *stats, z = linear_logprobs_chunk(head, Given(False))
     _, entropy, lse, _ = stats
     return FrozenStatistics(
         *stats, linear_logprobs_chunk_unit(ChunkLogits(z), head, Known(lse, entropy))
@@ -68,12 +68,6 @@ def _statistics(head: Head) -> FrozenStatistics:
 def _(head: Head, limits: Limits) -> FrozenStatistics:
     unit = head.hidden.new_empty(head.hidden.shape)
     return FrozenStatistics(*statistics_like(head.hidden, head.weight), unit)
-
-
-class Given(NamedTuple):
-    """Whether a loss depends on the entropy at all."""
-
-    has_dentropy: bool
 
 
 @Operator

@@ -1,9 +1,11 @@
 """The kernels for CPUs: a library that registers itself with the operators when it is loaded."""
 
 import warnings
+from functools import lru_cache
 from importlib.resources import files
 
 import torch
+from torch import Tensor
 
 
 def _load() -> str | None:
@@ -23,10 +25,22 @@ def _load() -> str | None:
 native_missing = _load()
 
 
+@lru_cache
+def cpu_features() -> tuple[str, ...]:
+    """The loops' instruction set, and what has a microkernel; nothing without the library."""
+    return () if native_missing else tuple(torch.ops.fused_rl.cpu_features().split())
+
+
+def multiplies_bfloat16(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the C++ kernels take these operands as they are, on a CPU with bf16 products."""
+    both = hidden.dtype == weight.dtype == torch.bfloat16
+    return both and hidden.device.type == "cpu" and "bfloat16" in cpu_features()
+
+
 def release_memory() -> None:
     """Hands the system the buffers that the C++ kernels keep for the next call.
 
-    They are 64 MiB at most, and on Linux the system takes their pages by itself where memory runs
+    They are 128 MiB at most, and on Linux the system takes their pages by itself where memory runs
     short; until then they count in the resident size of the process.
     """
     if native_missing is None:

@@ -103,6 +103,12 @@ class Known(NamedTuple):
     entropy: Tensor
 
 
+class Given(NamedTuple):
+    """Whether a loss depends on the entropy at all."""
+
+    has_dentropy: bool
+
+
 class Needs(NamedTuple):
     """Which gradients are asked for; the others come back empty."""
 

@@ -17,8 +17,7 @@ from fused_rl.ops.chunk import (
 )
 from fused_rl.ops.chunks import check_tokens, gradients_like, statistics_like
 from fused_rl.ops.formulas import at
-from fused_rl.ops.frozen import Given
-from fused_rl.ops.record import Gradients, Head, Known, Limits, Needs, Operator, Upstream
+from fused_rl.ops.record import Given, Gradients, Head, Known, Limits, Needs, Operator, Upstream
 
 
 class StoredStatistics(NamedTuple):
@@ -52,7 +51,7 @@ def linear_logprobs_stored(head: Head, limits: Limits) -> StoredStatistics:
     rows = rows_that_count(head.labels, limits.ignore_index)
     # A chunk has labels of the vocabulary alone.
     part = head._replace(labels=head.labels.where(counted, 0)).at(rows)
-    *stats, z = linear_logprobs_chunk.plain(part)
+    *stats, z = linear_logprobs_chunk.plain(part, Given(True))
     totals = [t.zero_() for t in statistics_like(head.hidden, head.weight)]
     for total, of_part in zip(totals, stats, strict=True):
         total[rows] = of_part
@@ -62,7 +61,7 @@ def linear_logprobs_stored(head: Head, limits: Limits) -> StoredStatistics:
 @linear_logprobs_stored.fake
 def _(head: Head, limits: Limits) -> StoredStatistics:
     # As if all of them counted, in the layout of plain torch.
-    *_, z = linear_logprobs_chunk.plain(head)
+    *_, z = linear_logprobs_chunk.plain(head, Given(True))
     rows = head.labels.new_empty(head.labels.shape)
     return StoredStatistics(*statistics_like(head.hidden, head.weight), rows, z)
 

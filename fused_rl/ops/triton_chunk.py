@@ -14,8 +14,7 @@ from torch import Tensor
 from fused_rl.ops import chunk, stored
 from fused_rl.ops.chunk import ChunkLogits, ChunkStatistics, Sums, dhidden_dtype
 from fused_rl.ops.chunks import HAS_TRITON, waiting_dtype
-from fused_rl.ops.frozen import Given
-from fused_rl.ops.record import Gradients, Head, Known, Limits, Needs, Upstream
+from fused_rl.ops.record import Given, Gradients, Head, Known, Limits, Needs, Upstream
 from fused_rl.ops.stored import Stored, StoredStatistics
 from fused_rl.ops.triton import (
     is_right,
@@ -30,7 +29,7 @@ from fused_rl.ops.triton import (
 
 
 @on_cuda(chunk.linear_logprobs_chunk)
-def linear_logprobs_chunk(head: Head, device: Any) -> ChunkStatistics:
+def linear_logprobs_chunk(head: Head, given: Given, device: Any) -> ChunkStatistics:
     from fused_rl.kernels import configs, linear_gradients, logprobs
 
     head = operands(head)
@@ -162,7 +161,7 @@ def linear_logprobs_stored(head: Head, limits: Limits, device: Any) -> StoredSta
     rows = stored.rows_that_count(head.labels, limits.ignore_index)
     some = None if len(rows) == len(counted) else rows
     head = head._replace(labels=head.labels.where(counted, 0))
-    *stats, z = linear_logprobs_chunk(head if some is None else head.at(rows), device)
+    *stats, z = linear_logprobs_chunk(head if some is None else head.at(rows), Given(True), device)
     totals = (put_back(some, t, t.new_empty(len(counted))) for t in stats)
     return StoredStatistics(*(t.where(counted, 0.0) for t in totals), rows, z)
 

@@ -93,7 +93,8 @@ def formed(head: ops.Head, spread: Spread) -> Formed:
     if len(head.weight) == 0:
         return Formed(None, None)
     # The operator wants a label inside: what it says of another rank's is not used.
-    *stats, z = ops.linear_logprobs_chunk(head._replace(labels=spread.local(head, 0)))
+    mine = head._replace(labels=spread.local(head, 0))
+    *stats, z = ops.linear_logprobs_chunk(mine, ops.Given(True))
     return Formed(ops.Statistics(*stats), z)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import ops
-from fused_rl.ops import chunk_sizes, one_pass_pays, round_up
+from fused_rl.ops import chunk_sizes, native, one_pass_pays, round_up
 from fused_rl.plan.config import head_shape, size
 from fused_rl.plan.devices import CARDS
 from fused_rl.plan.steps import chosen
@@ -28,8 +28,9 @@ from fused_rl.reference import acc_dtype
 MOST_CHUNKS = 2**20
 
 # The C++ kernels' tiles: rows of a super-block of the vocabulary, for each of which a token has a
-# softmax of three numbers; tokens in one product over it; columns of a panel; steps in flight.
-SUPER_BLOCK, PASS_TOKENS, PANEL, STEPS = 1024, 2048, 64, 3
+# softmax of three numbers, and of a block of it; tokens in one product over it; columns of a panel;
+# steps in flight.
+SUPER_BLOCK, BLOCK, PASS_TOKENS, PANEL, STEPS = 1024, 256, 2048, 64, 3
 # Those on CUDA, at most.
 SLABS = 64
 
@@ -101,6 +102,7 @@ def plan(
     frozen: bool = False,
     chunk_bytes: int | None = None,
     device: str = "cpu",
+    alone: bool = True,
 ) -> Plan:
     """Bytes and FLOP of the head, in eager torch and in each of our ways.
 
@@ -112,6 +114,8 @@ def plan(
         chunk_bytes: as in linear_policy_loss; None for the default.
         device: "cpu"; "cuda", whose chunks are fitted to its multiprocessors if there is one here;
             or a card that CARDS knows, to whose multiprocessors they are fitted wherever this runs.
+        alone: False for a part of a vocabulary that is spread over ranks: on a CPU, too, its chunks
+            have logits in the one pass, and no exponentials.
 
     Raises:
         ValueError: another device; a config without sizes; a size that is no number of a head;
@@ -126,7 +130,8 @@ def plan(
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     hidden, weight = _stand_ins(tokens, H, V, dtype, _kind(device))
     scratch = chunk_bytes or own_bytes(device)
-    most = min(tokens, _chunk_tokens(hidden, weight, scratch, device))
+    given = ops.Given(not alone)
+    most = min(tokens, _chunk_tokens(hidden, weight, given, scratch, device))
     if tokens > MOST_CHUNKS * most:
         raise ValueError(
             f"chunk_bytes must allow chunks of more than {most} of {tokens} tokens, got {scratch}"
@@ -135,7 +140,10 @@ def plan(
     s = sizes_of(tokens, H, V, dtype, device)
     any_loss = _frozen(s, most) if frozen else _any_loss(s, scratch)
     pays = one_pass_pays(tokens, most, torch.device(s.device), not frozen)
-    loss = one_pass(s, sizes, frozen) if pays else _two_passes(s, "linear_policy_loss", scratch)
+    if pays:
+        loss = one_pass(s._replace(kept=s.kept or (alone and _on_cpu_in_half(s))), sizes, frozen)
+    else:
+        loss = _two_passes(s, "linear_policy_loss", scratch)
     if frozen and s.device == "cpu":
         loss = _frozen(s, most, "linear_policy_loss")
     ways = [_eager_no_grad(s), _no_grad(s), _eager(s, frozen), any_loss, loss]
@@ -167,10 +175,13 @@ def keeps_exponentials(device: str, dtype: torch.dtype, tokens: int) -> bool:
     return known and chosen(CARDS[device], tokens, stores=True) is not None
 
 
-def _chunk_tokens(hidden: Tensor, weight: Tensor, scratch: int, device: str) -> int:
-    """ops.chunk_tokens, as it would be on a card that CARDS knows."""
+def _chunk_tokens(
+    hidden: Tensor, weight: Tensor, given: ops.Given, scratch: int, device: str
+) -> int:
+    """ops.tokens_of_chunk, as it would be on a card that CARDS knows."""
     if device not in CARDS or not ops.HAS_TRITON:
-        return ops.chunk_tokens(hidden, weight, scratch)
+        head = ops.Head(hidden, weight, None, hidden[:, 0], hidden[:, 0], 1.0, 0.0)
+        return ops.tokens_of_chunk(head, given, scratch)
     from fused_rl.kernels import linear_gradients
 
     kept = keeps_exponentials(device, hidden.dtype, len(hidden))
@@ -190,11 +201,15 @@ def _stand_ins(N: int, H: int, V: int, dtype: torch.dtype, device: str) -> tuple
     return number.expand(N, H), number.expand(V, H)
 
 
+def _on_cpu_in_half(s: Sizes) -> bool:
+    """Where a chunk has exponentials for logits, without an entropy and a softcap."""
+    return s.device == "cpu" and s.w == s.op == 2
+
+
 def _operand_bytes(dtype: torch.dtype, device: str) -> int:
     """Of a number in a product: bfloat16 needs a CPU that multiplies it."""
     if device == "cpu" and dtype.itemsize == 2:
-        features = "" if ops.native_missing else torch.ops.fused_rl.cpu_features()
-        return 2 if dtype == torch.bfloat16 and "bfloat16" in features.split() else 4
+        return 2 if dtype == torch.bfloat16 and "bfloat16" in native.cpu_features() else 4
     return dtype.itemsize
 
 
@@ -248,8 +263,10 @@ def _pass_dhidden(s: Sizes, n: int) -> int:
 
 def _chunk_logits(s: Sizes, n: int) -> int:
     """The logits of a chunk; on CUDA their gradient stands beside them in half precision. Or
-    exponentials, whose rows begin at multiples of 128 bytes.
+    exponentials, whose rows begin at multiples of 128 bytes; on a CPU each block has a reference.
     """
+    if s.kept and s.device == "cpu":
+        return round_up(n, 32) * (2 * s.V + 8 * -(-s.V // BLOCK))
     if s.kept:
         return 2 * n * round_up(s.V, 64)
     beside = s.w if s.device != "cpu" and s.w < s.acc else 0

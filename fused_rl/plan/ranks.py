@@ -178,7 +178,8 @@ def _vocabulary_parallel(p: Plan, group: Group) -> list[Rank]:
 def _travelling(p: Plan, group: Group) -> Rank:
     """A part of the vocabulary at everybody's tokens, chunks of each rank at a time."""
     N, H, R, rows = p.tokens, p.hidden, group.world, ceil(p.vocabulary, group.world)
-    s, chunks = sizes_of(N, H, rows, p.dtype, p.device), [R * n for n in p.chunks]
+    s = sizes_of(N, H, rows, p.dtype, p.device)
+    chunks = [R * n for n in _of_part(p, p.vocabulary).chunks]
     way = one_pass(s, chunks, p.frozen)
     way = way._replace(flop=R * way.flop)
     here = p._replace(tokens=R * N, vocabulary=rows, chunks=chunks, ways=[way])
@@ -194,7 +195,7 @@ def _travelling(p: Plan, group: Group) -> Rank:
 def _of_part(p: Plan, rows: int) -> Plan:
     """The plan of a part of the head."""
     config = {"hidden_size": p.hidden, "vocab_size": rows}
-    options = {"dtype": p.dtype, "frozen": p.frozen, "device": p.device}
+    options = {"dtype": p.dtype, "frozen": p.frozen, "device": p.device, "alone": False}
     return plan(config, p.tokens, chunk_bytes=p.chunk_bytes, **options)
 
 

@@ -1,0 +1,61 @@
+// What a chunk keeps of its logits in half the room: e = exp(z - reference), in bf16, of which the
+// gradient of a log-probability is a multiple,
+//
+//     dz[v, n] = -dlogprob[n] exp(reference[n] - lse[n]) e[v, n],   v != label
+//
+// with a reference for each block of the vocabulary and token (loops.h, exponentials), and the logits of
+// the labels: where p[label] is near 1, 1 - p would be lost in the rounding of e. Neither the gradient
+// of an entropy nor the slope of a softcap comes from it: they ask for log p, of which bf16 has too
+// little.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <cmath>
+
+#include "problem.h"
+
+namespace fused_rl {
+
+// Lies in one buffer of bf16: e, tile by tile, [tiles, V, width]; the references, [blocks, padded] in
+// float64; the logits of the labels, [padded] in float.
+class KeptExponentials {
+ public:
+  // N and padded: of the chunk.
+  KeptExponentials(void* buffer, int64_t V, int64_t padded)
+      : V(V),
+        padded(padded),
+        e(static_cast<uint16_t*>(buffer)),
+        references(reinterpret_cast<double*>(e + V * padded)),
+        labels(reinterpret_cast<float*>(references + most_blocks(V) * padded)) {}
+
+  // Elements of the buffer.
+  static int64_t size(int64_t V, int64_t padded) {
+    return V * padded + most_blocks(V) * padded * 4 + padded * 2;
+  }
+
+  uint16_t* tile(int64_t v0, int64_t t) const {
+    const int64_t n0 = t * tile_tokens;
+    return e + n0 * V + v0 * width(t);
+  }
+  double* reference(int64_t block, int64_t n) const { return references + block * padded + n; }
+  float* at_labels() const { return labels; }
+
+  // A tile of chosen tokens, and zeros beyond `count`.
+  void gather(int64_t v0, int64_t lines, const int64_t* tokens, int64_t count, int64_t width,
+              uint16_t* to) const {
+    gather_columns(e, V, padded, v0, lines, tokens, count, width, to);
+  }
+
+ private:
+  static constexpr int64_t least_block = 64;  // the rows of a block are at least so many
+  static int64_t most_blocks(int64_t V) { return (V + least_block - 1) / least_block; }
+  int64_t width(int64_t t) const { return std::min(tile_tokens, padded - t * tile_tokens); }
+
+  int64_t V, padded;
+  uint16_t* e;
+  double* references;
+  float* labels;
+};
+
+}  // namespace fused_rl
