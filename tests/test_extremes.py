@@ -85,12 +85,14 @@ def test_gradients_of_huge_logits(kind, dtype, way):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_of_a_head_with_a_huge_bias(way, kind, dtype):
-    """What of hidden . weight rounds away beside such a bias is part of the case."""
+    """What of hidden . weight rounds away beside such a bias is part of the case. Eighths: beside 1e15
+    float64 has them all, so that it does not matter whether a product begins with the bias.
+    """
     if (way, dtype) == ("filtered", torch.float64):
         return  # an approximation, which has no digits of log_sum but those in lse
     N, H = 20, 8
     case = Case(
-        torch.randint(-3, 4, (N, H)).to(dtype) / 4,
+        torch.randint(-3, 4, (N, H)).to(dtype) / 2,
         torch.randint(-3, 4, (V, H)).to(dtype) / 4,
         _row(kind, dtype),
         torch.tensor([3, 7, 0, V - 1] * 5),
