@@ -103,11 +103,10 @@ static Tensors3 student_gradients(const Side& student, const Side& teacher,
     using S = decltype(of_student);
     using T = decltype(of_teacher);
     using A = Acc<S>;
-    const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
     const auto p = Problems<S, T>::of(student, teacher, labels, rows);
     const auto g = given.gathered<A>(rows, p.student.padded);
     Gradients out{{}, {}, {}, false};
-    if (need_dhidden) out.dhidden = at::empty({p.student.N, p.student.H}, of_A);
+    if (need_dhidden) out.dhidden = at::empty({p.student.N, p.student.H}, hidden.options());
     if (need_dweight) {
       out.dweight = at::empty(weight.sizes(), weight.options());
       prefer_huge_pages(out.dweight);
@@ -193,8 +192,7 @@ static at::Tensor linear_divergence_chunk_backward(
     const StoredTiles<A> stored(from, p.V, padded, p.N, taken);
     const StoredTiles<A> of_teacher(from + room, p.V, padded, p.N, taken);
     const Teacher<A> other = g.teacher(of_teacher, {kind, parameter, factor});
-    const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
-    Gradients out{at::empty({p.N, p.H}, of_A), {}, {}, accumulate};
+    Gradients out{at::empty({p.N, p.H}, hidden.options().dtype(dtype)), {}, {}, accumulate};
     if (dweight.numel()) {
       out.dweight = dweight;
       if (!accumulate) prefer_huge_pages(dweight);
@@ -239,10 +237,10 @@ static Tensors10 linear_divergence_frozen(
       const StoredTiles<A> stored(turns.student(), q.V, q.padded, q.N, {});
       const StoredTiles<A> other(turns.teacher(), q.V, q.padded, q.N, {});
       const Teacher<A> of_other = g.teacher(other, by);
-      Gradients part{at::empty({q.N, q.H}, of_A), {}, {}, false};
+      Gradients part{at::empty({q.N, q.H}, hidden.options()), {}, {}, false};
       backward<S>(q, g.student.upstream(q.inv_temperature), &stored, part, nullptr, nullptr,
                   &of_other);
-      unit.index_copy_(0, index_tensor(rows), part.dhidden.to(hidden.scalar_type()));
+      unit.index_copy_(0, index_tensor(rows), part.dhidden);
     }
     return {a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], unit};
   });

@@ -6,7 +6,6 @@
 //
 // From logits that are formed again or stored, or from their exponentials (kept_exponentials.h);
 // super_blocks.h has the walk.
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty_like.h>
 
 #include <cmath>
@@ -42,11 +41,10 @@ class Pass : public SuperBlocks<T> {
   void run() {
     this->walk();
     if (!out.dhidden.defined()) return;
-    A* const to = out.dhidden.template mutable_data_ptr<A>();
     at::parallel_for(0, p.N, 64, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         this->each_panel(n, [&](int64_t h0, int64_t columns, const A* sums) {
-          std::copy_n(sums, columns, to + n * p.H + h0);
+          write_row(sums, columns, out.dhidden, n * p.H + h0);
         });
       }
     });
@@ -174,7 +172,7 @@ class Pass : public SuperBlocks<T> {
 
   void write_weight(int64_t v0, const A* from, int64_t rows, int64_t h0, int64_t columns) override {
     for (int64_t v = 0; v < rows; ++v) {
-      write(out.dweight, (v0 + v) * p.H + h0, from + v * panel_columns, columns);
+      write_row(from + v * panel_columns, columns, out.dweight, (v0 + v) * p.H + h0, out.accumulate);
     }
   }
 
@@ -185,25 +183,7 @@ class Pass : public SuperBlocks<T> {
       for (int64_t v = 0; v < step.rows; ++v) sums[v] += parts[t * p.super_rows() + v];
     }
     const std::vector<A> rounded(sums.begin(), sums.end());
-    write(out.dbias, step.v0, rounded.data(), step.rows);
-  }
-
-  // n numbers into a contiguous gradient tensor, from element `offset` on.
-  void write(const at::Tensor& tensor, int64_t offset, const A* from, int64_t n) const {
-    if (tensor.scalar_type() == at::kBFloat16 && !out.accumulate && std::is_same_v<A, float>) {
-      bfloat16_loops().narrow(reinterpret_cast<const float*>(from), n,
-                              static_cast<uint16_t*>(tensor.mutable_data_ptr()) + offset);
-      return;
-    }
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, tensor.scalar_type(), "linear_logprobs_backward", [&] {
-          scalar_t* to = tensor.mutable_data_ptr<scalar_t>() + offset;
-          if (out.accumulate) {
-            for (int64_t i = 0; i < n; ++i) to[i] = scalar_t(A(to[i]) + from[i]);
-          } else {
-            for (int64_t i = 0; i < n; ++i) to[i] = scalar_t(from[i]);
-          }
-        });
+    write_row(rounded.data(), step.rows, out.dbias, step.v0, out.accumulate);
   }
 };
 

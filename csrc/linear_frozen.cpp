@@ -37,18 +37,18 @@ class FrozenPass : public SuperBlocks<T> {
         blocks_of_super(p.super_rows() / p.block),
         tile_states(3 * blocks_of_super * 3 * p.padded),
         tile_references(3 * blocks_of_super * p.padded),
-        references(p.super_blocks() * p.padded),
-        running(p.super_blocks() * p.padded) {}
+        references(3 * p.padded),
+        running(2 * p.padded) {}
 
-  // unit, into [N, H] of the problem's tokens.
-  TokenStatistics<T> run(A* unit) {
+  // unit: [N, H], the tokens of the problem, contiguous, in any floating dtype.
+  TokenStatistics<T> run(const at::Tensor& unit) {
     this->walk();
     const TokenStatistics<T> s = softmax.finish(p, at_label);
     const at::Tensor weight = p.weight;
     at::parallel_for(0, p.N, 16, [&](int64_t begin, int64_t end) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       std::vector<A> line(p.H);
-      for (int64_t n = begin; n < end; ++n) finish(s, n, line.data(), unit + n * p.H);
+      for (int64_t n = begin; n < end; ++n) finish(s, n, line.data(), unit);
     });
     return s;
   }
@@ -61,8 +61,8 @@ class FrozenPass : public SuperBlocks<T> {
   int64_t blocks_of_super;
   Buffer<A> tile_states;           // [slot, block of the super-block, max | sum | moment, padded]
   Buffer<double> tile_references;  // [slot, block of the super-block, padded]
-  Buffer<double> references;       // [super-block, padded]: that of its draws
-  Buffer<double> running;          // [super-block, padded]: that of the sums after it
+  Buffer<double> references;       // [super-block % 3, padded]: that of its draws
+  Buffer<double> running;          // [super-block % 2, padded]: that of the sums after it
 
   Running<A> state(const Step& step, int64_t block, int64_t n) const {
     A* const at = tile_states.data() + ((step.slot * blocks_of_super + block) * 3) * p.padded + n;
@@ -71,9 +71,11 @@ class FrozenPass : public SuperBlocks<T> {
   double* tile_reference(const Step& step, int64_t block) const {
     return tile_references.data() + (step.slot * blocks_of_super + block) * p.padded;
   }
-  double* reference(int64_t super_block) const { return references.data() + super_block * p.padded; }
+  double* reference(int64_t super_block) const {
+    return references.data() + super_block % 3 * p.padded;
+  }
   double* running_reference(int64_t super_block) const {
-    return running.data() + super_block * p.padded;
+    return running.data() + super_block % 2 * p.padded;
   }
 
   void tile(const Step& step, int64_t first, int64_t count, int64_t t, OfThread& own) override {
@@ -148,7 +150,7 @@ class FrozenPass : public SuperBlocks<T> {
   }
 
   // sums -> unit of one token; `line` has room for a row of weight.
-  void finish(const TokenStatistics<T>& s, int64_t n, A* line, A* unit) const {
+  void finish(const TokenStatistics<T>& s, int64_t n, A* line, const at::Tensor& unit) const {
     const double last = running_reference(p.super_blocks() - 1)[n];
     const double slope = double(p.transform.scale) * double(p.inv_temperature[n]);
     // exp(z) / sum_v exp(z) = e * of_sum, in steps that lose no digits of a large lse.
@@ -158,7 +160,9 @@ class FrozenPass : public SuperBlocks<T> {
     const A factor = A(-slope * of_sum);
     const A* const row = row_in(p.weight, p.labels[n], line);
     this->each_panel(n, [&](int64_t h0, int64_t columns, const A* sums) {
-      for (int64_t h = 0; h < columns; ++h) unit[h0 + h] = of_label * row[h0 + h] + factor * sums[h];
+      A part[panel_columns];
+      for (int64_t h = 0; h < columns; ++h) part[h] = of_label * row[h0 + h] + factor * sums[h];
+      write_row(part, columns, unit, n * p.H + h0);
     });
   }
 };
@@ -172,13 +176,10 @@ static Tensors5 linear_logprobs_frozen(const at::Tensor& hidden, const at::Tenso
   const auto active = counted_rows(y, ignore_index);
   return with_compute_type(hidden, weight, [&](auto zero) -> Tensors5 {
     using T = decltype(zero);
-    using A = Acc<T>;
     const int64_t N = y.numel();
     const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, active);
-    at::Tensor unit = at::empty({p.N, p.H}, at::TensorOptions().dtype(
-                                                c10::CppTypeToScalarType<A>::value));
-    const TokenStatistics<T> s =
-        p.N ? FrozenPass<T>(p).run(unit.mutable_data_ptr<A>()) : TokenStatistics<T>{};
+    const at::Tensor unit = at::empty({p.N, p.H}, hidden.options());
+    const TokenStatistics<T> s = p.N ? FrozenPass<T>(p).run(unit) : TokenStatistics<T>{};
     return {scatter(s.logprobs, active, N), scatter(s.entropy, active, N),
             scatter(s.lse, active, N), scatter(s.top, active, N),
             place_rows(unit, active, hidden, hidden.scalar_type())};

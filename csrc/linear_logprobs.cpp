@@ -89,7 +89,6 @@ static Tensors3 linear_logprobs_backward(
   return with_compute_type(hidden, weight, [&](auto zero) -> Tensors3 {
     using T = decltype(zero);
     using A = Acc<T>;
-    const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
     if (rows.empty()) {
       return or_empty(zero_gradients(hidden, weight, bias, need_dhidden, need_dweight, need_dbias),
                       hidden, weight);
@@ -98,7 +97,7 @@ static Tensors3 linear_logprobs_backward(
     auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
     restore_log_sums(p, g);
     Gradients out{{}, {}, {}, false};
-    if (need_dhidden) out.dhidden = at::empty({p.N, p.H}, of_A);
+    if (need_dhidden) out.dhidden = at::empty({p.N, p.H}, hidden.options());
     if (need_dweight) {
       out.dweight = at::empty(weight.sizes(), weight.options());
       prefer_huge_pages(out.dweight);
@@ -167,11 +166,7 @@ static at::Tensor linear_logprobs_chunk_backward(
     restore_log_sums(p, g);
     const std::vector<int64_t> some = p.N == N ? std::vector<int64_t>{} : rows;
     const int64_t padded = round_up(N, group);
-    Gradients out{at::empty({p.N, p.H}, at::TensorOptions().dtype(
-                                            c10::CppTypeToScalarType<A>::value)),
-                  {},
-                  {},
-                  accumulate};
+    Gradients out{at::empty({p.N, p.H}, hidden.options().dtype(dtype)), {}, {}, accumulate};
     if (dweight.numel()) {
       out.dweight = dweight;
       if (!accumulate) prefer_huge_pages(dweight);

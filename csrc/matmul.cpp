@@ -10,7 +10,6 @@
 #include <iterator>
 #include <new>
 
-
 namespace fused_rl {
 
 namespace cpublas = at::native::cpublas;
@@ -58,6 +57,10 @@ static void mm(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T
   }
 }
 
+// One after the other into an accumulator, as AVX512-BF16 has them, 256 products lose up to a fifth more
+// than torch's in fp32, and 128 a third less. The tile unit loses less: it sums by 32.
+static constexpr int64_t bfloat16_step = 128;
+
 // The product of one panel.
 template <class T>
 static void multiply(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B,
@@ -67,7 +70,10 @@ static void multiply(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, c
       amx_product(M, N, K, reinterpret_cast<const uint16_t*>(A),
                   reinterpret_cast<const uint16_t*>(B), C, ldc, add);
     } else {
-      cpublas::brgemm(M, N, K, lda, panel_columns, ldc, add, A, B, C, true);
+      for (int64_t k = 0; k < K; k += bfloat16_step) {
+        cpublas::brgemm(M, N, std::min(bfloat16_step, K - k), lda, panel_columns, ldc, add || k > 0,
+                        A + k, B + k * panel_columns, C, true);
+      }
     }
   } else if constexpr (std::is_same_v<T, float>) {
     if (has_microkernel<float>()) {

@@ -19,8 +19,8 @@ using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T>
 inline constexpr int64_t lines_per_pack = std::is_same_v<T, c10::BFloat16> ? 2 : 1;
 
-// How many products go into one sum in fp32: short sums, added up, lose less than one long sum. bf16
-// operands have lost more than that before. Operands lie in panels of so many products.
+// How many products go into one sum in fp32, at most: short sums, added up, lose less than one long
+// sum. Operands lie in panels of so many products.
 template <class T>
 inline constexpr int64_t sum_step = lines_per_pack<T> == 2 ? 256 : 64;
 

@@ -58,24 +58,26 @@ void pack_left(const T* from, int64_t ld, int64_t rows, int64_t H, int64_t K, T*
   }
 }
 
-// Rows of a matrix [rows, H] as the lines from k0 on of a right operand [., 64]: columns h0 to h0 + 63 of
-// it, and zeros beyond rows, up to `lines`, and beyond H. k0 and, for bf16, lines are even.
+// Rows of a matrix [rows, H] as the lines from k0 on of right operands [., 64], one for each 64 of its
+// columns and `next` elements apart; zeros beyond rows, up to `lines`, and beyond H. k0 and, for bf16,
+// lines are even. A row is read from its beginning to its end: that is what a CPU foresees.
 template <class T>
-void pack_right(const T* from, int64_t ld, int64_t rows, int64_t k0, int64_t lines, int64_t H,
-                int64_t h0, T* to) {
+void pack_right(const T* from, int64_t ld, int64_t rows, int64_t k0, int64_t lines, int64_t H, T* to,
+                int64_t next) {
   constexpr int64_t pack = lines_per_pack<T>, panel = sum_step<T> * panel_columns;
   const Layout layout = right_layout<T>();
-  const int64_t columns = std::min(panel_columns, H - h0);
   for (int64_t i = 0; i < lines; i += pack) {
     const int64_t k = k0 + i, q = k % sum_step<T> / pack;
-    T* const place = to + k / sum_step<T> * panel + q % 16 * layout.row + q / 16 * layout.step;
-    if (i < rows) {
-      const T* const line = from + i * ld + h0;
-      packs<T>().lines(bits(line), i + 1 < rows ? bits(line + ld) : nullptr, columns, layout,
-                       bits(place));
-    } else {
-      for (int64_t n = 0; n < panel_columns; n += 16) {
-        std::fill_n(place + layout.place_16(n), 16 * pack, T(0.f));
+    T* place = to + k / sum_step<T> * panel + q % 16 * layout.row + q / 16 * layout.step;
+    for (int64_t h0 = 0; h0 < H; h0 += panel_columns, place += next) {
+      if (i < rows) {
+        const T* const line = from + i * ld + h0;
+        packs<T>().lines(bits(line), i + 1 < rows ? bits(line + ld) : nullptr,
+                         std::min(panel_columns, H - h0), layout, bits(place));
+      } else {
+        for (int64_t n = 0; n < panel_columns; n += 16) {
+          std::fill_n(place + layout.place_16(n), 16 * pack, T(0.f));
+        }
       }
     }
   }

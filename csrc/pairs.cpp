@@ -52,14 +52,6 @@ void add_row(const at::Tensor& from, int64_t row, A factor, A* line, A* sum) {
   loops<A>().add_scaled(row_in<A>(from, row, line), H, factor, sum);
 }
 
-template <class A>
-void write_row(const A* from, int64_t count, const at::Tensor& to, int64_t offset) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, to.scalar_type(), "write_row", [&] {
-    scalar_t* line = to.mutable_data_ptr<scalar_t>() + offset;
-    for (int64_t h = 0; h < count; ++h) line[h] = scalar_t(from[h]);
-  });
-}
-
 // A sum of factors times rows of length H: in A for as many terms as a product sums in one go, in
 // double beyond.
 template <class A>
@@ -160,8 +152,7 @@ Tensors3 backward_of_pairs(const Inputs& in, const Pairs& pairs, const std::vect
   auto g = gather_upstream<A>(up.lse, up.entropy, up.dlogprobs, up.dentropy, rows, p.padded);
   restore_log_sums(p, g);
   const Picks picks = pick(p, pairs, rows);
-  const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
-  if (need.dhidden) out.dhidden = at::empty({p.N, p.H}, of_A);
+  if (need.dhidden) out.dhidden = at::empty({p.N, p.H}, hidden.options());
   if (need.dweight) {
     out.dweight = at::empty(weight.sizes(), weight.options());
     prefer_huge_pages(out.dweight);

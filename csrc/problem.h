@@ -1,6 +1,7 @@
 // What the forward and the backward pass of the linear head share: operands in kernel layout.
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -286,9 +287,25 @@ TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* stored, const Picks* pic
                            Acc<T>* picked = nullptr, Acc<T>* peaks = nullptr,
                            const KeptExponentials* kept = nullptr);
 
+// n numbers, rounded once, into a contiguous tensor of any floating dtype, from element `offset` on;
+// added to what is there if `add`.
+template <class A>
+void write_row(const A* from, int64_t n, const at::Tensor& tensor, int64_t offset, bool add = false) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (tensor.scalar_type() == at::kBFloat16 && !add) {
+      bfloat16_loops().narrow(from, n, static_cast<uint16_t*>(tensor.mutable_data_ptr()) + offset);
+      return;
+    }
+  }
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor.scalar_type(), "write_row", [&] {
+    scalar_t* const to = tensor.mutable_data_ptr<scalar_t>() + offset;
+    for (int64_t i = 0; i < n; ++i) to[i] = scalar_t(add ? A(to[i]) + from[i] : from[i]);
+  });
+}
+
 // Gradients of one pass. Undefined tensors are not wanted.
 struct Gradients {
-  at::Tensor dhidden;  // [N, H], accumulator dtype: the tokens of the problem
+  at::Tensor dhidden;  // [N, H], contiguous, any floating dtype: the tokens of the problem
   at::Tensor dweight;  // [V, H], contiguous
   at::Tensor dbias;    // [V], contiguous, the dtype of dweight
   bool accumulate;     // add to dweight and dbias rather than overwrite

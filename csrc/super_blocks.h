@@ -1,5 +1,5 @@
 // The walk over the vocabulary that forms gradients: about a thousand rows of weight, a super-block, and
-// at most two thousand tokens, a chunk, in one step. A step has these stages:
+// one or two thousand tokens at most, a chunk, in one step. A step has these stages:
 //
 //     pack      rows of weight into the operands of the two products
 //     tile      a tile of logits, and of it a tile of draw, for each block of rows and tile of tokens
@@ -129,7 +129,8 @@ class SuperBlocks {
 
  private:
   static constexpr int64_t slots_of_steps = 3;
-  static constexpr int64_t chunk_tokens = 2048;
+  // Of dweight alone a step's sums are longer, and fewer, the more tokens it has.
+  const int64_t chunk_tokens = wanted.dweight ? 2048 : 1024;
   static constexpr int64_t hidden_tokens = 256;  // of a task of the stage hidden
   static constexpr int64_t depth = sum_step<T>;
 
@@ -191,9 +192,10 @@ class SuperBlocks {
 
   void pack_hidden() {
     hidden_columns = Buffer<T>(panels * round_up(p.padded, depth) * panel_columns);
-    parallel_tasks(panels, [&](int64_t j, int64_t) {
-      pack_right<T>(p.hidden.template const_data_ptr<T>(), p.wide, p.N, 0, p.padded, p.H,
-                    j * panel_columns, hidden_columns.data() + columns_at(j, 0));
+    parallel_tasks(p.tiles(), [&](int64_t t, int64_t) {
+      const int64_t n0 = t * tile_tokens;
+      pack_right<T>(p.hidden.template const_data_ptr<T>() + n0 * p.wide, p.wide, p.N - n0, n0,
+                    p.tile_width(t), p.H, hidden_columns.data(), columns_at(1, 0));
     });
   }
   int64_t columns_at(int64_t panel, int64_t n0) const {
@@ -229,14 +231,11 @@ class SuperBlocks {
     }
     if (!to.right) return;
     const int64_t lines = lines_per_pack<T> == 2 ? round_up(rows, group) : rows;
-    for (int64_t j = 0; j < panels; ++j) {
-      pack_right<T>(from.data, from.ld, rows, first, lines, p.H, j * panel_columns,
-                    right_panel(step, j));
-    }
+    pack_right<T>(from.data, from.ld, rows, first, lines, p.H, right_panel(step, 0), panel_size());
   }
+  int64_t panel_size() const { return round_up(rows_max, depth) * panel_columns; }
   T* right_panel(const Step& step, int64_t j) const {
-    return weight_slot(step).right.data() +
-           j * round_up(rows_max, depth) * panel_columns;
+    return weight_slot(step).right.data() + j * panel_size();
   }
 
   void add_tiles(Team& team, int64_t i, std::vector<Stages>& of_step) {

@@ -252,10 +252,10 @@ def flat_top_logprobs(
 
 
 def _keeps_exponentials(head: ops.Head, limits: ops.Limits) -> bool:
-    """Whether what there is of the logits stays for the backward pass, on a GPU."""
+    """Whether what there is of the logits stays for the backward pass."""
     if torch.compiler.is_compiling() or not checks.has_values(head.hidden):
         return False
-    return ops.fits_in_half(head, limits)
+    return ops.exponentials_fit(head, limits) or ops.fits_in_half(head, limits)
 
 
 def named(op: Callable, *args: object, shape: torch.Size) -> Any:

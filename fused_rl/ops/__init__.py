@@ -12,6 +12,7 @@ from fused_rl.ops.checkout import find_kernels
 from fused_rl.ops.chunk import (
     ChunkLogits,
     Sums,
+    exponentials_fit,
     linear_logprobs_chunk,
     linear_logprobs_chunk_backward,
     tokens_of_chunk,
@@ -80,6 +81,7 @@ __all__ = [
     "chunk_sizes",
     "chunk_tokens",
     "divergence_terms",
+    "exponentials_fit",
     "fits_in_half",
     "in_full",
     "kl",

@@ -23,7 +23,7 @@ from fused_rl.ops.chunks import (
     waiting_dtype,
 )
 from fused_rl.ops.formulas import add_gradients, statistics
-from fused_rl.ops.record import Given, Head, Known, Operator, Upstream, Written
+from fused_rl.ops.record import Given, Head, Known, Limits, Operator, Upstream, Written
 from fused_rl.ops.two_heads import TwoHeads
 
 
@@ -67,6 +67,22 @@ def keeps_exponentials(head: Head, given: Given) -> bool:
     return plain and native.multiplies_bfloat16(head.hidden, head.weight)
 
 
+def room(head: Head, given: Given) -> Tensor:
+    """What a chunk's z is in: in plain torch, or in the C++ kernel's layout of exponentials."""
+    hidden, weight, *_ = head
+    N, V = padded(hidden.shape[0]), weight.shape[0]
+    if not keeps_exponentials(head, given):
+        return hidden.new_empty(V * N, dtype=head.dtype)
+    # With the references of blocks of 64 rows at least, in float64, and the labels' logits.
+    return hidden.new_empty(N * (V + 4 * (round_up(V, 64) // 64) + 2))
+
+
+def exponentials_fit(head: Head, limits: Limits) -> bool:
+    """Whether the C++ kernel keeps those of all tokens for the backward pass."""
+    most = chunk_rows(head.weight.shape[0], torch.bfloat16, limits.chunk_bytes)
+    return keeps_exponentials(head, Given(False)) and len(head.labels) <= most
+
+
 def tokens_of_chunk(head: Head, given: Given, chunk_bytes: int | None) -> int:
     """Tokens whose logits, or what stands for them, a chunk may hold."""
     hidden, weight, *_ = head
@@ -82,19 +98,13 @@ def linear_logprobs_chunk(head: Head, given: Given) -> ChunkStatistics:
     gradient of the log-prob is all that is asked of them.
     """
     z, N = head.logits(), len(head.labels)
-    room = head.weight.shape[0] * (padded(N) - N)
-    return ChunkStatistics(*statistics(z, head.labels), F.pad(z.flatten(), (0, room)))
+    beyond = head.weight.shape[0] * (padded(N) - N)
+    return ChunkStatistics(*statistics(z, head.labels), F.pad(z.flatten(), (0, beyond)))
 
 
 @linear_logprobs_chunk.fake
 def _(head: Head, given: Given) -> ChunkStatistics:
-    hidden, weight, *_ = head
-    N, V = padded(hidden.shape[0]), weight.shape[0]
-    z = hidden.new_empty(V * N, dtype=head.dtype)
-    if keeps_exponentials(head, given):
-        # With the references of blocks of 64 rows at least, in float64, and the labels' logits.
-        z = hidden.new_empty(N * (V + 4 * (round_up(V, 64) // 64) + 2))
-    return ChunkStatistics(*statistics_like(hidden, weight), z)
+    return ChunkStatistics(*statistics_like(head.hidden, head.weight), room(head, given))
 
 
 @Operator

@@ -30,6 +30,10 @@ def walks_once(device: torch.device) -> bool:
     return device.type == "cpu" and native.native_missing is None
 
 
+# Tokens whose gradient is scaled at a time on a CPU.
+SCALED_ROWS = 256
+
+
 class Unit(NamedTuple):
     unit: Tensor
 
@@ -76,10 +80,15 @@ def linear_logprobs_frozen_backward(
 ) -> Tensor:
     """dhidden. A gradient of the entropy is not in `unit`: its tokens form their logits again."""
     dlogprobs, dentropy = upstream
-    # where, not the product alone: 0 * NaN is NaN.
     live = (head.labels != limits.ignore_index) & (dlogprobs != 0)
-    scaled = dlogprobs[:, None] * unit.unit.to(dlogprobs.dtype)
-    dhidden = scaled.where(live[:, None], 0.0).to(head.hidden.dtype)
+    dhidden = torch.empty_like(unit.unit)
+    # A part at a time on a CPU: in float32 the whole would be twice what it is rounded to.
+    rows = SCALED_ROWS if dhidden.device.type == "cpu" else max(1, len(dhidden))
+    for to, by, of, alive in zip(
+        *(t.split(rows) for t in (dhidden, dlogprobs, unit.unit, live)), strict=True
+    ):
+        # Not the product alone: 0 * NaN is NaN.
+        to.copy_((by[:, None] * of).masked_fill_(~alive[:, None], 0.0))
     if not given.has_dentropy:
         return dhidden
     # Those without one have no upstream gradient at all here, and cost nothing.

@@ -1,8 +1,9 @@
 """Log-probs and entropies that keep what they have of the logits: 6 NHV for any loss.
 
-On a GPU, where that is exponentials in bfloat16: half of what logits would take.
+Where that is exponentials in bfloat16: half of what logits would take.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from fused_rl.ops.chunk import (
     Sums,
     linear_logprobs_chunk,
     linear_logprobs_chunk_backward,
+    room,
 )
 from fused_rl.ops.chunks import check_tokens, gradients_like, statistics_like
 from fused_rl.ops.formulas import at
@@ -43,6 +45,13 @@ def rows_that_count(labels: Tensor, ignore_index: int) -> Tensor:
     return (labels != ignore_index).nonzero()[:, 0]
 
 
+def _kernel_of(operator: Operator, device: torch.device) -> Operator | Callable:
+    """The operator itself on a CPU, for the C++ kernel; elsewhere plain torch, as a kernel that
+    keeps something else of the logits stands for all of this.
+    """
+    return operator if device.type == "cpu" else operator.plain
+
+
 @Operator
 def linear_logprobs_stored(head: Head, limits: Limits) -> StoredStatistics:
     """linear_logprobs, and room for the logits of all tokens that count until the backward pass."""
@@ -51,7 +60,8 @@ def linear_logprobs_stored(head: Head, limits: Limits) -> StoredStatistics:
     rows = rows_that_count(head.labels, limits.ignore_index)
     # A chunk has labels of the vocabulary alone.
     part = head._replace(labels=head.labels.where(counted, 0)).at(rows)
-    *stats, z = linear_logprobs_chunk.plain(part, Given(True))
+    chunk = _kernel_of(linear_logprobs_chunk, head.hidden.device)
+    *stats, z = chunk(part, Given(False))
     totals = [t.zero_() for t in statistics_like(head.hidden, head.weight)]
     for total, of_part in zip(totals, stats, strict=True):
         total[rows] = of_part
@@ -60,8 +70,8 @@ def linear_logprobs_stored(head: Head, limits: Limits) -> StoredStatistics:
 
 @linear_logprobs_stored.fake
 def _(head: Head, limits: Limits) -> StoredStatistics:
-    # As if all of them counted, in the layout of plain torch.
-    *_, z = linear_logprobs_chunk.plain(head, Given(True))
+    # As if all of them counted.
+    z = room(head, Given(False))
     rows = head.labels.new_empty(head.labels.shape)
     return StoredStatistics(*statistics_like(head.hidden, head.weight), rows, z)
 
@@ -81,16 +91,14 @@ def linear_logprobs_stored_backward(
     counted = labels != limits.ignore_index
     part = head._replace(labels=labels.where(counted, 0)).at(stored.rows)
     up = Upstream(*(g.where(counted, 0.0)[stored.rows] for g in upstream))
-    dweight = weight.new_empty(weight.shape if needs.need_dweight else 0, dtype=head.dtype)
-    dbias = weight.new_empty(weight.shape[0] if needs.need_dbias else 0, dtype=head.dtype)
+    dweight = weight.new_empty(weight.shape if needs.need_dweight else 0)
+    of_bias = bias.dtype if needs.need_dbias else weight.dtype
+    dbias = weight.new_empty(weight.shape[0] if needs.need_dbias else 0, dtype=of_bias)
     of_rows = (ChunkLogits(stored.z), up, part, at(stored.rows, known), Sums(dweight, dbias, False))
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    dhidden[stored.rows] = linear_logprobs_chunk_backward.plain(*of_rows).to(hidden.dtype)
-    return Gradients(
-        dhidden if needs.need_dhidden else hidden.new_empty(0),
-        dweight.to(weight.dtype),
-        dbias.to(bias.dtype if needs.need_dbias else weight.dtype),
-    )
+    backward = _kernel_of(linear_logprobs_chunk_backward, hidden.device)
+    dhidden[stored.rows] = backward(*of_rows).to(hidden.dtype)
+    return Gradients(dhidden if needs.need_dhidden else hidden.new_empty(0), dweight, dbias)
 
 
 @linear_logprobs_stored_backward.fake
