@@ -67,7 +67,7 @@ def device():
 
 def _operators() -> None:
     from fused_rl import ops
-    from fused_rl.ops import frozen, triton
+    from fused_rl.ops import frozen, native, triton
 
     def on_cpu(kernel: Callable, plain: Callable) -> Callable:
         def run(*records):
@@ -81,10 +81,12 @@ def _operators() -> None:
     for operator, kernel in triton.OPERATORS.items():
         run = operator.flat(on_cpu(kernel, operator.plain))
         library.impl(operator.__name__, run, "CPU", allow_override=True)
-    # A GPU has no kernel of its own for it: a frozen head is two operators of a chunk there.
+    # A GPU has no kernel of its own for it: a frozen head is two operators of a chunk there. And what
+    # a chunk keeps is a GPU's choice.
     walk = frozen.linear_logprobs_frozen
     library.impl(walk.__name__, walk.flat(walk.plain), "CPU", allow_override=True)
     ops.walks_once = lambda _: False
+    native.multiplies_bfloat16 = lambda *_: False
     _libraries.append(library)
 
 

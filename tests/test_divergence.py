@@ -208,7 +208,7 @@ def relative(found: Tensor, right: Tensor) -> float:
 @every_kind
 @pytest.mark.parametrize("distance", [1e-2, 1e-1, 1.0])
 def test_no_worse_than_eager_with_float32_logits(kind, distance):
-    """The median of some draws: few tokens, those of the smallest divergence, are most of a mean."""
+    """The median of some draws: tokens of the smallest divergences are most of a mean."""
     ratios = []
     for _ in range(24):
         case = near(distance)

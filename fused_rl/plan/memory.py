@@ -28,9 +28,9 @@ from fused_rl.reference import acc_dtype
 MOST_CHUNKS = 2**20
 
 # The C++ kernels' tiles: rows of a super-block of the vocabulary, for each of which a token has a
-# softmax of three numbers, and of a block of it; tokens in one product over it; columns of a panel;
-# steps in flight.
-SUPER_BLOCK, BLOCK, PASS_TOKENS, PANEL, STEPS = 1024, 256, 2048, 64, 3
+# softmax of three numbers, and of a block of it; tokens in one product over it, with a trained head
+# and with a frozen one; columns of a panel; steps in flight.
+SUPER_BLOCK, BLOCK, PASS_TOKENS, FROZEN_TOKENS, PANEL, STEPS = 1024, 256, 2048, 1024, 64, 3
 # Those on CUDA, at most.
 SLABS = 64
 
@@ -104,7 +104,8 @@ def plan(
     device: str = "cpu",
     alone: bool = True,
 ) -> Plan:
-    """Bytes and FLOP of the head, in eager torch and in each of our ways.
+    """Bytes and FLOP of the head, in eager torch and in each of our ways: of a head without softcap
+    and a loss without an entropy bonus.
 
     Args:
         config: of a transformers model, as in config.json.
@@ -138,12 +139,10 @@ def plan(
         )
     sizes = chunk_sizes(tokens, most)
     s = sizes_of(tokens, H, V, dtype, device)
-    any_loss = _frozen(s, most) if frozen else _any_loss(s, scratch)
+    s = s._replace(kept=s.kept or (alone and _on_cpu_in_half(s)))
+    any_loss = _frozen(s, most) if frozen else _any_loss(s, most, scratch)
     pays = one_pass_pays(tokens, most, torch.device(s.device), not frozen)
-    if pays:
-        loss = one_pass(s._replace(kept=s.kept or (alone and _on_cpu_in_half(s))), sizes, frozen)
-    else:
-        loss = _two_passes(s, "linear_policy_loss", scratch)
+    loss = one_pass(s, sizes, frozen) if pays else _two_passes(s, "linear_policy_loss", scratch)
     if frozen and s.device == "cpu":
         loss = _frozen(s, most, "linear_policy_loss")
     ways = [_eager_no_grad(s), _no_grad(s), _eager(s, frozen), any_loss, loss]
@@ -247,8 +246,9 @@ def _pass_operands(s: Sizes, n: int, *, dweight: bool, recompute: bool) -> int:
         # Hidden states times a factor for each token.
         return n * s.H * s.w if s.kept and dweight and not recompute else 0
     n, rows, columns = round_up(n, 32), min(SUPER_BLOCK, s.V), round_up(s.H, PANEL)
-    at_once = min(n, PASS_TOKENS)
-    chunks = -(-n // PASS_TOKENS)
+    most = PASS_TOKENS if dweight else FROZEN_TOKENS
+    at_once = min(n, most)
+    chunks = -(-n // most)
     steps = min(STEPS, chunks * -(-s.V // SUPER_BLOCK))
     draws = at_once * rows * s.op * (2 if dweight else 1)
     weights = rows * columns * s.op * (2 if recompute and s.op == 2 else 1)
@@ -258,7 +258,7 @@ def _pass_operands(s: Sizes, n: int, *, dweight: bool, recompute: bool) -> int:
 
 def _pass_dhidden(s: Sizes, n: int) -> int:
     """Sums of dhidden, and on a CPU what they are put together in."""
-    return n * s.H * s.acc * (2 if s.device == "cpu" else 1)
+    return n * s.H * (s.acc + (s.w if s.device == "cpu" else 0))
 
 
 def _chunk_logits(s: Sizes, n: int) -> int:
@@ -273,10 +273,11 @@ def _chunk_logits(s: Sizes, n: int) -> int:
     return round_up(n, 32) * s.V * (s.acc + beside)
 
 
-def _any_loss(s: Sizes, scratch: int) -> Way:
-    """One pass where exponentials of all tokens fit."""
+def _any_loss(s: Sizes, most: int, scratch: int) -> Way:
+    """One pass where exponentials of all tokens fit; most: tokens of a chunk."""
     kept = _chunk_logits(s, s.N)
-    if not s.kept or kept > scratch:
+    fits = most >= s.N if s.device == "cpu" else kept <= scratch
+    if not s.kept or not fits:
         return _two_passes(s, "linear_logprobs", scratch)
     return s.way(
         "linear_logprobs",
@@ -334,15 +335,16 @@ def _frozen(s: Sizes, n: int, name: str = "linear_logprobs") -> Way:
     # The kernels of a CPU hold no logits: their two products are in one walk over all tokens.
     walk = s.device == "cpu"
     n = s.N if walk else n
-    references = 2 * -(-s.V // SUPER_BLOCK) * s.N * 8
+    # In float64: of the steps in flight, of their blocks, and of the sums before and after.
+    references = (STEPS * (1 + SUPER_BLOCK // BLOCK) + 2) * s.N * 8
     return s.way(
         name,
         4,
         forward={
             "logits": 0 if walk else _chunk_logits(s, n),
-            "dhidden": s.N * s.H * s.w + _pass_dhidden(s, n),
+            "dhidden": _pass_dhidden(s, n) + (0 if walk else s.N * s.H * s.w),
             "operands": _pass_operands(s, n, dweight=False, recompute=walk)
             + (_softmaxes(s) + references if walk else n * s.H * s.w),
         },
-        backward={"dhidden": s.N * s.H * (s.w + 2 * s.acc)},
+        backward={"dhidden": s.N * s.H * (2 * s.w if walk else s.w + 2 * s.acc)},
     )
