@@ -81,8 +81,8 @@ def _operators() -> None:
     for operator, kernel in triton.OPERATORS.items():
         run = operator.flat(on_cpu(kernel, operator.plain))
         library.impl(operator.__name__, run, "CPU", allow_override=True)
-    # A GPU has no kernel of its own for it: a frozen head is two operators of a chunk there. And what
-    # a chunk keeps is a GPU's choice.
+    # A GPU has no kernel of its own for it: a frozen head is two operators of a chunk there. What
+    # a chunk keeps is the GPU's choice, too.
     walk = frozen.linear_logprobs_frozen
     library.impl(walk.__name__, walk.flat(walk.plain), "CPU", allow_override=True)
     ops.walks_once = lambda _: False

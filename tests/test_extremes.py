@@ -85,8 +85,8 @@ def test_gradients_of_huge_logits(kind, dtype, way):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_of_a_head_with_a_huge_bias(way, kind, dtype):
-    """What of hidden . weight rounds away beside such a bias is part of the case. Of eighths: float64
-    has them beside 1e15, so that it does not matter whether a product begins with the bias.
+    """What of hidden . weight rounds away beside such a bias is part of the case. Eighths, which
+    float64 has beside 1e15: it does not matter whether a product begins with the bias.
     """
     if (way, dtype) == ("filtered", torch.float64):
         return  # an approximation, which has no digits of log_sum but those in lse

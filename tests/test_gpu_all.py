@@ -13,6 +13,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+# What a `make test ARGS=...` above would hand down to a make of ours.
+FROM_ABOVE = ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")
+ALONE = {name: value for name, value in os.environ.items() if name not in FROM_ABOVE}
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
@@ -25,7 +28,8 @@ def python(name: str, code: str, seconds: float = 60) -> gpu_all.Step:
 def test_without_a_gpu_it_says_so(tmp_path):
     out = tmp_path / "out"
     command = ["make", "gpu", f"PYTHON={sys.executable}", f"OUT={out}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": ALONE}
+    done = subprocess.run(command, check=False, **options)
     assert done.returncode != 0 and "no GPU: " in done.stderr
     assert not out.exists()
 
@@ -35,7 +39,8 @@ def test_options_reach_the_script():
     command = ["make", "-n", "gpu", "WHEELS=some", "OUT=there", "ARGS=--parts cases"]
     for given, expected in (("1", True), ("0", False)):
         run = [*command, f"SANITIZE={given}"]
-        said = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        options = {"capture_output": True, "text": True, "cwd": ROOT, "env": ALONE}
+        said = subprocess.run(run, check=True, **options).stdout
         assert "--out there --wheels some" in said and "--parts cases" in said
         assert ("--sanitize" in said) == expected
 
