@@ -47,7 +47,7 @@ def linear_policy_loss(
     linear_logprobs, 8 NHV, with the same values and gradients: for a loss that is not separable,
     inside torch.compile or torch.func, without values (the device meta, FakeTensorMode), and where
     a trained head would need several chunks whose dweight costs more to add up than the logits to
-    form again (on CPUs: more than one chunk).
+    form again (on CPUs: several chunks of fewer than 1024 tokens).
 
     With a reference, or a teacher, the loss gets the exact divergence of the policy from it at each
     token: 8 NHV in one pass, 12 in the two of linear_divergence, 6 if the head is not trained.

@@ -20,9 +20,10 @@ CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 # Or so much of a card's memory, where that is more: 1.4 GiB of 80 GB, 2.5 GiB of 141 GB.
 SHARE = 1 / 56
 # With several chunks one pass adds up dweight in fp32: it pays from so many tokens in a chunk that
-# the arithmetic hides the traffic, 4 x arithmetic rate / memory bandwidth. On CPUs it never does:
-# at 2048 x 896 x 151936 it takes the time of two passes, and 480 MiB more.
-ONE_PASS_TOKENS = {"cuda": 735}
+# the arithmetic hides the traffic, 4 x arithmetic rate / memory bandwidth. On CPUs that dweight has
+# fresh pages, too: two chunks of 1024 take 0.84 of two passes' time at V = 32768, three of 704 take
+# 1.15 of it at V = 151936.
+ONE_PASS_TOKENS = {"cpu": 1024, "cuda": 735}
 
 
 def scratch_bytes(device: torch.device, chunk_bytes: int | None) -> int:
