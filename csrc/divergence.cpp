@@ -78,8 +78,7 @@ static Tensors10 linear_divergence_chunk(
     const auto dtype = c10::CppTypeToScalarType<A>::value;
     TwoStatistics out(labels.numel(), dtype);
     const int64_t room = p.student.V * p.student.padded;
-    at::Tensor z = at::empty({2 * room}, at::TensorOptions().dtype(dtype));
-    prefer_huge_pages(z);
+    at::Tensor z = kept_tensor(2 * room, dtype);
     A* to = z.mutable_data_ptr<A>();
     two_forward(p, {kind, parameter, factor}, to, to + room, rows, out);
     const auto& a = out.all;
@@ -107,10 +106,7 @@ static Tensors3 student_gradients(const Side& student, const Side& teacher,
     const auto g = given.gathered<A>(rows, p.student.padded);
     Gradients out{{}, {}, {}, false};
     if (need_dhidden) out.dhidden = at::empty({p.student.N, p.student.H}, hidden.options());
-    if (need_dweight) {
-      out.dweight = at::empty(weight.sizes(), weight.options());
-      prefer_huge_pages(out.dweight);
-    }
+    if (need_dweight) out.dweight = kept_tensor(weight.sizes(), weight.scalar_type());
     if (need_dbias) out.dbias = at::empty({p.student.V}, student.bias->options());
     const FormedTiles<T> logits(p.teacher);
     const Teacher<A> other = g.teacher(logits, by);

@@ -164,10 +164,7 @@ static Tensors3 linear_filtered_logprobs_backward(
     const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
     Gradients all{{}, {}, {}, false};
     if (need_dhidden) all.dhidden = at::zeros(hidden.sizes(), of_A);
-    if (need_dweight) {
-      all.dweight = at::empty(weight.sizes(), weight.options());
-      prefer_huge_pages(all.dweight);
-    }
+    if (need_dweight) all.dweight = kept_tensor(weight.sizes(), weight.scalar_type());
     if (need_dbias) all.dbias = at::empty({weight.size(0)}, bias->options());
     const Inputs in{hidden, weight, bias, labels, temperature, scale, softcap};
     FilteredPass<T>{in,

@@ -65,12 +65,9 @@ class Pass : public SuperBlocks<T> {
 
   void tile(const Step& step, int64_t first, int64_t count, int64_t t, OfThread& own) override {
     A* const target = own.tile.data();
-    if (kept) {
-      if constexpr (std::is_same_v<T, c10::BFloat16>) {
-        of_exponentials(step.v0 + first, count, t, reinterpret_cast<uint16_t*>(own.other.data()), target);
-      }
-    } else {
-      of_logits(step, first, count, t, own);
+    if (!kept) of_logits(step, first, count, t, own);
+    if constexpr (std::is_same_v<T, c10::BFloat16>) {
+      if (kept) of_exponentials(step.v0 + first, count, t, own);
     }
     if (out.dbias.defined()) {
       loops<A>().line_sums(target, count, p.tile_width(t), p.tile_width(t),
@@ -79,6 +76,7 @@ class Pass : public SuperBlocks<T> {
     this->put(step, target, first, count, t, p.tile_width(t));
   }
 
+  // The draw of one tile, of logits or of exponentials.
   void of_logits(const Step& step, int64_t first, int64_t count, int64_t t, OfThread& own) {
     const int64_t v0 = step.v0 + first;
     A* const target = own.tile.data();
@@ -96,8 +94,9 @@ class Pass : public SuperBlocks<T> {
     gradient(z, zt, target, v0, count, t);
   }
 
-  // The draw of one tile from its exponentials; `scratch` is for those of chosen tokens.
-  void of_exponentials(int64_t v0, int64_t rows, int64_t t, uint16_t* scratch, A* target) {
+  void of_exponentials(int64_t v0, int64_t rows, int64_t t, OfThread& own) {
+    A* const target = own.tile.data();
+    uint16_t* const scratch = reinterpret_cast<uint16_t*>(own.other.data());  // of chosen tokens
     const int64_t n0 = t * tile_tokens, width = p.tile_width(t);
     const KeptExponentials& from = kept->kept;
     const bool all = kept->rows.empty();

@@ -98,10 +98,7 @@ static Tensors3 linear_logprobs_backward(
     restore_log_sums(p, g);
     Gradients out{{}, {}, {}, false};
     if (need_dhidden) out.dhidden = at::empty({p.N, p.H}, hidden.options());
-    if (need_dweight) {
-      out.dweight = at::empty(weight.sizes(), weight.options());
-      prefer_huge_pages(out.dweight);
-    }
+    if (need_dweight) out.dweight = kept_tensor(weight.sizes(), weight.scalar_type());
     if (need_dbias) out.dbias = at::empty({p.V}, bias->options());
     backward<T>(p, g.upstream(p.inv_temperature), nullptr, out);
     if (need_dhidden) out.dhidden = place_rows(out.dhidden, rows, hidden, hidden.scalar_type());
@@ -122,12 +119,11 @@ static Tensors5 linear_logprobs_chunk(const at::Tensor& hidden, const at::Tensor
     at::Tensor z;
     TokenStatistics<T> s;
     if (std::is_same_v<T, c10::BFloat16> && softcap == 0 && !has_dentropy) {
-      z = tensor_of_kept_memory(KeptExponentials::size(p.V, p.padded), at::kBFloat16);
+      z = kept_tensor(KeptExponentials::size(p.V, p.padded), at::kBFloat16);
       const KeptExponentials kept(z.mutable_data_ptr(), p.V, p.padded);
       s = forward<T>(p, nullptr, nullptr, nullptr, nullptr, &kept);
     } else {
-      z = at::empty({p.V * p.padded}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
-      prefer_huge_pages(z);
+      z = kept_tensor(p.V * p.padded, c10::CppTypeToScalarType<A>::value);
       s = forward<T>(p, z.mutable_data_ptr<A>());
     }
     return {scatter(s.logprobs, rows, p.N), scatter(s.entropy, rows, p.N),
@@ -202,6 +198,7 @@ TORCH_LIBRARY_FRAGMENT(fused_rl, m) {
   m.def("cpu_features() -> str", &cpu_features);
   m.def("cpu_kept_memory() -> int", []() { return int64_t(kept_memory()); });
   m.def("cpu_release_memory() -> ()", &release_memory);
+  m.def("cpu_empty(int[] size, ScalarType dtype) -> Tensor", &kept_tensor);
 }
 
 TORCH_LIBRARY_IMPL(fused_rl, CPU, m) {

@@ -1,6 +1,12 @@
 #include "memory.h"
 
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+
 #include <algorithm>
+#include <memory>
+#include <cstring>
+#include <limits>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -109,6 +115,40 @@ void release_memory() {
   for (const Block& block : all.blocks) destroy(block);
   all.blocks.clear();
   all.total = 0;
+}
+
+namespace {
+
+// torch's way to memory, with a note of how much there is of it.
+struct Allocator final : at::Allocator {
+  struct Taken {
+    explicit Taken(size_t size) : bytes(size), data(take_memory(size)) {}
+    ~Taken() { give_memory(data, bytes); }
+    size_t bytes;
+    void* data;
+  };
+  at::DataPtr allocate(size_t bytes) override {
+    auto taken = std::make_unique<Taken>(bytes);
+    void* const data = taken->data;
+    return {data, taken.release(), [](void* of) { delete static_cast<Taken*>(of); }, at::kCPU};
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    std::memcpy(to, from, bytes);
+  }
+};
+
+}  // namespace
+
+at::Tensor kept_tensor(at::IntArrayRef size, at::ScalarType dtype) {
+  static Allocator* const allocator = new Allocator;
+  const at::DispatchKeySet keys(at::DispatchKey::CPU);
+  at::Tensor out = at::detail::empty_generic(size, allocator, keys, dtype, std::nullopt);
+  // As at::empty does, for those who look for what is never written.
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
+    out.fill_(std::numeric_limits<double>::quiet_NaN());
+  }
+  return out;
 }
 
 void prefer_huge_pages(void* data, size_t bytes) {

@@ -3,13 +3,15 @@
 // `most_kept` bytes, and handed to the system where that runs short of memory (madvise, MADV_FREE).
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <utility>
 
 namespace fused_rl {
 
-inline constexpr size_t most_kept = 128 << 20;
+inline constexpr size_t most_kept = 256 << 20;
 
 // On a cache-line boundary. Throws std::bad_alloc where there is no memory.
 void* take_memory(size_t bytes);
@@ -17,6 +19,9 @@ void give_memory(void* from, size_t bytes) noexcept;
 // Bytes that are kept and that no call has at the moment.
 size_t kept_memory();
 void release_memory();
+
+// A tensor in such a buffer, contiguous, not initialised: large ones, which a step forms again and again.
+at::Tensor kept_tensor(at::IntArrayRef size, at::ScalarType dtype);
 
 // For a large buffer, before it is first written: huge pages, where the system offers them, take a
 // fault for 2 MiB at a time.

@@ -153,10 +153,7 @@ Tensors3 backward_of_pairs(const Inputs& in, const Pairs& pairs, const std::vect
   restore_log_sums(p, g);
   const Picks picks = pick(p, pairs, rows);
   if (need.dhidden) out.dhidden = at::empty({p.N, p.H}, hidden.options());
-  if (need.dweight) {
-    out.dweight = at::empty(weight.sizes(), weight.options());
-    prefer_huge_pages(out.dweight);
-  }
+  if (need.dweight) out.dweight = kept_tensor(weight.sizes(), weight.scalar_type());
   if (need.dbias) out.dbias = at::empty({p.V}, bias->options());
   backward<T>(p, g.upstream(p.inv_temperature), nullptr, out, &picks, terms.data());
   if (need.dhidden) out.dhidden = place_rows(out.dhidden, rows, hidden, hidden.scalar_type());

@@ -38,14 +38,6 @@ inline at::Tensor index_tensor(const std::vector<int64_t>& rows) {
                        at::TensorOptions().dtype(at::kLong));
 }
 
-// A tensor in a buffer that is kept for the next call (memory.h) once nobody has it any more.
-inline at::Tensor tensor_of_kept_memory(int64_t size, at::ScalarType dtype) {
-  const size_t bytes = size * c10::elementSize(dtype);
-  void* const data = take_memory(bytes);
-  return at::from_blob(data, {size}, [bytes](void* from) { give_memory(from, bytes); },
-                       at::TensorOptions().dtype(dtype));
-}
-
 template <class A>
 at::Tensor scatter(const std::vector<A>& values, const std::vector<int64_t>& rows, int64_t N) {
   at::Tensor out = at::zeros({N}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));

@@ -160,8 +160,7 @@ struct Turns {
       rows.emplace_back(active.begin() + n0, active.begin() + std::min(N, n0 + most));
     }
     room = V * round_up(std::min(most, N), group);
-    z = at::empty({2 * room}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
-    prefer_huge_pages(z);
+    z = kept_tensor(2 * room, c10::CppTypeToScalarType<A>::value);
   }
   A* student() { return z.mutable_data_ptr<A>(); }
   A* teacher() { return student() + room; }

@@ -118,8 +118,9 @@ def test_what_one_way_moves_by_hand():
     assert {found["tp"].tokens, found["tp, sequence-sharded"].tokens} == {4 * N}
 
 
-def test_two_passes_gather_a_sequence_twice():
-    """The second forms the logits again, in three chunks, which the kernels of a CPU avoid."""
+def test_two_passes_gather_a_sequence_twice(monkeypatch):
+    """The second forms the logits again, in three chunks of too few tokens for one pass."""
+    monkeypatch.setitem(ops.ONE_PASS_TOKENS, "cpu", 2**20)
     (cut,) = (r for n, r in spread("tp").items() if "sequence" in n)
     assert cut.local.ways[-1].nhv == 8 and len(cut.local.chunks) == 3
     assert cut.received["hidden"] == 2 * 2 * N * H

@@ -169,7 +169,20 @@ def test_parts_of_each_way_are_its_time(way):
     case, seconds = case_of(5, 7, 11), 1.25
     found = roofline.parts(way, case, seconds, KNOWN)
     assert sum(found) == pytest.approx(seconds, rel=1e-12)
-    assert way.products >= way.nhv and way.exponentials >= 1
+    assert way.of(case).products >= way.nhv and way.of(case).exponentials >= 1
+
+
+@pytest.mark.parametrize("title", ["step by autograd", "step in one pass"])
+def test_kept_exponentials_spare_products_and_exponentials(title):
+    (way,) = (way for way in roofline.WAYS if way.title == title)
+    assert way.of(case_of(5, 7, 11)) == way  # in float32
+    in_half = "bfloat16" in ops.native.cpu_features()
+    of_logits = {"step by autograd": (8, 2), "step in one pass": (6, 2)}[title]
+    for V in (11, 2**21):
+        case = Case(torch.zeros(99, 1).bfloat16(), torch.zeros(V, 1).bfloat16(), torch.zeros(99))
+        kept = in_half and V == 11  # 99 tokens x 4 MiB are more than 256 MiB
+        doing = way.of(case)
+        assert (doing.products, doing.exponentials) == ((6, 1) if kept else of_logits)
 
 
 def test_nothing_is_said_of_parts_without_rates():

@@ -167,15 +167,15 @@ def test_what_is_kept_between_calls_is_bounded_and_can_be_released():
     hidden, weight, labels = drawn(2048, 512, 3000, torch.bfloat16)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     torch.autograd.grad(linear_logprobs(*leaves, labels).logprobs.sum(), leaves)
-    assert 0 < torch.ops.fused_rl.cpu_kept_memory() <= 128 * 2**20
-    # Two chunks' exponentials are more than that.
+    assert 0 < torch.ops.fused_rl.cpu_kept_memory() <= 256 * 2**20
+    # Four chunks' exponentials are more than that.
     weight, ones = drawn(8, 32, 32768, torch.bfloat16)[1], torch.ones(1024)
     hidden, labels = torch.zeros(1024, 32).bfloat16(), torch.zeros(1024, dtype=torch.int64)
     head = ops.Head(hidden, weight, None, labels, ones, 1.0, 0.0)
-    both = [ops.linear_logprobs_chunk(head, ops.Given(False)).z for _ in range(2)]
-    del both
+    of_chunks = [ops.linear_logprobs_chunk(head, ops.Given(False)).z for _ in range(4)]
+    del of_chunks
     kept = torch.ops.fused_rl.cpu_kept_memory()
-    assert (2**26 if "bfloat16" in ops.native.cpu_features() else 0) < kept <= 128 * 2**20
+    assert (2**27 if "bfloat16" in ops.native.cpu_features() else 0) < kept <= 256 * 2**20
     ops.release_memory()
     assert torch.ops.fused_rl.cpu_kept_memory() == 0
 

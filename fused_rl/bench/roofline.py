@@ -22,6 +22,7 @@ from fused_rl.bench import rates
 from fused_rl.bench.clock import interleaved, wall
 from fused_rl.bench.peers import Case, Step, batch_of, no_grad, steps
 from fused_rl.bench.rates import Group
+from fused_rl.stats import IGNORE_INDEX
 
 TOKENS, HIDDEN, VOCABULARY = 1024, 1024, 32768
 # The first vocabulary that is tried, and how many times as large the next one is.
@@ -34,7 +35,8 @@ ROUNDS, SECONDS, LEAST_ROUNDS = 7, 4.0, 2
 class Way(NamedTuple):
     """nhv: the work that nobody is spared. products, exponentials: what is done, in N H V and N V.
 
-    ours: the title in `bench.peers`.
+    ours: the title in `bench.peers`. kept: whether that may be less, nhv and 1, where exponentials
+    are kept in the place of logits.
     """
 
     title: str
@@ -43,13 +45,26 @@ class Way(NamedTuple):
     products: int
     exponentials: int
     frozen: bool = False
+    kept: bool = False
+
+    def of(self, case: Case) -> Way:
+        """With what is done at this shape."""
+        if not self.kept or not ops.exponentials_fit(*_head_of(case)):
+            return self
+        return self._replace(products=self.nhv, exponentials=1)
+
+
+def _head_of(case: Case) -> tuple[ops.Head, ops.Limits]:
+    ones = torch.ones(len(case.labels))
+    limits = ops.Limits(IGNORE_INDEX, ops.scratch_bytes(case.hidden.device, None))
+    return ops.Head(case.hidden, case.weight, None, case.labels, ones, 1.0, 0.0), limits
 
 
 AUTOGRAD, ONE_PASS = "fused_rl linear_logprobs", "fused_rl linear_policy_loss"
 WAYS = (
     Way("no gradient", "fused_rl", 2, 2, 1),
-    Way("step by autograd", AUTOGRAD, 6, 8, 2),
-    Way("step in one pass", ONE_PASS, 6, 6, 2),
+    Way("step by autograd", AUTOGRAD, 6, 8, 2, kept=True),
+    Way("step in one pass", ONE_PASS, 6, 6, 2, kept=True),
     Way("frozen head by autograd", AUTOGRAD, 4, 4, 1, frozen=True),
     Way("frozen head in one pass", ONE_PASS, 4, 4, 1, frozen=True),
 )
@@ -85,6 +100,7 @@ def parts(way: Way, case: Case, seconds: float, known: Speeds) -> Parts | None:
     if not known.products:
         return None
     (N, H), V = case.hidden.shape, case.weight.shape[0]
+    way = way.of(case)
     of_products = way.products * N * H * V / known.products
     of_exponentials = way.exponentials * N * V / known.exponentials
     return Parts(of_products, of_exponentials, seconds - of_products - of_exponentials)
@@ -183,7 +199,8 @@ def of_ways(case: Case, known: Speeds, count: int) -> Iterator[str]:
     yield row("", "NHV", "done", "time", "products", "exp", "rest", "of peak")
     for way, seconds in timed(case).items():
         in_parts = parts(way, case, seconds, known) or (0.0, 0.0, 0.0)
-        done = f"{way.products} + {way.exponentials}"
+        doing = way.of(case)
+        done = f"{doing.products} + {doing.exponentials}"
         values = (number(1e3 * t) for t in (seconds, *in_parts))
         share = number(share_of_peak(way, case, seconds, known) or 0.0)
         yield row(f"  {way.title}", str(way.nhv), done, *values, share)

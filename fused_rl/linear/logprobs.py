@@ -8,7 +8,8 @@
 The cost in multiples of N * H * V multiply-adds, a product counting 2: 2 without gradients; 8 with
 them (the backward pass recomputes the logits); 4 where the head is not trained; 6 where the loss is
 known in the forward pass (`linear_policy_loss`), and for any loss where chunk_bytes has room for
-all exponentials (bfloat16, on sm_90; on other GPUs after `trust_kernels(unproven=True)`).
+all exponentials (bfloat16, on sm_90; on other GPUs after `trust_kernels(unproven=True)`; on CPUs
+without softcap, and 8 again for a gradient of the entropy).
 """
 
 from collections.abc import Callable
@@ -58,7 +59,8 @@ def linear_logprobs(
         temperature: a number, or a tensor that broadcasts to labels; positive. No gradient.
         ignore_index: tokens with this label give 0 and 0, and no gradient.
         chunk_bytes: bound on the buffer for logits, where a way needs one; default 256 MiB, on CUDA
-            a 56th of the card's memory and 1 GiB at least.
+            a 56th of the card's memory and 1 GiB at least. Exponentials, 2 V bytes for each token,
+            stay in it until the backward pass where those of all tokens fit.
         grad_filter: an approximation: for each token, the backward pass leaves out those groups of
             512 vocabulary entries that hold neither its label nor an entry of at least this
             probability. It pays for peaked distributions; docs/filtered-gradients.md has the error

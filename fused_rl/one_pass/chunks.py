@@ -54,10 +54,12 @@ class Way(NamedTuple):
         counted = Counted.of(batch.loss_mask, self.sizes)
         evaluation = Evaluation(self.loss, batch, counted)
         of_sum = heads.dtype if len(counted.chunks) > 1 else ops.waiting_dtype(weight)
-        allocate = weight.new_empty if counted.chunks else weight.new_zeros
         total = self.policies.total(heads, counted)
-        dweight = allocate(weight.shape if need_weight else 0, dtype=of_sum)
-        dbias = allocate(weight.shape[0] if need_bias else 0, dtype=of_sum)
+        dweight = ops.empty(weight, *(weight.shape if need_weight else (0,)), dtype=of_sum)
+        dbias = ops.empty(weight, weight.shape[0] if need_bias else 0, dtype=of_sum)
+        if not counted.chunks:
+            dweight.zero_()
+            dbias.zero_()
         for i, chunk in enumerate(counted.chunks):
             stats, backward = self.policies.chunk(whole.at(chunk), i)
             sums = ops.Sums(dweight, dbias, i > 0)

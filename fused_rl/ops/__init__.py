@@ -44,7 +44,7 @@ from fused_rl.ops.kept_sets import Sets
 from fused_rl.ops.kl import Deviation, kl
 from fused_rl.ops.linear import linear_logprobs, linear_logprobs_backward
 from fused_rl.ops.logits import Rows, logits_logprobs
-from fused_rl.ops.native import native_missing, release_memory
+from fused_rl.ops.native import empty, native_missing, release_memory
 from fused_rl.ops.record import Given, Head, Known, Limits, Needs, Statistics, Upstream
 from fused_rl.ops.stored import linear_logprobs_stored
 from fused_rl.ops.terms import LogPair, divergence_terms
@@ -81,6 +81,7 @@ __all__ = [
     "chunk_sizes",
     "chunk_tokens",
     "divergence_terms",
+    "empty",
     "exponentials_fit",
     "fits_in_half",
     "in_full",

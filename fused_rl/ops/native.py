@@ -37,10 +37,17 @@ def multiplies_bfloat16(hidden: Tensor, weight: Tensor) -> bool:
     return both and hidden.device.type == "cpu" and "bfloat16" in cpu_features()
 
 
+def empty(like: Tensor, *size: int, dtype: torch.dtype) -> Tensor:
+    """like.new_empty; on a CPU a large one is in memory that is kept for the next step."""
+    if like.device.type == "cpu" and native_missing is None:
+        return torch.ops.fused_rl.cpu_empty(size, dtype)
+    return like.new_empty(size, dtype=dtype)
+
+
 def release_memory() -> None:
     """Hands the system the buffers that the C++ kernels keep for the next call.
 
-    They are 128 MiB at most, and on Linux the system takes their pages by itself where memory runs
+    They are 256 MiB at most, and on Linux the system takes their pages by itself where memory runs
     short; until then they count in the resident size of the process.
     """
     if native_missing is None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rl.ops import trust
+from fused_rl.ops import native, trust
 from fused_rl.ops.chunk import (
     ChunkLogits,
     Sums,
@@ -91,7 +91,8 @@ def linear_logprobs_stored_backward(
     counted = labels != limits.ignore_index
     part = head._replace(labels=labels.where(counted, 0)).at(stored.rows)
     up = Upstream(*(g.where(counted, 0.0)[stored.rows] for g in upstream))
-    dweight = weight.new_empty(weight.shape if needs.need_dweight else 0)
+    size = weight.shape if needs.need_dweight else (0,)
+    dweight = native.empty(weight, *size, dtype=weight.dtype)
     of_bias = bias.dtype if needs.need_dbias else weight.dtype
     dbias = weight.new_empty(weight.shape[0] if needs.need_dbias else 0, dtype=of_bias)
     of_rows = (ChunkLogits(stored.z), up, part, at(stored.rows, known), Sums(dweight, dbias, False))

@@ -31,7 +31,9 @@ MOST_CHUNKS = 2**20
 # softmax of three numbers, and of a block of it; tokens in one product over it, with a trained head
 # and with a frozen one; columns of a panel; steps in flight.
 SUPER_BLOCK, BLOCK, PASS_TOKENS, FROZEN_TOKENS, PANEL, STEPS = 1024, 256, 2048, 1024, 64, 3
-# Those on CUDA, at most.
+# What they keep for the next call, at most.
+KEPT_BYTES = 2**28
+# Slabs on CUDA, at most.
 SLABS = 64
 
 Parts = dict[str, int]
@@ -261,6 +263,13 @@ def _pass_dhidden(s: Sizes, n: int) -> int:
     return n * s.H * (s.acc + (s.w if s.device == "cpu" else 0))
 
 
+def _kept_between_calls(s: Sizes, before: Parts) -> Parts:
+    """What the C++ kernels give back of a phase and nobody else has yet."""
+    if s.device != "cpu":
+        return {}
+    return {"operands": min(KEPT_BYTES, before["logits"] + before["operands"])}
+
+
 def _chunk_logits(s: Sizes, n: int) -> int:
     """The logits of a chunk; on CUDA their gradient stands beside them in half precision. Or
     exponentials, whose rows begin at multiples of 128 bytes; on a CPU each block has a reference.
@@ -320,14 +329,16 @@ def one_pass(s: Sizes, sizes: list[int], frozen: bool) -> Way:
             "operands": _pass_operands(s, n, dweight=not frozen, recompute=False),
         }
     }
+    kept = _kept_between_calls(s, phases["chunk"])
     if several and s.waiting < s.acc:
         phases["narrow"] = {
             "dweight": elements * (s.acc + s.waiting),
             "dhidden": s.N * s.H * s.waiting,
+            **kept,
         }
     if s.w < s.waiting:
         both = s.waiting + s.w
-        phases["hand over"] = {"dweight": elements * both, "dhidden": s.N * s.H * both}
+        phases["hand over"] = {"dweight": elements * both, "dhidden": s.N * s.H * both, **kept}
     return s.way("linear_policy_loss", 4 if frozen else 6, **phases)
 
 
