@@ -106,6 +106,7 @@ def test_every_way_of_the_forward_is_right(small):
     assert max(r["entropy_error"] for r in ways) < 1e-5
 
 
+@pytest.mark.slow
 def test_chunks_rows_products_and_the_graph(small):
     content, _ = small
     tried = (*content["chunks"], *content["row kernels"], *content["products"])

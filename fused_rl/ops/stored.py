@@ -4,6 +4,7 @@ Where that is exponentials in bfloat16: half of what logits would take.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -45,22 +46,19 @@ def rows_that_count(labels: Tensor, ignore_index: int) -> Tensor:
     return (labels != ignore_index).nonzero()[:, 0]
 
 
-def _kernel_of(operator: Operator, device: torch.device) -> Operator | Callable:
-    """The operator itself on a CPU, for the C++ kernel; elsewhere plain torch, as a kernel that
-    keeps something else of the logits stands for all of this.
-    """
-    return operator if device.type == "cpu" else operator.plain
-
-
 @Operator
 def linear_logprobs_stored(head: Head, limits: Limits) -> StoredStatistics:
     """linear_logprobs, and room for the logits of all tokens that count until the backward pass."""
+    return _formed(linear_logprobs_chunk.plain, head, limits)
+
+
+def _formed(chunk: Callable, head: Head, limits: Limits) -> StoredStatistics:
+    """chunk: linear_logprobs_chunk, or its plain function."""
     check_tokens(head.labels, head.temperature, head.weight.shape[0], limits.ignore_index)
     counted = head.labels != limits.ignore_index
     rows = rows_that_count(head.labels, limits.ignore_index)
     # A chunk has labels of the vocabulary alone.
     part = head._replace(labels=head.labels.where(counted, 0)).at(rows)
-    chunk = _kernel_of(linear_logprobs_chunk, head.hidden.device)
     *stats, z = chunk(part, Given(False))
     totals = [t.zero_() for t in statistics_like(head.hidden, head.weight)]
     for total, of_part in zip(totals, stats, strict=True):
@@ -87,6 +85,20 @@ def linear_logprobs_stored_backward(
     needs: Needs,
 ) -> Gradients:
     """In plain torch the logits are the same for a second call; a kernel leaves them so, too."""
+    backward = linear_logprobs_chunk_backward.plain
+    return _gradients(backward, upstream, head, limits, known, stored, needs)
+
+
+def _gradients(
+    backward: Callable,
+    upstream: Upstream,
+    head: Head,
+    limits: Limits,
+    known: Known,
+    stored: Stored,
+    needs: Needs,
+) -> Gradients:
+    """backward: linear_logprobs_chunk_backward, or its plain function."""
     hidden, weight, bias, labels, *_ = head
     counted = labels != limits.ignore_index
     part = head._replace(labels=labels.where(counted, 0)).at(stored.rows)
@@ -97,7 +109,6 @@ def linear_logprobs_stored_backward(
     dbias = weight.new_empty(weight.shape[0] if needs.need_dbias else 0, dtype=of_bias)
     of_rows = (ChunkLogits(stored.z), up, part, at(stored.rows, known), Sums(dweight, dbias, False))
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    backward = _kernel_of(linear_logprobs_chunk_backward, hidden.device)
     dhidden[stored.rows] = backward(*of_rows).to(hidden.dtype)
     return Gradients(dhidden if needs.need_dhidden else hidden.new_empty(0), dweight, dbias)
 
@@ -116,3 +127,22 @@ def _(
 
 
 linear_logprobs_stored.differentiate(linear_logprobs_stored_backward, of="linear_logprobs")
+
+
+def _gradients_on_cpu(
+    upstream: Upstream,
+    head: Head,
+    limits: Limits,
+    known: Known,
+    stored: Stored,
+    _: Given,
+    needs: Needs,
+) -> Gradients:
+    backward = linear_logprobs_chunk_backward
+    return _gradients(backward, upstream, head, limits, known, stored, needs)
+
+
+if native.native_missing is None:
+    # The C++ kernels are those of a chunk.
+    linear_logprobs_stored.kernel("cpu", partial(_formed, linear_logprobs_chunk))
+    linear_logprobs_stored_backward.kernel("cpu", _gradients_on_cpu)
