@@ -1,12 +1,11 @@
-// What a chunk keeps of its logits in half the room: e = exp(z - reference), in bf16, of which the
-// gradient of a log-probability is a multiple,
+// What a chunk keeps of its logits in half the room: e = exp(z - largest) in sixteen bits (loops.h), of
+// which the gradient of a log-probability is a multiple,
 //
-//     dz[v, n] = -dlogprob[n] exp(reference[n] - lse[n]) e[v, n],   v != label
+//     dz[v, n] = -dlogprob[n] exp(largest[n] - lse[n]) e[v, n],   v != label
 //
-// with a reference for each block of the vocabulary and token (loops.h, exponentials), and the logits of
-// the labels: where p[label] is near 1, 1 - p would be lost in the rounding of e. Neither the gradient
-// of an entropy nor the slope of a softcap comes from it: they ask for log p, of which bf16 has too
-// little.
+// with the largest logit of each block of the vocabulary and token, and the logits of the labels: where
+// p[label] is near 1, 1 - p would be lost in the rounding of e. Neither the gradient of an entropy nor
+// the slope of a softcap comes from it: they ask for log p, of which sixteen bits have too little.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -17,8 +16,8 @@
 
 namespace fused_rl {
 
-// Lies in one buffer of bf16: e, tile by tile, [tiles, V, width]; the references, [blocks, padded] in
-// float64; the logits of the labels, [padded] in float.
+// Lies in one buffer of int16: e, tile by tile, [tiles, V, width]; the largest logits, [blocks, padded],
+// and those of the labels, [padded], in float.
 class KeptExponentials {
  public:
   // N and padded: of the chunk.
@@ -26,19 +25,19 @@ class KeptExponentials {
       : V(V),
         padded(padded),
         e(static_cast<uint16_t*>(buffer)),
-        references(reinterpret_cast<double*>(e + V * padded)),
-        labels(reinterpret_cast<float*>(references + most_blocks(V) * padded)) {}
+        of_blocks(reinterpret_cast<float*>(e + V * padded)),
+        labels(of_blocks + most_blocks(V) * padded) {}
 
   // Elements of the buffer.
   static int64_t size(int64_t V, int64_t padded) {
-    return V * padded + most_blocks(V) * padded * 4 + padded * 2;
+    return (V + 2 * most_blocks(V) + 2) * padded;
   }
 
   uint16_t* tile(int64_t v0, int64_t t) const {
     const int64_t n0 = t * tile_tokens;
     return e + n0 * V + v0 * width(t);
   }
-  double* reference(int64_t block, int64_t n) const { return references + block * padded + n; }
+  float* largest(int64_t block, int64_t n) const { return of_blocks + block * padded + n; }
   float* at_labels() const { return labels; }
 
   // A tile of chosen tokens, and zeros beyond `count`.
@@ -54,7 +53,7 @@ class KeptExponentials {
 
   int64_t V, padded;
   uint16_t* e;
-  double* references;
+  float* of_blocks;
   float* labels;
 };
 

@@ -108,10 +108,11 @@ class Pass : public SuperBlocks<T> {
     const int64_t real = std::min(width, p.N - n0);
     A factor[tile_tokens] = {};
     for (int64_t n = 0; n < real; ++n) {
-      factor[n] = A(-slope(n) * std::exp(*from.reference(v0 / p.block, of_chunk(n)) - lse(n)));
+      const double largest = *from.largest(v0 / p.block, of_chunk(n));
+      factor[n] = A(-slope(n) * std::exp(largest - lse(n)));
     }
     if (!all) from.gather(v0, rows, kept->rows.data() + n0, real, width, scratch);
-    bfloat16_loops().widen(all ? from.tile(v0, t) : scratch, rows, width, factor, target);
+    bfloat16_loops().scaled(all ? from.tile(v0, t) : scratch, rows, width, factor, target);
     without_gradient(target, rows, t);
     for (int64_t n = 0; n < real; ++n) {
       const int64_t line = p.labels[n0 + n] - v0;

@@ -92,10 +92,9 @@ TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* stored, const Picks* pic
           if (kept) {
             A* const of_tile = own->softmax;
             const Running<A> state{of_tile, of_tile + tile_tokens, of_tile + 2 * tile_tokens};
-            loops<A>().exponentials(z, rows, width, width, p.inv_temperature.data() + n0,
-                                    p.transform, state, kept->reference(b, n0));
+            bfloat16_loops().exponentials(z, rows, width, state, kept->tile(v0, t));
+            std::copy_n(of_tile, width, kept->largest(b, n0));
             loops<A>().merge(state, width, softmax.at(s, n0));
-            bfloat16_loops().narrow(z, rows * width, kept->tile(v0, t));
             continue;
           }
         }

@@ -119,7 +119,7 @@ static Tensors5 linear_logprobs_chunk(const at::Tensor& hidden, const at::Tensor
     at::Tensor z;
     TokenStatistics<T> s;
     if (std::is_same_v<T, c10::BFloat16> && softcap == 0 && !has_dentropy) {
-      z = kept_tensor(KeptExponentials::size(p.V, p.padded), at::kBFloat16);
+      z = kept_tensor(KeptExponentials::size(p.V, p.padded), at::kShort);
       const KeptExponentials kept(z.mutable_data_ptr(), p.V, p.padded);
       s = forward<T>(p, nullptr, nullptr, nullptr, nullptr, &kept);
     } else {

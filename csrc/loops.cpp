@@ -406,13 +406,43 @@ static void narrow(const float* from, int64_t n, uint16_t* to) {
   }
 }
 
-static void widen(const uint16_t* x, int64_t lines, int64_t columns, const float* factor,
-                  float* to) {
+// Bits of a float's mantissa that exponentials in sixteen bits are without.
+static constexpr int dropped = 14;
+
+static void short_exponentials(const float* z, int64_t lines, int64_t columns, Running<float> out,
+                               uint16_t* e) {
+  using Half = Simd<float>::half_bits;
+  for (int64_t n = 0; n < columns; n += Simd<float>::width) {
+    State<float> tile{largest_of(z + n, lines, columns), Vec<float>{}, Vec<float>{}};
+    int64_t at = n;
+    const Vec<float> origin = reference_point<float>(tile.max);
+    for (int64_t v0 = 0; v0 < lines; v0 += terms_of_sum) {
+      const int64_t v1 = v0 + terms_of_sum < lines ? v0 + terms_of_sum : lines;
+      State<float> part{};
+      for (int64_t v = v0; v < v1; ++v, at += columns) {
+        const Vec<float> p = add_logit<float>(part, load(z + at), origin);
+        Simd<float>::bits u;
+        std::memcpy(&u, &p, sizeof(u));
+        u = (u + ((1u << (dropped - 1)) - 1) + ((u >> dropped) & 1u)) >> dropped;
+        const Half half = __builtin_convertvector(u, Half);
+        std::memcpy(e + at, &half, sizeof(half));
+      }
+      tile.sum += part.sum;
+      tile.moment += part.moment;
+    }
+    store_state(tile, out, n);
+  }
+}
+
+static void scaled(const uint16_t* e, int64_t lines, int64_t columns, const float* factor, float* to) {
   for (int64_t v = 0; v < lines; ++v) {
     for (int64_t n = 0; n < columns; n += Simd<float>::width) {
       Simd<float>::half_bits half;
-      std::memcpy(&half, x + v * columns + n, sizeof(half));
-      store(to + v * columns + n, widened(half) * load(factor + n));
+      std::memcpy(&half, e + v * columns + n, sizeof(half));
+      const Simd<float>::bits u = __builtin_convertvector(half, Simd<float>::bits) << dropped;
+      Vec<float> p;
+      std::memcpy(&p, &u, sizeof(p));
+      store(to + v * columns + n, p * load(factor + n));
     }
   }
 }
@@ -484,6 +514,7 @@ extern const Loops<double> double_loops;
 extern const BFloat16Loops bfloat16_loops;
 const Loops<float> float_loops = table<float>();
 const Loops<double> double_loops = table<double>();
-const BFloat16Loops bfloat16_loops = {narrow, widen, add_scaled_bfloat16, dot_bfloat16};
+const BFloat16Loops bfloat16_loops = {narrow, short_exponentials, scaled, add_scaled_bfloat16,
+                                       dot_bfloat16};
 
 }  // namespace fused_rl::FUSED_RL_ISA

@@ -116,8 +116,14 @@ struct PackLoops {
 
 struct BFloat16Loops {
   void (*narrow)(const float* from, int64_t n, uint16_t* to);
-  // to[v, n] = factor[n] x[v, n]; columns is a multiple of 16.
-  void (*widen)(const uint16_t* x, int64_t lines, int64_t columns, const float* factor, float* to);
+  // The softmax of a tile z[lines, columns], which is that of accumulate bit by bit, and of it
+  // e = exp(z - max), max being the column's, in sixteen bits: the sign and the largest of a float's
+  // exponent bits are 0 in e <= 1, so that nine of the mantissa are left, two more than bf16 has. What
+  // is no number is no number in e either, but may be another.
+  void (*exponentials)(const float* z, int64_t lines, int64_t columns, Running<float> tile,
+                       uint16_t* e);
+  // to[v, n] = factor[n] e[v, n]
+  void (*scaled)(const uint16_t* e, int64_t lines, int64_t columns, const float* factor, float* to);
   // sum += factor * x
   void (*add_scaled)(const uint16_t* x, int64_t n, float factor, float* sum);
   double (*dot)(const uint16_t* x, const float* y, int64_t n);

@@ -62,7 +62,7 @@ def dhidden_dtype(head: Head | TwoHeads, sums: Sums) -> torch.dtype:
 
 
 def keeps_exponentials(head: Head, given: Given) -> bool:
-    """Whether the C++ kernel has bf16 exponentials of a chunk in the place of fp32 logits."""
+    """Whether the C++ kernel has exponentials in 16 bits of a chunk in the place of fp32 logits."""
     plain = head.softcap == 0.0 and not given.has_dentropy
     return plain and native.multiplies_bfloat16(head.hidden, head.weight)
 
@@ -73,8 +73,8 @@ def room(head: Head, given: Given) -> Tensor:
     N, V = padded(hidden.shape[0]), weight.shape[0]
     if not keeps_exponentials(head, given):
         return hidden.new_empty(V * N, dtype=head.dtype)
-    # With the references of blocks of 64 rows at least, in float64, and the labels' logits.
-    return hidden.new_empty(N * (V + 4 * (round_up(V, 64) // 64) + 2))
+    # With float32 of each block of 64 rows at least, and of the label.
+    return hidden.new_empty(N * (V + 2 * (round_up(V, 64) // 64) + 2), dtype=torch.int16)
 
 
 def exponentials_fit(head: Head, limits: Limits) -> bool:
@@ -94,8 +94,8 @@ def tokens_of_chunk(head: Head, given: Given, chunk_bytes: int | None) -> int:
 
 @Operator
 def linear_logprobs_chunk(head: Head, given: Given) -> ChunkStatistics:
-    """In plain torch z is [N, V], flattened. The C++ kernel has bf16 exponentials instead where the
-    gradient of the log-prob is all that is asked of them.
+    """In plain torch z is [N, V], flattened. The C++ kernel has exponentials in 16 bits instead where
+    the gradient of the log-prob is all that is asked of them.
     """
     z, N = head.logits(), len(head.labels)
     beyond = head.weight.shape[0] * (padded(N) - N)

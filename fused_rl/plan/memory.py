@@ -275,7 +275,7 @@ def _chunk_logits(s: Sizes, n: int) -> int:
     exponentials, whose rows begin at multiples of 128 bytes; on a CPU each block has a reference.
     """
     if s.kept and s.device == "cpu":
-        return round_up(n, 32) * (2 * s.V + 8 * -(-s.V // BLOCK))
+        return round_up(n, 32) * (2 * s.V + 4 * -(-s.V // BLOCK))
     if s.kept:
         return 2 * n * round_up(s.V, 64)
     beside = s.w if s.device != "cpu" and s.w < s.acc else 0
