@@ -94,8 +94,8 @@ def tokens_of_chunk(head: Head, given: Given, chunk_bytes: int | None) -> int:
 
 @Operator
 def linear_logprobs_chunk(head: Head, given: Given) -> ChunkStatistics:
-    """In plain torch z is [N, V], flattened. The C++ kernel has exponentials in 16 bits instead where
-    the gradient of the log-prob is all that is asked of them.
+    """In plain torch z is [N, V], flattened. The C++ kernel has exponentials in 16 bits where the
+    gradient of the log-prob is all that is asked of z.
     """
     z, N = head.logits(), len(head.labels)
     beyond = head.weight.shape[0] * (padded(N) - N)
