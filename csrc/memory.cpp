@@ -146,7 +146,11 @@ at::Tensor kept_tensor(at::IntArrayRef size, at::ScalarType dtype) {
   // As at::empty does, for those who look for what is never written.
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
-    out.fill_(std::numeric_limits<double>::quiet_NaN());
+    if (out.is_floating_point()) {
+      out.fill_(std::numeric_limits<double>::quiet_NaN());
+    } else {
+      out.fill_(-1);
+    }
   }
   return out;
 }

@@ -324,7 +324,8 @@ def test_one_id_is_linear_logprobs_to_the_bit(dtype, features):
     up = upstream(ids)
     up[1] = torch.zeros(70)
     got = differentiated(fused(case, ids), case, up)
-    right = oracle.ours(case, up[0][:, 0], up[2])
+    # With logits that are formed again, not from exponentials.
+    right = oracle.ours(case, up[0][:, 0], up[2], chunk_bytes=1)
     mine = (got[0][:, 0], got[2], *got[3:])
     for a, b in zip(mine, right, strict=True):
         oracle.assert_same_bits(a, b)

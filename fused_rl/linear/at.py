@@ -61,7 +61,8 @@ def linear_logprobs_at(
 
     Returns:
         AtStats(logprobs [..., K], lse [...], entropy [...]), in nats. For K = 1 on CPUs, logprobs
-        and entropy are those of linear_logprobs, bit by bit, and so are their gradients.
+        and entropy are those of linear_logprobs, bit by bit, and so are their gradients where it
+        keeps no exponentials.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; an id outside [0, V); a temperature
