@@ -221,17 +221,19 @@ def renamed(library: bytes, namespace: str) -> bytes:
 
     Its symbols are hidden: the namespace of the operators is all that has this name in it. A
     compiler may have spread the name over instructions, where it is not found; hence the proof, in
-    a process of its own, that the result registers what ours does, and there alone.
+    a process of its own, that the result registers what this one does, and there alone.
 
     Raises:
         ValueError: it does not.
     """
     assert len(namespace) == len(NAMESPACE)
     changed = library.replace(NAMESPACE.encode(), namespace.encode())
-    theirs = {n for n in registered_by(changed) if n.startswith((NAMESPACE, namespace))}
-    here = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
-    ours = {n.replace(NAMESPACE, namespace) for n in here if n.startswith(f"{NAMESPACE}::")}
-    if theirs != ours:
+    theirs, before = (
+        {n for n in registered_by(which) if n.startswith((NAMESPACE, namespace))}
+        for which in (changed, library)
+    )
+    ours = {n.replace(NAMESPACE, namespace) for n in before}
+    if not ours or theirs != ours:
         raise ValueError(
             f"the namespace of the C++ library did not change from {NAMESPACE} to {namespace}: "
             f"it registers {sorted(theirs)}"
