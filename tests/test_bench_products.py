@@ -73,7 +73,10 @@ def test_the_copies_are_judged_in_memory_that_is_there_too():
 def test_memory_of_both():
     """64 MiB of logits."""
     pairs = factors(torch.ones(1024, 2), torch.ones(16384, 2), 2)
-    into, allocating = (clock.peak_extra_bytes(run, "cpu") for run in bare(pairs).values())
+    both = bare(pairs).values()
+    for run in both:
+        run()  # once, for what torch's products keep
+    into, allocating = (clock.peak_extra_bytes(run, "cpu") for run in both)
     assert into is None or (into < 2**20 and 2**26 - 2**20 <= allocating < 2**26 + 2**24)
 
 
