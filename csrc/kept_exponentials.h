@@ -8,9 +8,8 @@
 // the slope of a softcap comes from it: they ask for log p, of which sixteen bits have too little.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-
-#include <cmath>
+#include <algorithm>
+#include <cstdint>
 
 #include "problem.h"
 
@@ -20,7 +19,7 @@ namespace fused_rl {
 // and those of the labels, [padded], in float.
 class KeptExponentials {
  public:
-  // N and padded: of the chunk.
+  // padded: of the chunk.
   KeptExponentials(void* buffer, int64_t V, int64_t padded)
       : V(V),
         padded(padded),

@@ -79,8 +79,9 @@ def room(head: Head, given: Given) -> Tensor:
 
 def exponentials_fit(head: Head, limits: Limits) -> bool:
     """Whether the C++ kernel keeps those of all tokens for the backward pass."""
-    most = chunk_rows(head.weight.shape[0], torch.bfloat16, limits.chunk_bytes)
-    return keeps_exponentials(head, Given(False)) and len(head.labels) <= most
+    given = Given(False)
+    most = tokens_of_chunk(head, given, limits.chunk_bytes)
+    return keeps_exponentials(head, given) and len(head.labels) <= most
 
 
 def tokens_of_chunk(head: Head, given: Given, chunk_bytes: int | None) -> int:
@@ -89,7 +90,7 @@ def tokens_of_chunk(head: Head, given: Given, chunk_bytes: int | None) -> int:
     if not keeps_exponentials(head, given):
         return chunk_tokens(hidden, weight, chunk_bytes)
     scratch = scratch_bytes(hidden.device, chunk_bytes)
-    return chunk_rows(weight.shape[0], torch.bfloat16, scratch)
+    return chunk_rows(weight.shape[0], torch.int16, scratch)
 
 
 @Operator

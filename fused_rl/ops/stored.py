@@ -1,6 +1,6 @@
 """Log-probs and entropies that keep what they have of the logits: 6 NHV for any loss.
 
-Where that is exponentials in bfloat16: half of what logits would take.
+Where that is exponentials in 16 bits: half of what logits would take.
 """
 
 from collections.abc import Callable
