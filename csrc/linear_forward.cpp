@@ -7,6 +7,7 @@
 // the L2 cache, joins the softmax of its super-block and tokens and is forgotten. Those of the
 // super-blocks are merged in order: the same bits on any number of threads. Traffic: reads NH + VH,
 // writes 4N.
+#include "asked.h"
 #include "kept_exponentials.h"
 #include "labels.h"
 #include "problem.h"
@@ -57,7 +58,8 @@ struct OfThread {
 
 template <class T>
 TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* stored, const Picks* picks,
-                           Acc<T>* picked, Acc<T>* peaks, const KeptExponentials* kept) {
+                           Acc<T>* picked, Acc<T>* peaks, const KeptExponentials* kept,
+                           AskedOf<T>* asked) {
   using A = Acc<T>;
   const int64_t supers = p.super_blocks(), blocks_of_super = p.super_rows() / p.block;
   // Few super-blocks, as with a small vocabulary, leave threads idle: then the tokens are cut as well.
@@ -83,6 +85,7 @@ TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* stored, const Picks* pic
           const int64_t line = p.labels[n0 + n] - v0;
           if (line >= 0 && line < rows) at_label[n0 + n] = z[line * width + n];
         }
+        if (asked) asked->show(z, v0, rows, t, s, member);
         if (picks) {
           picks->each(b, t, [&](Picks::Pick i) {
             picked[i.pair] = z[i.line * width + i.column];
@@ -112,10 +115,11 @@ template class PartialSoftmax<float>;
 template class PartialSoftmax<double>;
 template TokenStatistics<c10::BFloat16> forward(const Problem<c10::BFloat16>&, float*,
                                                 const Picks*, float*, float*,
-                                                const KeptExponentials*);
+                                                const KeptExponentials*,
+                                                AskedOf<c10::BFloat16>*);
 template TokenStatistics<float> forward(const Problem<float>&, float*, const Picks*, float*,
-                                        float*, const KeptExponentials*);
+                                        float*, const KeptExponentials*, AskedOf<float>*);
 template TokenStatistics<double> forward(const Problem<double>&, double*, const Picks*, double*,
-                                         double*, const KeptExponentials*);
+                                         double*, const KeptExponentials*, AskedOf<double>*);
 
 }  // namespace fused_rl

@@ -15,6 +15,7 @@
 #include <cmath>
 #include <limits>
 
+#include "asked.h"
 #include "labels.h"
 #include "pairs.h"
 #include "super_blocks.h"
@@ -30,8 +31,14 @@ class FrozenPass : public SuperBlocks<T> {
   using typename Walk::OfThread;
   using typename Walk::Step;
 
-  explicit FrozenPass(const Problem<T>& problem)
+  // The parts that `asked` has: one for each super-block, and one for each block of three.
+  static int64_t parts(const Problem<T>& p) {
+    return p.super_blocks() + 3 * (p.super_rows() / p.block);
+  }
+
+  FrozenPass(const Problem<T>& problem, AskedOf<T>* what)
       : Walk(problem, {true, false, false, true}),
+        asked(what),
         softmax(problem),
         at_label(p.padded, A(0)),
         blocks_of_super(p.super_rows() / p.block),
@@ -55,6 +62,7 @@ class FrozenPass : public SuperBlocks<T> {
 
  private:
   using Walk::p;
+  AskedOf<T>* const asked;  // null, or what is shown every tile
   static constexpr double lowest = -std::numeric_limits<double>::infinity();
   PartialSoftmax<T> softmax;
   std::vector<A> at_label;
@@ -70,6 +78,9 @@ class FrozenPass : public SuperBlocks<T> {
   }
   double* tile_reference(const Step& step, int64_t block) const {
     return tile_references.data() + (step.slot * blocks_of_super + block) * p.padded;
+  }
+  int64_t part(const Step& step, int64_t block) const {
+    return p.super_blocks() + step.slot * blocks_of_super + block;
   }
   double* reference(int64_t super_block) const {
     return references.data() + super_block % 3 * p.padded;
@@ -87,6 +98,7 @@ class FrozenPass : public SuperBlocks<T> {
       const int64_t line = p.labels[n0 + n] - v0;
       if (line >= 0 && line < count) at_label[n0 + n] = z[line * width + n];
     }
+    if (asked) asked->show(z, v0, count, t, part(step, block), own.member);
     loops<A>().exponentials(z, count, width, width, p.inv_temperature.data() + n0, p.transform,
                             state(step, block, n0), tile_reference(step, block) + n0);
     for (int64_t n = 0; n < width; ++n) {
@@ -100,6 +112,7 @@ class FrozenPass : public SuperBlocks<T> {
   void tile_done(const Step& step, int64_t t) override {
     const int64_t n0 = t * tile_tokens, width = p.tile_width(t);
     const int64_t blocks = (step.rows + p.block - 1) / p.block;
+    if (asked) asked->gather(step.super_block, part(step, 0), blocks, t);
     for (int64_t b = 0; b < blocks; ++b) {
       loops<A>().merge(state(step, b, n0), width, softmax.at(step.super_block, n0));
     }
@@ -167,6 +180,18 @@ class FrozenPass : public SuperBlocks<T> {
   }
 };
 
+// The statistics of the tokens `active`, and the unit of all.
+template <class T>
+static std::pair<TokenStatistics<T>, at::Tensor> frozen(const Problem<T>& p,
+                                                        const std::vector<int64_t>& active,
+                                                        const at::Tensor& hidden,
+                                                        AskedOf<T>* asked = nullptr) {
+  const at::Tensor unit = at::empty({p.N, p.H}, hidden.options());
+  TokenStatistics<T> s;
+  if (p.N) s = FrozenPass<T>(p, asked).run(unit);
+  return {std::move(s), place_rows(unit, active, hidden, hidden.scalar_type())};
+}
+
 static Tensors5 linear_logprobs_frozen(const at::Tensor& hidden, const at::Tensor& weight,
                                        const Bias& bias, const at::Tensor& labels,
                                        const at::Tensor& temperature, double scale, double softcap,
@@ -178,14 +203,36 @@ static Tensors5 linear_logprobs_frozen(const at::Tensor& hidden, const at::Tenso
     using T = decltype(zero);
     const int64_t N = y.numel();
     const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, active);
-    const at::Tensor unit = at::empty({p.N, p.H}, hidden.options());
-    const TokenStatistics<T> s = p.N ? FrozenPass<T>(p).run(unit) : TokenStatistics<T>{};
+    const auto [s, unit] = frozen<T>(p, active, hidden);
     return {scatter(s.logprobs, active, N), scatter(s.entropy, active, N),
-            scatter(s.lse, active, N), scatter(s.top, active, N),
-            place_rows(unit, active, hidden, hidden.scalar_type())};
+            scatter(s.lse, active, N), scatter(s.top, active, N), unit};
   });
 }
 
-TORCH_LIBRARY_IMPL(fused_rl, CPU, m) { m.impl("linear_logprobs_frozen", &linear_logprobs_frozen); }
+static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                  at::Tensor>
+linear_statistics_frozen(const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
+                         const at::Tensor& labels, const at::Tensor& temperature, double scale,
+                         double softcap, bool collision, bool mean_logit, int64_t top,
+                         int64_t ignore_index, int64_t /*chunk_bytes*/) {
+  check_labels(labels, weight.size(0), ignore_index);
+  const at::Tensor y = labels.contiguous();
+  const auto active = counted_rows(y, ignore_index);
+  return with_compute_type(hidden, weight, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t N = y.numel();
+    const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, active);
+    AskedOf<T> asked(p, {collision, mean_logit, top}, FrozenPass<T>::parts(p));
+    const auto [s, unit] = frozen<T>(p, active, hidden, &asked);
+    return std::tuple_cat(Tensors3{scatter(s.logprobs, active, N), scatter(s.entropy, active, N),
+                                   scatter(s.lse, active, N)},
+                          asked.finish(s, active, N), std::tuple(unit));
+  });
+}
+
+TORCH_LIBRARY_IMPL(fused_rl, CPU, m) {
+  m.impl("linear_logprobs_frozen", &linear_logprobs_frozen);
+  m.impl("linear_statistics_frozen", &linear_statistics_frozen);
+}
 
 }  // namespace fused_rl

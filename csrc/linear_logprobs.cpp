@@ -4,6 +4,7 @@
 #include <ATen/ops/index_select.h>
 #include <torch/library.h>
 
+#include "asked.h"
 #include "kept_exponentials.h"
 #include "labels.h"
 #include "problem.h"
@@ -76,6 +77,27 @@ static Tensors4 linear_logprobs(const at::Tensor& hidden, const at::Tensor& weig
     const int64_t N = y.numel();
     return {scatter(s.logprobs, active, N), scatter(s.entropy, active, N),
             scatter(s.lse, active, N), scatter(s.top, active, N)};
+  });
+}
+
+static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+linear_statistics(const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
+                  const at::Tensor& labels, const at::Tensor& temperature, double scale,
+                  double softcap, bool collision, bool mean_logit, int64_t top,
+                  int64_t ignore_index, int64_t /*chunk_bytes*/) {
+  check_labels(labels, weight.size(0), ignore_index);
+  const at::Tensor y = labels.contiguous();
+  const auto active = counted_rows(y, ignore_index);
+  return with_compute_type(hidden, weight, [&](auto zero) {
+    using T = decltype(zero);
+    const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, active);
+    AskedOf<T> asked(p, {collision, mean_logit, top}, p.super_blocks());
+    TokenStatistics<T> s;
+    if (p.N) s = forward<T>(p, nullptr, nullptr, nullptr, nullptr, nullptr, &asked);
+    const int64_t N = y.numel();
+    return std::tuple_cat(Tensors3{scatter(s.logprobs, active, N), scatter(s.entropy, active, N),
+                                   scatter(s.lse, active, N)},
+                          asked.finish(s, active, N));
   });
 }
 
@@ -204,6 +226,7 @@ TORCH_LIBRARY_FRAGMENT(fused_rl, m) {
 TORCH_LIBRARY_IMPL(fused_rl, CPU, m) {
   m.impl("linear_logprobs", &linear_logprobs);
   m.impl("linear_logprobs_backward", &linear_logprobs_backward);
+  m.impl("linear_statistics", &linear_statistics);
   m.impl("linear_logprobs_chunk", &linear_logprobs_chunk);
   m.impl("linear_logprobs_chunk_backward", &linear_logprobs_chunk_backward);
 }

@@ -118,6 +118,46 @@ static void accumulate(const T* z, int64_t lines, int64_t columns, int64_t ld, R
   }
 }
 
+// term(z) of the logits of a column, summed in short sums.
+template <class T, class F>
+FUSED_RL_INLINE Vec<T> summed(const T* z, int64_t lines, int64_t ld, const F& term) {
+  Vec<T> sum{};
+  for (int64_t v0 = 0; v0 < lines; v0 += terms_of_sum) {
+    const int64_t v1 = v0 + terms_of_sum < lines ? v0 + terms_of_sum : lines;
+    Vec<T> part{};
+    for (int64_t v = v0; v < v1; ++v) part += term(load(z + v * ld));
+    sum += part;
+  }
+  return sum;
+}
+
+template <class T>
+static void squares(const T* z, int64_t lines, int64_t columns, int64_t ld, T* max, T* sum) {
+  for (int64_t n = 0; n < columns; n += Simd<T>::width) {
+    const Vec<T> before = load(max + n), of_tile = largest_of(z + n, lines, ld);
+    const Vec<T> now = of_tile > before ? of_tile : before, reference = reference_point<T>(now);
+    const Vec<T> factor = exp<T>(before - reference);
+    const Vec<T> added = summed<T>(z + n, lines, ld, [&](Vec<T> x) {
+      const Vec<T> e = exp<T>(x - reference);
+      return e * e;
+    });
+    store(sum + n, factor * factor * load(sum + n) + added);
+    store(max + n, now);
+  }
+}
+
+template <class T>
+static void column_sums(const T* z, int64_t lines, int64_t columns, int64_t ld, T* sum) {
+  for (int64_t n = 0; n < columns; n += Simd<T>::width) {
+    store(sum + n, load(sum + n) + summed<T>(z + n, lines, ld, [](Vec<T> x) { return x; }));
+  }
+}
+
+template <class T>
+static void largest(const T* z, int64_t lines, int64_t columns, int64_t ld, T* max) {
+  for (int64_t n = 0; n < columns; n += Simd<T>::width) store(max + n, largest_of(z + n, lines, ld));
+}
+
 template <class T>
 static void merge(Running<T> tile, int64_t columns, Running<T> run) {
   for (int64_t n = 0; n < columns; n += Simd<T>::width) {
@@ -503,10 +543,10 @@ void two_gradient(const T*, const T*, int64_t, int64_t, int64_t, TwoLse<T>, Meas
 
 template <class T>
 static constexpr Loops<T> table() {
-  return {transform<T>,      accumulate<T>,   exponentials<T>, merge<T>,
-          gradient<T>,       line_sums<T>,    row_statistics<T>, row_gradient<T>,
-          kl<T>,             add_scaled<T>,   dot<T>,          two_sums<T>,
-          two_gradient<T>};
+  return {transform<T>,      accumulate<T>, exponentials<T>, squares<T>,
+          column_sums<T>,    largest<T>,    merge<T>,        gradient<T>,
+          line_sums<T>,      row_statistics<T>, row_gradient<T>, kl<T>,
+          add_scaled<T>,     dot<T>,        two_sums<T>,     two_gradient<T>};
 }
 
 extern const Loops<float> float_loops;

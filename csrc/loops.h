@@ -71,6 +71,12 @@ struct Loops {
   // z, so that it is exact to go from one to another; that z itself where it is beyond 65536 or -inf.
   void (*exponentials)(T* z, int64_t lines, int64_t columns, int64_t ld, const T* inv_temperature,
                        Transform<T>, Running<T> tile, double* reference);
+  // Adds a tile to sum = sum_v exp(2 (z - max)), max being the largest logit so far.
+  void (*squares)(const T* z, int64_t lines, int64_t columns, int64_t ld, T* max, T* sum);
+  // Adds the columns of a tile to sum.
+  void (*column_sums)(const T* z, int64_t lines, int64_t columns, int64_t ld, T* sum);
+  // The largest logit of each column of a tile.
+  void (*largest)(const T* z, int64_t lines, int64_t columns, int64_t ld, T* max);
   // Adds the softmax of a tile that has been accumulated on its own.
   void (*merge)(Running<T> tile, int64_t columns, Running<T>);
   // z -> draw, without the label's own term; may write where it reads.

@@ -277,15 +277,18 @@ class PartialSoftmax {
 };
 
 class KeptExponentials;
+template <class T>
+class AskedOf;
 
 // stored: null, or a buffer for V * padded logits, tile by tile: [tiles, V, width].
 // kept: null, or where their exponentials go. Of bf16 alone, and without softcap.
 // picks: null, or the pairs whose logits are wanted in `picked`, each under its number.
 // peaks: null, or -inf [V / filter_rows, padded], to become the largest logits.
+// asked: null, or what is shown every tile, in parts of a super-block.
 template <class T>
 TokenStatistics<T> forward(const Problem<T>& p, Acc<T>* stored, const Picks* picks = nullptr,
                            Acc<T>* picked = nullptr, Acc<T>* peaks = nullptr,
-                           const KeptExponentials* kept = nullptr);
+                           const KeptExponentials* kept = nullptr, AskedOf<T>* asked = nullptr);
 
 // n numbers, rounded once, into a contiguous tensor of any floating dtype, from element `offset` on;
 // added to what is there if `add`.

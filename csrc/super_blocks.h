@@ -52,9 +52,10 @@ class SuperBlocks {
     int64_t slot;
   };
   struct OfThread {
-    explicit OfThread(const SuperBlocks& walk)
-        : tile(walk.p.block * tile_tokens), other(walk.p.block * tile_tokens),
+    OfThread(const SuperBlocks& walk, int64_t member)
+        : member(member), tile(walk.p.block * tile_tokens), other(walk.p.block * tile_tokens),
           sum(std::max(walk.p.block, hidden_tokens) * panel_columns) {}
+    int64_t member;
     Buffer<A> tile, other, sum;
     std::unique_ptr<typename LogitTiles<A>::Cache> of_other;  // where other logits are formed, too
   };
@@ -175,7 +176,7 @@ class SuperBlocks {
   }
 
   OfThread& of(int64_t member) {
-    if (!threads[member]) threads[member] = std::make_unique<OfThread>(*this);
+    if (!threads[member]) threads[member] = std::make_unique<OfThread>(*this, member);
     return *threads[member];
   }
 

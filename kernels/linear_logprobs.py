@@ -12,6 +12,8 @@ that stay in L2, and reads them there. Parts merge in a fixed order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -241,30 +243,42 @@ def tiled_statistics(
 ) -> Tensor:  # [tiles, 4, N] fp32
     """The same, from the vendor's products: tiles of fp32 logits small enough to stay in L2."""
     N, V = hidden.shape[0], weight.shape[0]
-    rows, columns = tile_sides(N)
-    columns_of = [weight[v0 : v0 + columns] for v0 in range(0, V, columns)]
-    partial = torch.empty(len(columns_of), 4, N, dtype=torch.float32, device=hidden.device)
-    raw = torch.empty(rows * min(columns, V), dtype=torch.float32, device=hidden.device)
-    for n0 in range(0, N, rows):
-        n1 = min(n0 + rows, N)
+    count = triton.cdiv(V, tile_sides(N)[1])
+    partial = torch.empty(count, 4, N, dtype=torch.float32, device=hidden.device)
+    for rows, tiles in tiles_of(hidden, weight):
+        tokens = (labels[rows], temperature[rows])
         # A contiguous workspace for these rows; copied where the rows are not all there are.
-        here = partial if n1 - n0 == N else partial.new_empty(len(columns_of), 4, n1 - n0)
-        tokens = (labels[n0:n1], temperature[n0:n1])
-        for i, part in enumerate(columns_of):
-            v0, count = i * columns, len(part)
-            logits = raw[: (n1 - n0) * count].view(n1 - n0, count)
-            logprobs.partial_statistics(
-                product(hidden[n0:n1], part.T, logits),
-                None if bias is None else bias[v0 : v0 + count],
-                *tokens,
-                here[i : i + 1],
-                scale,
-                softcap,
-                v0,
-            )
-        if here is not partial:
-            partial[:, :, n0:n1] = here
+        some = len(tokens[0]) < N
+        here = partial.new_empty(count, 4, len(tokens[0])) if some else partial
+        for i, (v0, columns, raw) in enumerate(tiles):
+            of_bias = None if bias is None else bias[columns]
+            to = here[i : i + 1]
+            logprobs.partial_statistics(raw, of_bias, *tokens, to, scale, softcap, v0)
+        if some:
+            partial[:, :, rows] = here
     return partial
+
+
+def tiles_of(
+    hidden: Tensor, weight: Tensor
+) -> Iterator[tuple[slice, Iterator[tuple[int, slice, Tensor]]]]:
+    """For some tokens after others, for some columns after others: (first column, columns, raw).
+
+    raw: the products [tokens, columns] in fp32, until the next are formed in their place.
+    """
+    N, V = hidden.shape[0], weight.shape[0]
+    rows, columns = tile_sides(N)
+    room = torch.empty(rows * min(columns, V), dtype=torch.float32, device=hidden.device)
+
+    def formed(of: slice) -> Iterator[tuple[int, slice, Tensor]]:
+        states = hidden[of]
+        for v0 in range(0, V, columns):
+            part = weight[v0 : v0 + columns]
+            raw = room[: len(states) * len(part)].view(len(states), len(part))
+            yield v0, slice(v0, v0 + columns), product(states, part.T, raw)
+
+    for n0 in range(0, N, rows):
+        yield slice(n0, n0 + rows), formed(slice(n0, n0 + rows))
 
 
 def fwd(

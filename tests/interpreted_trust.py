@@ -96,6 +96,7 @@ def every_operator():
             *(up, of, LIMITS, known, Stored(torch.arange(20), z.clone()), Given(True)),
             Needs(True, True, False),
         ),
+        ops.linear_statistics: (of, ops.Asked(True, True, 3), LIMITS),
         ops.logits_logprobs: (rows,),
         logits_logprobs_backward: (up, rows, Known(of_rows.lse, of_rows.entropy)),
         ops.kl: (Deviation(torch.randn(20), 3, 2),),

@@ -46,6 +46,7 @@ from fused_rl.ops.linear import linear_logprobs, linear_logprobs_backward
 from fused_rl.ops.logits import Rows, logits_logprobs
 from fused_rl.ops.native import empty, native_missing, release_memory
 from fused_rl.ops.record import Given, Head, Known, Limits, Needs, Statistics, Upstream
+from fused_rl.ops.statistics import Asked, linear_statistics, linear_statistics_frozen
 from fused_rl.ops.stored import linear_logprobs_stored
 from fused_rl.ops.terms import LogPair, divergence_terms
 from fused_rl.ops.triton_chunk import fits_in_half
@@ -55,6 +56,7 @@ __all__ = [
     "FILTER_ROWS",
     "HAS_TRITON",
     "ONE_PASS_TOKENS",
+    "Asked",
     "AtHead",
     "ChunkLogits",
     "Deviation",
@@ -101,6 +103,8 @@ __all__ = [
     "linear_logprobs_chunk_backward",
     "linear_logprobs_frozen",
     "linear_logprobs_stored",
+    "linear_statistics",
+    "linear_statistics_frozen",
     "logits_logprobs",
     "native_missing",
     "one_pass_pays",

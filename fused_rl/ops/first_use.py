@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import reference
-from fused_rl.ops import chunk, divergence, divergence_chunk, linear, logits, stored
+from fused_rl.ops import chunk, divergence, divergence_chunk, linear, logits, statistics, stored
 from fused_rl.ops.chunk import ChunkLogits, Sums
 from fused_rl.ops.divergence import TwoNeeds
 from fused_rl.ops.divergence_chunk import StudentUpstream, known_of
@@ -28,6 +28,8 @@ from fused_rl.ops.two_heads import Measure, TwoHeads, TwoKnown, TwoStatistics, T
 # float32 may be TF32 by the caller's own setting.
 BOUND = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 LIMITS = Limits(-100, 2**24)
+# What may be asked of logits.
+EVERYTHING = statistics.Asked(True, True, 3)
 # Where there is no call: a divergence whose slopes take all that others' do.
 MEASURE = Measure(reference.JSD, 0.3, 1.0)
 
@@ -148,6 +150,8 @@ def _of_head(operator: Operator, head: Head, run: Callable[..., Any]) -> str | N
     if operator is linear.linear_logprobs:
         stats = linear.linear_logprobs.plain(exactly(head), LIMITS)
         return wrong(run(operator, head, LIMITS), stats, dtype)
+    if operator is statistics.linear_statistics:
+        return wrong(*_of_statistics(head, run), dtype)
     upstream, needs = Upstream(*_upstream(head.labels)), Needs(True, True, head.bias is not None)
     stats = linear.linear_logprobs.plain(exactly(head), LIMITS)
     known = Known(stats.lse, stats.entropy.float())
@@ -168,6 +172,14 @@ def _of_head(operator: Operator, head: Head, run: Callable[..., Any]) -> str | N
     given = (exactly(ones), exactly(head), LIMITS, exactly(known), Needs(True, False, False))
     of_ones = linear.linear_logprobs_backward.plain(*given).dhidden
     return wrong((*found, dhidden, *sums[:2], unit), (*stats, *exact, of_ones), dtype)
+
+
+def _of_statistics(head: Head, run: Callable[..., Any]) -> tuple[tuple, tuple]:
+    """All that may be asked for: what was found, what is right. The ids as what is at them."""
+    *found, ids, of_top = run(statistics.linear_statistics, head, EVERYTHING, LIMITS)
+    exact = statistics.linear_statistics.plain(exactly(head), EVERYTHING, LIMITS)
+    at_ids = torch.log_softmax(exactly(head).logits(), -1).gather(-1, ids)
+    return (*found, at_ids, of_top), (*exact[:-2], exact.top_logprobs, exact.top_logprobs)
 
 
 def _of_stored(

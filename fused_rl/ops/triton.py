@@ -15,9 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rl.ops import chunk, divergence_chunk, first_use, linear, logits, stored, trust
+from fused_rl.ops import (
+    chunk,
+    divergence_chunk,
+    first_use,
+    linear,
+    logits,
+    statistics,
+    stored,
+    trust,
+)
 from fused_rl.ops.chunks import HAS_TRITON
-from fused_rl.ops.formulas import at, live
+from fused_rl.ops.formulas import at, live, log_probabilities
 from fused_rl.ops.kl import Deviation, Estimate
 from fused_rl.ops.kl import kl as kl_operator
 from fused_rl.ops.logits import Rows, RowStatistics
@@ -206,6 +215,29 @@ def linear_logprobs(head: Head, limits: Limits, device: Any) -> Statistics:
     taken = operands(head if rows is None else head.at(rows))
     stats = kernel.fwd(*taken, limits.ignore_index, device)
     return Statistics(*(put_back(rows, part, part.new_empty(len(head.labels))) for part in stats))
+
+
+@on_cuda(statistics.linear_statistics)
+def linear_statistics(head: Head, asked: statistics.Asked, limits: Limits, device: Any) -> tuple:
+    from fused_rl.kernels import asked as kernel
+
+    out = statistics.AskedStatistics(*(t.zero_() for t in statistics.asked_like(head, asked)))
+    rows = taking_part(head.labels != limits.ignore_index)
+    taken = operands(head if rows is None else head.at(rows))
+    if len(taken.labels) == 0:
+        return out
+    found = kernel.fwd(*taken, *asked, limits.ignore_index)
+    logprobs, entropy, lse, _ = found.statistics
+    of_top = None
+    if asked.top:
+        of_top = log_probabilities(found.logits, Known(lse, entropy))
+    part = (logprobs, entropy, lse, found.collision, found.mean_logit, found.ids, of_top)
+    ignored = taken.labels == limits.ignore_index
+    for to, x in zip(out, part, strict=True):
+        if x is not None:
+            x = x.masked_fill(ignored if x.dim() == 1 else ignored[:, None], 0)
+            to.copy_(put_back(rows, x, to))
+    return out
 
 
 # The power of two that the largest gradient of a log-prob is scaled to in float16, whose numbers
