@@ -19,8 +19,9 @@ from fused_rl.kl.estimators import KL, kl_penalty
 from fused_rl.linear.at import linear_logprobs_at
 from fused_rl.linear.divergence import linear_divergence
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.kept import KeptStats, linear_kept_logprobs
+from fused_rl.linear.kept import linear_kept_logprobs
 from fused_rl.linear.logprobs import linear_logprobs, linear_top_logprobs, logprobs_from_logits
+from fused_rl.linear.statistics import linear_statistics
 from fused_rl.losses import (
     distillation,
     means,
@@ -74,7 +75,7 @@ from fused_rl.rollouts import (
     schedules,
 )
 from fused_rl.rollouts.diagnosis import diagnose
-from fused_rl.stats import DivergenceStats, TokenStats, TopStats
+from fused_rl.stats import DivergenceStats, TokenStats
 
 __version__ = "0.1.0"
 
@@ -84,14 +85,12 @@ __all__ = [
     "DivergenceStats",
     "Hidden",
     "KLPenalty",
-    "KeptStats",
     "LMHead",
     "Level",
     "LossOutput",
     "PolicyLoss",
     "TokenBatch",
     "TokenStats",
-    "TopStats",
     "across",
     "aspo",
     "backends",
@@ -117,6 +116,7 @@ __all__ = [
     "linear_logprobs_at",
     "linear_policy_loss",
     "linear_preference_loss",
+    "linear_statistics",
     "linear_top_logprobs",
     "logprobs_from_logits",
     "luspo",

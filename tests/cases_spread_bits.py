@@ -16,6 +16,7 @@ from fused_rl import (
     linear_logprobs,
     linear_logprobs_at,
     linear_policy_loss,
+    linear_statistics,
     linear_top_logprobs,
 )
 from fused_rl.parallel import collectives
@@ -250,6 +251,7 @@ def refusals(rank, world):
             h, head, batch_of(problem, refs=False), grpo(), reference=(problem.hidden, here)
         ),
         "linear_logprobs_at": lambda: linear_logprobs_at(h, head, problem.labels[:, None]),
+        "linear_statistics": lambda: linear_statistics(h, head, problem.labels, top=2),
         "logits": lambda: head.logits(h),
         "grad_filter": lambda: linear_logprobs(h, head, problem.labels, grad_filter=1e-3),
         "torch.func": lambda: torch.func.grad(

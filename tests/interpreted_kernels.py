@@ -12,7 +12,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
-from fused_rl import reference
+from fused_rl import ops, reference
 from fused_rl.kernels import configs, linear_gradients, linear_logprobs, logprobs
 from fused_rl.kernels import kl as kl_kernel
 from fused_rl.ops import ChunkLogits, Given, Head, Known, Limits, Rows, Sums, Upstream
@@ -119,6 +119,38 @@ def test_statistics_from_hidden_states(dtype, transform, way, take):
     stats = on_cuda.linear_logprobs(case.head, LIMITS, DEVICE)
     for ours, true in zip(stats, exact, strict=True):
         torch.testing.assert_close(ours.double(), true, atol=2e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transform", [False, True])
+@pytest.mark.parametrize("asked", [(True, True, 7), (False, True, 0), (True, False, 1)])
+def test_what_else_is_asked_of_the_logits(asked, transform, dtype):
+    """Of several tiles of tokens and of entries."""
+    case = Case(60, 24, 200, dtype, transform)
+    if transform:
+        # A tile that has nothing to give, and a token that is not there.
+        case.bias[64:130] = -torch.inf
+    wide = [t.double() for t in (case.hidden, case.weight)]
+    bias = None if case.bias is None else case.bias.double()
+    head = case.head._replace(hidden=wide[0], weight=wide[1], bias=bias)
+    exact = ops.linear_statistics.plain(head, ops.Asked(*asked), LIMITS)
+    found = on_cuda.linear_statistics(case.head, ops.Asked(*asked), LIMITS, DEVICE)
+    assert [x.shape for x in found] == [x.shape for x in exact]
+    at_ids = torch.log_softmax(head.logits(), -1).gather(-1, found.top_ids)
+    at_ids = at_ids.masked_fill((case.labels == -100)[:, None], 0)
+    given = (*found[:5], found.top_logprobs, at_ids)
+    right = (*exact[:5], exact.top_logprobs, exact.top_logprobs)
+    for ours, true in zip(given, right, strict=True):
+        torch.testing.assert_close(ours.double(), true, atol=2e-5, rtol=2e-6)
+
+
+def test_a_nan_reaches_what_is_asked_of_its_token_alone():
+    case = Case(30, 8, 200, transform=False, ignored=False)
+    case.hidden[3] = torch.nan
+    found = on_cuda.linear_statistics(case.head, ops.Asked(True, True, 2), LIMITS, DEVICE)
+    for x in (*found[:5], found.top_logprobs):
+        assert x.isnan().view(30, -1).any(-1).nonzero().flatten().tolist() == [3]
+    assert ((found.top_ids >= 0) & (found.top_ids < 200)).all()
 
 
 @pytest.mark.parametrize(("N", "H", "V"), [(1, 1, 1), (1, 16, 33), (17, 7, 65), (16, 33, 31)])

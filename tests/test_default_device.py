@@ -74,6 +74,9 @@ CALLS = {
     "linear_kept_logprobs": lambda g: f.linear_kept_logprobs(
         *(g[k] for k in ("hidden", "weight", "labels", "kept", "cu_kept"))
     ),
+    "linear_statistics": lambda g: f.linear_statistics(
+        g["hidden"], g["weight"], g["labels"], [*f.linear.Statistic], top=2
+    )[:5],
     "linear_logprobs_at": lambda g: f.linear_logprobs_at(
         g["hidden"], g["weight"], g["labels"][..., None]
     ),

@@ -22,10 +22,11 @@ from fused_rl import (
     linear_logprobs,
     linear_logprobs_at,
     linear_policy_loss,
+    linear_statistics,
     linear_top_logprobs,
     logprobs_from_logits,
 )
-from fused_rl.linear import linear_logits_at
+from fused_rl.linear import Statistic, linear_logits_at
 from fused_rl.losses import named
 
 B, N, H, V = 3, 4, 5, 7
@@ -79,6 +80,12 @@ def logits_at(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return (logp[..., 0] * -(logp.exp() * logp).sum(-1)).sum()
 
 
+def statistics(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """lse comes in and goes out."""
+    stats = linear_statistics(hidden, weight, labels, Statistic.COLLISION, top=2)
+    return ((stats.logprobs + stats.lse - stats.lse) * stats.entropy).sum()
+
+
 def from_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return product(logprobs_from_logits(hidden @ weight.T, labels))
 
@@ -98,6 +105,7 @@ SCORES = {
     "linear_kept_logprobs": kept,
     "linear_logprobs_at": at,
     "linear_logits_at": logits_at,
+    "linear_statistics": statistics,
     "logprobs_from_logits": from_logits,
 }
 every_score = pytest.mark.parametrize("name", SCORES)

@@ -355,7 +355,7 @@ CASES: dict[str, Callable[[Numbers], list]] = {
 ELSEWHERE = {
     *("Divergence", "LMHead", "backends", "linear_divergence", "linear_kept_logprobs"),
     *("linear_logprobs", "linear_policy_loss", "linear_logits_at", "linear_logprobs_at"),
-    *("linear_top_logprobs", "logprobs_from_logits", "trust_kernels"),
+    *("linear_top_logprobs", "linear_statistics", "logprobs_from_logits", "trust_kernels"),
     *("across", "model_policy_loss", "linear_preference_loss"),
     *("PreferenceBatch", "SequenceStats", "Sides"),
     *(
@@ -363,6 +363,8 @@ ELSEWHERE = {
         "DivergenceStats",
         "GAEOutput",
         "KeptStats",
+        "LogitStats",
+        "Statistic",
         "LossOutput",
         "Moments",
         "TokenStats",
@@ -485,6 +487,7 @@ def from_hidden_states(dtype: torch.dtype) -> list[torch.Tensor]:
         *fused_rl.linear_kept_logprobs(hidden, head, labels, kept, cu_kept)[:2],
         *fused_rl.linear_divergence(hidden, head, hidden.detach() + 1, weight, labels),
         *fused_rl.linear_logprobs_at(hidden, head, labels[..., None], temperature=0.8),
+        *fused_rl.linear_statistics(hidden, head, labels, temperature=0.8)[:3],
         fused_rl.linear.linear_logits_at(hidden, head, labels[..., None]),
         *fused_rl.logprobs_from_logits(hidden @ weight.T, labels, temperature=1.3),
         fused_rl.linear_policy_loss(hidden, head, n.batch, fused_rl.grpo(beta=0.1)).loss,

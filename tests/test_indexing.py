@@ -76,6 +76,8 @@ def test_errors_name_the_place_of_a_token_in_the_shape_it_was_given_in(place):
         lambda: fused_rl.linear_logprobs(hidden, head, wrong),
         lambda: fused_rl.linear_logprobs(trained, head, wrong),
         lambda: fused_rl.linear_top_logprobs(hidden, head, wrong),
+        lambda: fused_rl.linear_statistics(hidden, head, wrong, top=1),
+        lambda: fused_rl.linear_statistics(trained, head, wrong, top=1),
         lambda: fused_rl.linear_kept_logprobs(hidden, head, wrong, kept, offsets),
         lambda: logprobs_from_logits(hidden @ head.T, wrong),
         lambda: fused_rl.linear_policy_loss(trained, head, batch, fused_rl.grpo()),

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from oracle import EVERYTHING, FLOATS, IGNORED, Case
 from torch import Tensor
 
-from fused_rl import KeptStats, LMHead, linear_kept_logprobs, linear_logprobs, ops, reference
+from fused_rl import LMHead, linear_kept_logprobs, linear_logprobs, ops, reference
+from fused_rl.linear import KeptStats
 from fused_rl.ops import kept as kept_ops
 from fused_rl.ops import kept_sets
 from fused_rl.ops.record import Known, Limits, Needs

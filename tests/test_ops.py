@@ -272,6 +272,10 @@ ELSEWHERE = {
     "linear_logits_at_backward",
     "linear_logprobs_at",
     "linear_logprobs_at_backward",
+    "linear_statistics",
+    "linear_statistics_backward",
+    "linear_statistics_frozen",
+    "linear_statistics_frozen_backward",
 }
 
 

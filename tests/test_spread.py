@@ -128,6 +128,7 @@ SAID = {
     "head's is spread over 2",
     "a reference": "linear_policy_loss with a reference needs the whole vocabulary on one rank",
     "linear_logprobs_at": "needs the whole vocabulary on one rank",
+    "linear_statistics": "linear_statistics needs the whole vocabulary on one rank",
     "logits": "logits needs the whole vocabulary on one rank",
     "grad_filter": "grad_filter is for heads on one rank, got 0.001 and a group",
     "torch.func": "has no torch.func transforms",

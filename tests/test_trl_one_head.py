@@ -122,10 +122,8 @@ def test_the_first_step_of_dpo_compares_equal_weights(saved, tmp_path, monkeypat
     """The trainer is made before patch(), as users do."""
     family, more = CASES[case]
     calls = []
-    ours = logprobs.linear_top_logprobs
-    monkeypatch.setattr(
-        logprobs, "linear_top_logprobs", lambda *a, **k: calls.append(1) or ours(*a, **k)
-    )
+    ours = logprobs.statistics
+    monkeypatch.setattr(logprobs, "statistics", lambda *a: calls.append(1) or ours(*a))
     path = saved(family)
     plain = first(preference_trainer("DPO", path, tmp_path, **more))
     trainer = preference_trainer("DPO", path, tmp_path, **more)

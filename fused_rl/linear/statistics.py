@@ -91,6 +91,7 @@ def linear_statistics(
         NotImplementedError: a forward-mode or second derivative.
     """
     head = LMHead.of(head)
+    head.is_here("linear_statistics")
     asked = _asked(of, top, head)
     flat = flat_arguments(hidden, head, labels, temperature)
     checks.is_integer("ignore_index", ignore_index)

@@ -101,11 +101,20 @@ def of_logits(z: Tensor, labels: Tensor, asked: Asked) -> AskedStatistics:
     none = z.new_empty(0)
     collision = (2 * torch.log_softmax(z, -1)).exp().sum(-1) if asked.with_collision else none
     mean_logit = z.mean(-1) if asked.with_mean_logit else none.clone()
-    # A stable sort: topk says nothing of ties.
-    largest = z.sort(stable=True, dim=-1, descending=True) if asked.top else (z, labels[:, None])
-    values, ids = (t[:, : asked.top] for t in largest)
+    values, ids = largest(z, asked.top)
     of_top = log_probabilities(values, Known(lse, entropy))
     return AskedStatistics(logprobs, entropy, lse, collision, mean_logit, ids, of_top)
+
+
+def largest(z: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The largest logits of each row [N, top], in order, and their places; of ties the first."""
+    if top == 1:
+        return z.max(-1, keepdim=True)
+    if top == 0:
+        return z[:, :0], torch.empty_like(z[:, :0], dtype=torch.int64)
+    # Stable, as topk is not.
+    values, ids = z.sort(stable=True, dim=-1, descending=True)
+    return values[:, :top], ids[:, :top]
 
 
 def put(total: tuple[Tensor, ...], rows: Tensor, part: tuple[Tensor, ...]) -> None:
@@ -165,7 +174,7 @@ linear_statistics.differentiate(linear_statistics_backward, of="linear_statistic
 
 @Operator
 def linear_statistics_frozen(head: Head, asked: Asked, limits: Limits) -> FrozenAskedStatistics:
-    """linear_statistics of a head that is not trained: with the gradient of each log-prob, 4 NHV."""
+    """linear_statistics, and the gradient of each log-prob while its logits are there: 4 NHV."""
     check_tokens(head.labels, head.temperature, head.weight.shape[0], limits.ignore_index)
     none = head.weight.new_empty(0)
     out = _frozen_like(head, asked)

@@ -21,8 +21,8 @@ Policy and reference are always computed by one head: TRL's rounds logits to bfl
 does not, and between the two equal weights would differ by some 3e-3 nats per token. So a DPO or
 KTO trainer with precompute_ref_log_probs=True stays with TRL's own function, as a whole, since its
 reference log-probs may be from before patch(), or from a file. All other calls are ours. What only
-DPO and KTO ask for, `log_sum_sq_probs` (use_weighting) and the `mean_logits` of a model with a
-softcap (Gemma 2), takes a second pass over the weight, without gradient and in float32.
+DPO and KTO ask for, `log_sum_sq_probs` (use_weighting) and `mean_logits`, comes out of the same
+pass over the weight, and changes no bit of the log-probs.
 
 On several processes, with TRL 1.16 and accelerate 1.15: two of them took three steps of GRPO, with
 accumulation, a reference model and tied embeddings, under DDP, FSDP2, and ZeRO-2 and ZeRO-3 of
@@ -32,8 +32,8 @@ wraps every Linear, TRL's own gradient of the head is of each rank's tokens alon
 all (integrations/trl/gathered.py). Neither FSDP1 nor a GPU was tried.
 
 `is_top1`, from which SFT and DPO take their token accuracy, compares float32 logits, where TRL's
-function compares those it rounded to the dtype of the model; and tokens that tie are all the most
-likely one, of which TRL's function counts the first.
+function compares those it rounded to the dtype of the model. Of tokens that tie the first is the
+most likely one, as in TRL; on a GPU each of them is, unless the pass forms other statistics, too.
 
 Divergences, JSD(beta) with the two KLs at its ends, are sums of terms that do not cancel: of 2e-7
 nats TRL's is off by a third to a half, ours by 2e-4 of it. The entropy has no gradient, nor has the

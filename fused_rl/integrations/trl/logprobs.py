@@ -1,8 +1,8 @@
 """TRL's function of log-probs, by our head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +11,10 @@ from fused_rl.integrations.trl.gathered import averaged
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.logprobs import linear_top_logprobs
 from fused_rl.linear.mean_logits import mean_logits
-from fused_rl.ops import in_full
-from fused_rl.reference import logits
+from fused_rl.linear.statistics import Statistic, linear_statistics
 
 _OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-# Logits that are held at once for what needs all of them: 64 MiB of float32.
-_LOGITS = 2**24
+_STATISTICS = {"log_sum_sq_probs": Statistic.COLLISION, "mean_logits": Statistic.MEAN_LOGIT}
 
 # What a trainer of ours does in place of log-probs: (hidden [N, H], head, temperature) -> [N].
 InHead = Callable[[Tensor, LMHead, float], Tensor]
@@ -45,50 +43,47 @@ class FusedHead:
         head = LMHead(weight, bias, scale, softcap)
         if form := in_head.get():
             logprobs = form(hidden, head, temperature)
-            entropy = top = torch.zeros_like(logprobs)
+            found = Found(logprobs, torch.zeros_like(logprobs), None, None, logprobs == 0)
         else:
-            logprobs, entropy, top = linear_top_logprobs(
-                hidden, head, targets, temperature=temperature
-            )
+            found = statistics(hidden, head, targets, temperature, outputs)
         if "outputs" not in self.names:
-            return logprobs, entropy
-        entropy = entropy if "entropy" in outputs else None
-        is_top1 = logprobs == top if "is_top1" in outputs else None
-        squares = mean = None
-        if "log_sum_sq_probs" in outputs or ("mean_logits" in outputs and softcap is not None):
-            squares, mean = _of_all_logits(hidden, head, temperature)
-        elif "mean_logits" in outputs:
-            mean = mean_logits(hidden, head) / temperature
-        squares = squares if "log_sum_sq_probs" in outputs else None
-        mean = mean if "mean_logits" in outputs else None
-        return logprobs, entropy, squares, mean, is_top1
+            return found[:2]
+        entropy = found.entropy if "entropy" in outputs else None
+        is_top1 = found.is_top1 if "is_top1" in outputs else None
+        return found._replace(entropy=entropy, is_top1=is_top1)
 
 
+class Found(NamedTuple):
+    """What TRL's function returns, [N] each; None for what was not asked for."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    log_sum_sq_probs: Tensor | None
+    mean_logits: Tensor | None
+    is_top1: Tensor | None
+
+
+def statistics(
+    hidden: Tensor, head: LMHead, targets: Tensor, temperature: float, outputs: Collection[str]
+) -> Found:
+    """All of one pass over the weight."""
+    given, options = (hidden, head, targets), {"temperature": temperature}
+    asked = tuple(statistic for name, statistic in _STATISTICS.items() if name in outputs)
+    top = "is_top1" in outputs
+    if not asked and (hidden.is_cuda or not top):
+        # There the pass that finds ids has no exponentials to keep for the gradient.
+        logprobs, entropy, largest = linear_top_logprobs(*given, **options)
+        return Found(logprobs, entropy, None, None, logprobs == largest)
+    of = linear_statistics(*given, asked, top=int(top), **options)
+    squares = None if of.collision is None else of.collision.log()
+    is_top1 = of.top_ids[..., 0] == targets if top else None
+    return Found(of.logprobs, of.entropy, squares, of.mean_logit, is_top1)
+
+
+@torch.no_grad()
 def mean_of_logits(hidden: Tensor, head: LMHead) -> Tensor:
     """[...] of hidden [..., H]: the mean of the logits over the vocabulary, without gradient."""
     if head.softcap is None:
         return mean_logits(hidden, head)
-    return _of_all_logits(hidden.flatten(0, -2), head, 1.0)[1].view(hidden.shape[:-1])
-
-
-@torch.no_grad()
-def _of_all_logits(hidden: Tensor, head: LMHead, temperature: float) -> tuple[Tensor, Tensor]:
-    """log sum_v p_v^2 and the mean of the logits at temperature, [N] each.
-
-    log sum p^2 = logsumexp(2 z) - 2 logsumexp(z); both, and the sum of z, are of parts of the
-    vocabulary first.
-    """
-    V = len(head.weight)
-    step = max(_LOGITS // max(len(hidden), 1), 1)
-    at = torch.full(hidden.shape[:1], temperature, dtype=torch.float64, device=hidden.device)
-    once, twice, total = [], [], 0.0
-    formed = in_full(logits)
-    for start in range(0, V, step):
-        rows = slice(start, start + step)
-        bias = None if head.bias is None else head.bias[rows]
-        z = formed(hidden, head.weight[rows], bias, at, head.scale, head.softcap or 0.0)
-        once.append(z.logsumexp(-1))
-        twice.append((2 * z).logsumexp(-1))
-        total = total + z.sum(-1)
-    squares = torch.stack(twice).logsumexp(0) - 2 * torch.stack(once).logsumexp(0)
-    return squares, total / V
+    any_entry = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    return linear_statistics(hidden, head, any_entry, Statistic.MEAN_LOGIT).mean_logit
