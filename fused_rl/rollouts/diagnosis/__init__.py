@@ -31,11 +31,12 @@ from collections.abc import Callable
 
 from fused_rl import checks
 from fused_rl.rollouts.diagnosis import policy, preference
-from fused_rl.rollouts.diagnosis.findings import Finding, Thresholds
+from fused_rl.rollouts.diagnosis.findings import Finding, Severity, Thresholds
 from fused_rl.rollouts.diagnosis.history import History, Run
 
 __all__ = [
     "Finding",
+    "Severity",
     "Thresholds",
     "diagnose",
 ]

@@ -1,17 +1,27 @@
 """What a diagnosis says, and from where on it says so."""
 
 from dataclasses import dataclass, fields
+from enum import Enum
 from typing import NamedTuple
 
 from fused_rl import checks
 
 
+class Severity(Enum):
+    """How much a finding matters, gravest first: numbers are wrong, look at it, good to know."""
+
+    GRAVE = "grave"
+    WARNING = "warning"
+    NOTE = "note"
+
+
 class Finding(NamedTuple):
-    """What is wrong, the numbers that say so, and what to do about it."""
+    """What is wrong, the numbers that say so, what to do about it, and how much it matters."""
 
     name: str
     evidence: str
     advice: str
+    severity: Severity = Severity.WARNING
 
 
 @dataclass(frozen=True)
