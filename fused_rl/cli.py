@@ -1,6 +1,6 @@
 """The command line: `fused-rl doctor` says what runs here, `demo` trains a small model, `study`
-computes what each KL does, `bench` measures beside the peers, `plan` says what a head will need,
-`export-hub` writes what `kernels` loads.
+computes what each KL does, `mismatch` says how far a rollout is from its trainer, `bench` measures
+beside the peers, `plan` says what a head will need, `export-hub` writes what `kernels` loads.
 
 Nothing heavier than torch is imported before a command needs it.
 """
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_doctor(commands)
     add_demo(commands)
     add_study(commands)
+    add_mismatch(commands)
     add_bench(commands)
     add_plan(commands)
     add_export_hub(commands)
@@ -126,6 +127,22 @@ def add_study_options(study_parser: argparse.ArgumentParser) -> None:
     from fused_rl.study import command
 
     command.add_options(study_parser)
+
+
+def add_mismatch(commands: argparse._SubParsersAction) -> None:
+    """The report of a rollout."""
+    commands.add_parser(
+        "mismatch",
+        help="say how far a trainer's log-probs are from its rollout's, and why",
+        later=add_mismatch_options,
+    )
+
+
+def add_mismatch_options(mismatch_parser: argparse.ArgumentParser) -> None:
+    """The options of the report."""
+    from fused_rl.study.mismatch import command
+
+    command.add_options(mismatch_parser)
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -18,6 +19,8 @@ APART = 5.0
 MOST_APART = 0.25
 SHORTEST = 4
 MOST_OF_IT = 0.5
+# The effective share of tokens of such a sequence: one that is far off is no matter of sequences.
+SPREAD = 0.1
 GROWTH = 3.0
 FEW_TOKENS = 0.01
 SHOWN = 5
@@ -67,8 +70,9 @@ def few_sequences(gaps: Gaps, rounding: RoundingError) -> Finding | None:
     if len(long) < 1 / MOST_APART:
         return None
     means = total[long] / tokens[long]
+    spread = total[long] ** 2 / (tokens[long] * gaps.sums(gaps.sizes**2)[long])
     least = max(APART * means.median().item(), ROUNDING * rounding.mean)
-    apart = long[means > least]
+    apart = long[(means > least) & (spread > SPREAD)]
     held = (total[apart].sum() / total.sum()).item()
     if not 0 < len(apart) <= MOST_APART * len(long) or held < MOST_OF_IT:
         return None
@@ -91,7 +95,7 @@ def drift(gaps: Gaps, rounding: RoundingError) -> Finding | None:
     sizes = gaps.sizes.clamp(max=gaps.sizes.sort().values[int(0.95 * len(gaps))].item())
     order = gaps.token.argsort(stable=True)
     quarters = [part.mean().item() for part in sizes[order].tensor_split(4)]
-    grows = all(a < b for a, b in zip(quarters, quarters[1:], strict=False))
+    grows = all(a < b for a, b in pairwise(quarters))
     first, last = quarters[0], quarters[-1]
     if not grows or last < GROWTH * first or not last > ROUNDING * rounding.mean:
         return None

@@ -96,4 +96,3 @@ class RoundingError(NamedTuple):
             return cls(math.nan, math.nan, math.nan, source)
         p99 = sizes[math.ceil(0.99 * len(sizes)) - 1]
         return cls(sizes.mean().item(), p99.item(), sizes[-1].item(), source)
-

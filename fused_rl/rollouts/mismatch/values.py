@@ -17,7 +17,8 @@ LEAST = 1e-4
 # What a pattern is not seen in.
 FEW = 20
 # Tokens that are all but certain to one side may have a log-prob of 0 on the other.
-UNCERTAIN = -0.1
+UNCERTAIN = -0.5
+RARE = 0.01
 ZEROS = 1e-3
 # A spread so small beside the mean is that of a constant.
 CONSTANT = 0.25
@@ -50,6 +51,7 @@ def unknown(counts: Counts) -> Finding | None:
         "unknown log-probs",
         f"{share} of the engine, where the trainer is not certain.",
         "Mask these tokens, or ask the engine why; truncated_weights gives them the weight 1.",
+        Severity.NOTE if counts.unknown <= RARE * counts.tokens else Severity.WARNING,
     )
 
 
