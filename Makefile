@@ -59,6 +59,7 @@ docs: $(READY)
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/optimum.py
 	$(BIN)/python docs/planned.py
+	$(BIN)/python docs/mismatch.py
 	$(BIN)/python bench/predictions.py
 	$(BIN)/python docs/reference.py out/docs
 

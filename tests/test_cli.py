@@ -61,11 +61,11 @@ def test_without_a_command_it_prints_its_help(capsys):
     assert cli.main([]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("usage: fused-rl") and len(printed.splitlines()) < 25
-    for command in ("doctor", "demo", "study", "bench", "plan", "export-hub"):
+    for command in ("doctor", "demo", "study", "mismatch", "bench", "plan", "export-hub"):
         assert f"\n    {command}" in printed
 
 
-@pytest.mark.parametrize("command", ["demo", "study", "bench", "plan", "export-hub"])
+@pytest.mark.parametrize("command", ["demo", "study", "mismatch", "bench", "plan", "export-hub"])
 def test_the_help_of_a_command_says_what_it_does(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])

@@ -61,6 +61,24 @@ RECORDS = spoilt(
 RESULTS = st.one_of(
     ANY, spoilt(shape=st.builds(dict), records=st.lists(RECORDS, min_size=1, max_size=4))
 )
+LOGPROB = st.one_of(st.floats(-9, 0), st.sampled_from([0, None, -1e-9]), NUMBERS)
+
+
+def vectors(size: int) -> st.SearchStrategy:
+    """Two of that size, at times all but the same."""
+    one = st.lists(LOGPROB, min_size=size, max_size=size)
+    return st.one_of(st.tuples(one, one), one.map(lambda numbers: (numbers, numbers[::-1])))
+
+
+PAIRS = st.integers(0, 60).flatmap(vectors)
+ROLLOUTS = st.one_of(
+    ANY,
+    st.lists(spoilt(logprobs=ANY, rollout_logprobs=ANY), max_size=3),
+    PAIRS.map(lambda pair: dict(zip(("logprobs", "rollout_logprobs"), pair, strict=True))),
+    st.lists(PAIRS, max_size=4).map(
+        lambda pairs: [{"old_log_probs": a, "rollout_log_probs": b} for a, b in pairs]
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +122,19 @@ def test_comparison_of_any_json(folder, before, after, same):
     said((0, 1), "bench", "compare", *paths)
 
 
+@examples(120)
+@given(content=ROLLOUTS, options=st.sampled_from([(), ("--json",)]))
+def test_mismatch_of_any_json(folder, content, options):
+    path = folder / "rollout.json"
+    path.write_text(json.dumps(content))
+    said((0,), "mismatch", path, *options)
+
+
 @examples(60)
 @given(data=st.binary(max_size=60))
 def test_any_bytes(folder, data):
     path = folder / "bytes.json"
     path.write_bytes(data)
     said((), "plan", "--model-config", path, "--tokens", 8)
+    said((), "mismatch", path)
     said((), "bench", "compare", path, path)

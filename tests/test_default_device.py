@@ -83,6 +83,9 @@ CALLS = {
     "linear_logits_at": lambda g: f.linear.linear_logits_at(
         g["hidden"], g["weight"], g["labels"][..., None]
     ),
+    "rounding_differences": lambda g: f.linear.rounding_differences(
+        g["hidden"], g["weight"], g["labels"], hidden_roundings=1
+    ),
     "logprobs_from_logits": lambda g: f.logprobs_from_logits(g["logits"], g["labels"]),
     "kl_penalty": lambda g: f.kl_penalty(g["logprobs"], g["ref"], value=KL.K3, grad=KL.K2),
     "group_mean": lambda g: f.advantages.group_mean_advantages(g["rewards"], GROUP),
@@ -121,6 +124,9 @@ CALLS = {
     "veto_mask": lambda g: f.mismatch.veto_mask(rollout(g)),
     "off_policy": lambda g: f.mismatch.off_policy_sequence_mask(
         g["logprobs"], padded(g), delta=0.1
+    ),
+    "mismatch_report": lambda g: (
+        f.mismatch.mismatch_report(g["logprobs"], g["old"], g["mask"]).sequence_log_ratios
     ),
     "top_entropy": lambda g: f.mismatch.top_entropy_mask(
         g["values"].abs(), padded(g), fraction=0.5

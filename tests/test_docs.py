@@ -284,7 +284,7 @@ def test_blocks_run(page):
     names["logprobs"] = torch.randn(2, 5, requires_grad=True)
     names |= {"loss_mask": torch.ones(2, 5, dtype=torch.bool), "advantages": torch.randn(2)}
     names |= {"ref_hidden": torch.randn(2, 5, 4), "ref_weight": torch.randn(2000, 4)}
-    names["old_logprobs"] = torch.randn(2, 5)
+    names |= {"old_logprobs": torch.randn(2, 5), "rollout_logprobs": torch.randn(2, 5)}
     names |= {"input_ids": torch.randint(199, (2, 6)), "teacher_logprobs": torch.randn(2, 5)}
     names |= {"student": qwen2(199, seed=0), "teacher": qwen2(199, seed=1, hidden_size=32)}
     names |= {"model": qwen2(199, seed=0), "reference": qwen2(199, seed=1, hidden_size=32)}
@@ -294,6 +294,7 @@ def test_blocks_run(page):
         exec(code, names)
     if page == "docs/losses.md":
         assert names["named"] == names["same"]
+        assert names["report"].tokens == len(names["errors"]) == 10
     elif page == "docs/filtered-gradients.md":
         assert weight.grad.isfinite().all() and weight.grad.any()
     elif page == "docs/preference.md":
@@ -317,6 +318,14 @@ def test_blocks_run(page):
         (slope,) = torch.autograd.grad(penalty.sum(), names["logprobs"])
         torch.testing.assert_close(slope, d)
         assert names["output"].metrics["divergence"] > 0 and names["loss"].divergence.kind == 1
+
+
+def test_the_report_on_the_page_is_that_of_its_picture():
+    """But for its digits, which another machine may round otherwise."""
+    example = re.search(r"```text\n(tokens .*?)\n```", TEXTS["docs/losses.md"], re.DOTALL)[1]
+    found = str(script("docs/mismatch.py").report())
+    shapes = [re.sub(r"[\d.+-]+(e-\d+)?", "#", text).split() for text in (example, found)]
+    assert shapes[0] == shapes[1]
 
 
 # The reference.

@@ -118,6 +118,12 @@ def of_loss(name: str) -> Callable:
     return case
 
 
+def of_report(n: Numbers) -> list:
+    report = fused_rl.mismatch.mismatch_report(n.old, n.rollout, n.mask)
+    numbers = (report.mean, report.std, report.k2, report.k3, report.token_share)
+    return [report.sequence_log_ratios, torch.tensor(numbers, dtype=torch.float64)]
+
+
 def of_penalties(n: Numbers) -> list:
     found = []
     for kind in KL:
@@ -265,6 +271,10 @@ CASES: dict[str, Callable[[Numbers], list]] = {
     "off_policy_sequence_mask": lambda n: [
         fused_rl.mismatch.off_policy_sequence_mask(n.logprobs, n.batch, delta=0.05)
     ],
+    "mismatch_report": of_report,
+    "LogitRounding": lambda n: [
+        fused_rl.mismatch.LogitRounding().differences(n.logprobs.reshape(-1))
+    ],
     "top_entropy_mask": lambda n: [
         fused_rl.mismatch.top_entropy_mask(n.entropy, n.batch, fraction=0.3)
     ],
@@ -356,7 +366,8 @@ ELSEWHERE = {
     *("Divergence", "LMHead", "backends", "linear_divergence", "linear_kept_logprobs"),
     *("linear_logprobs", "linear_policy_loss", "linear_logits_at", "linear_logprobs_at"),
     *("linear_top_logprobs", "linear_statistics", "logprobs_from_logits", "trust_kernels"),
-    *("across", "model_policy_loss", "linear_preference_loss"),
+    *("across", "model_policy_loss", "linear_preference_loss", "rounding_differences"),
+    *("MismatchReport", "RoundingError", "TokenGap"),
     *("PreferenceBatch", "SequenceStats", "Sides"),
     *(
         "AtStats",

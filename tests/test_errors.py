@@ -82,6 +82,7 @@ RIGHT: dict[str, Any] = {
     "loss": fused_rl.grpo(),
     "logprobs": LOGPROBS,
     "ref_logprobs": LOGPROBS,
+    "rollout_logprobs": LOGPROBS,
     "teacher_logprobs": LOGPROBS,
     "entropy": -LOGPROBS,
     "loss_mask": MASK,

@@ -35,7 +35,7 @@ def records(ours="logprobs", theirs="rollout_logprobs", mask="loss_mask") -> lis
 def expected(**options):
     """The report of records()."""
     vectors = [
-        torch.tensor(sum((r[name] for r in records()), []), dtype=torch.float64)
+        torch.tensor([x for r in records() for x in r[name]], dtype=torch.float64)
         for name in ("logprobs", "rollout_logprobs", "loss_mask")
     ]
     starts = torch.tensor([0, *LENGTHS]).cumsum(0)
@@ -182,7 +182,11 @@ MISTAKES = {
     "arrays": ("x.json", '{"logprobs": [[1]], "rollout_logprobs": [[1], [2]]}', "1 sequences, and"),
     "flat arrays": ("x.json", '{"logprobs": [1], "rollout_logprobs": [1, 2]}', "1 and 2 tokens"),
     "mixed": ("x.json", '{"logprobs": [[1], 2], "rollout_logprobs": [1, 2]}', "a list in some"),
-    "a huge number": ("x.json", f'{{"logprobs": [1{"0" * 400}], "rollout_logprobs": [1]}}', "float"),
+    "a huge number": (
+        "x.json",
+        f'{{"logprobs": [1{"0" * 400}], "rollout_logprobs": [1]}}',
+        "float",
+    ),
 }
 
 

@@ -33,7 +33,9 @@ def rounding_differences(
     tokens: int = 512,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """Errors of log-probs by rounding alone, at some of the tokens; 4 n H V, and twice the logits.
+    """Errors of log-probs by rounding alone, at some of the tokens.
+
+    2 n H V of n tokens, or 4 where hidden states differ, and the logits of some of them at a time.
 
     Args:
         hidden: [..., H], float16, bfloat16, float32 or float64: the states that predict labels.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from fused_rl.rollouts.mismatch.rounding import LogitRounding, RoundingError
 
 # A ratio beyond it, either way, is far.
 FAR = 1.5
+# Of what a finding says.
+WIDTH = 96
 _GRAVEST_FIRST = list(Severity)
 _NUMBERS = ("mean_abs", "max_abs", "mean", "std", "k1", "k2", "k3", "far_fraction")
 
@@ -101,14 +104,15 @@ class MismatchReport(NamedTuple):
     def __str__(self) -> str:
         known = len(self.logprobs)
         of = "" if self.sequences is None else f" of {self.sequences} sequences"
-        apart = f"{self.unknown} more with NaN, {self.infinite} infinite"
+        apart = f"{self.unknown} more have a NaN, {self.infinite} are infinite"
         lines = [f"tokens       {known}{of}; {apart}"]
         if known:
             lines += self._lines()
         lines.append(f"verdict      {self.verdict}")
         for finding in self.findings:
-            lines.append(f"{finding.severity.value:<13}{finding.name}: {finding.evidence}")
-            lines.append(f"{'':<13}{finding.advice}")
+            what = wrap(f"{finding.name}: {finding.evidence}", WIDTH) + wrap(finding.advice, WIDTH)
+            heads = [finding.severity.value] + [""] * (len(what) - 1)
+            lines += [f"{head:<13}{line}" for head, line in zip(heads, what, strict=True)]
         return "\n".join(lines)
 
     def _lines(self) -> list[str]:

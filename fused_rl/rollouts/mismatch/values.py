@@ -102,7 +102,7 @@ def zeros(gaps: Gaps) -> Finding | None:
 
 def offset(gaps: Gaps, rounding: RoundingError) -> Finding | None:
     mean, std = gaps.d.mean().item(), gaps.d.std(correction=0).item()
-    if abs(mean) < LEAST or std > CONSTANT * abs(mean):
+    if not abs(mean) >= LEAST or not std <= CONSTANT * abs(mean):
         return None
     return Finding(
         "offset",
@@ -127,7 +127,7 @@ def temperature(gaps: Gaps, rounding: RoundingError) -> Finding | None:
         return None
     slope, explained = together / spread, together**2 / (spread * own)
     balanced = abs(gaps.d.mean().item()) <= 0.5 * gaps.mean_size
-    if explained < EXPLAINED or not (balanced or explained > 0.99) or abs(slope) >= 2:
+    if not explained >= EXPLAINED or not (balanced or explained > 0.99) or abs(slope) >= 2:
         return None
     factor = (2 + slope) / (2 - slope)
     return Finding(
@@ -181,7 +181,7 @@ def mean_ratio(gaps: Gaps, rounding: RoundingError) -> Finding | None:
 
 
 def _sides(below: float, mean: float) -> Finding:
-    mass = f"exp of the mean difference is {math.exp(mean):.4g}"
+    mass = f"exp of the mean difference is {math.exp(min(mean, BOUND)):.4g}"
     if below > 0.5:
         return Finding(
             "one-sided",
