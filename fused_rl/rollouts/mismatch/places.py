@@ -28,7 +28,7 @@ WEAK = 0.3
 
 
 def beyond_rounding(gaps: Gaps, rounding: RoundingError) -> Finding | None:
-    times = gaps.mean_size / rounding.mean if rounding.mean > 0 else math.nan
+    times = rounding.times(gaps.mean_size)
     if not times > ROUNDING:
         return None
     return Finding(

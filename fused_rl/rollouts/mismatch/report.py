@@ -72,8 +72,8 @@ class MismatchReport(NamedTuple):
 
     @property
     def times_rounding(self) -> float:
-        """mean_abs over what rounding alone gives; NaN where that is 0 or not known."""
-        return self.mean_abs / self.rounding.mean if self.rounding.mean > 0 else math.nan
+        """mean_abs over what rounding alone gives, which is no less than 1e-6 nats."""
+        return self.rounding.times(self.mean_abs)
 
     @property
     def verdict(self) -> str:
@@ -90,9 +90,11 @@ class MismatchReport(NamedTuple):
         return size
 
     def numbers(self) -> dict[str, Any]:
-        """All of it but the tensors, for JSON: None for what is not a number."""
-        left_out = ("logprobs", "rollout_logprobs", "rounding_errors", "sequence_log_ratios")
+        """All of it but what is per token, for JSON: None for what is not a number."""
+        left_out = ("logprobs", "rollout_logprobs", "rounding_errors")
         found = {n: value for n, value in self._asdict().items() if n not in left_out}
+        if self.sequence_log_ratios is not None:
+            found["sequence_log_ratios"] = self.sequence_log_ratios.tolist()
         found["rounding"] = self.rounding._asdict()
         found["worst"] = [{**t._asdict(), "difference": t.difference} for t in self.worst]
         found["findings"] = [

@@ -38,6 +38,8 @@ from fused_rl import checks
 COLLISION = 0.5
 # Few tokens are drawn several times: quantiles of a handful of errors would say little.
 LEAST_DRAWS = 4096
+# In nats: of log-probs in float32, where nothing else is rounded.
+FLOAT32 = 1e-6
 
 
 @dataclass(frozen=True)
@@ -96,3 +98,7 @@ class RoundingError(NamedTuple):
             return cls(math.nan, math.nan, math.nan, source)
         p99 = sizes[math.ceil(0.99 * len(sizes)) - 1]
         return cls(sizes.mean().item(), p99.item(), sizes[-1].item(), source)
+
+    def times(self, size: float) -> float:
+        """How many times the mean a size is; float32 rounds in any case."""
+        return size / max(self.mean, FLOAT32)

@@ -132,8 +132,8 @@ def temperature(gaps: Gaps, rounding: RoundingError) -> Finding | None:
     factor = (2 + slope) / (2 - slope)
     return Finding(
         "temperature",
-        f"The difference follows the log-prob: the trainer's is {factor:.3g} times the engine's "
-        f"or further from it, which explains {explained:.0%} of the variance.",
+        f"The difference follows the log-prob: the trainer's is {factor:.3g} times the engine's, "
+        f"or further from 1, which explains {explained:.0%} of the variance.",
         f"Compare temperatures: the engine's is about {factor:.3g} times the trainer's, or its "
         "log-probs are reported before temperature (vLLM: logprobs_mode=processed_logprobs). "
         "2.303: another base of the logarithm.",
@@ -144,7 +144,7 @@ def one_sided(gaps: Gaps, rounding: RoundingError) -> Finding | None:
     """Of the tokens that are further apart than float32 explains, or than rounding does, all but
     none lie on one side. Two right answers cannot: E[exp d] is 1.
     """
-    for least in (LEAST, rounding.p99):
+    for least in (LEAST, max(LEAST, rounding.p99)):
         far = gaps.d[gaps.sizes > least]
         if len(far) < max(FEW, 0.01 * len(gaps)):
             continue
@@ -193,5 +193,5 @@ def _sides(below: float, mean: float) -> Finding:
         "one-sided",
         f"{1 - below:.1%} of the tokens that differ are more likely to the trainer; {mass}.",
         "The engine reports log-probs before top-k, top-p or min-p, and the trainer renormalises; "
-        "or tokens of an engine's best guess were compared.",
+        "or it reports others than it sampled with.",
     )
