@@ -174,7 +174,7 @@ def row_kernels(
     raw = torch.randn(N, V, device=of)
     labels = torch.randint(0, V, (N,), device=of)
     ones, draw = torch.ones(N, device=of), torch.empty(N, V, dtype=torch.bfloat16, device=of)
-    head = (raw, None, labels, ones, 1.0, 0.0, -1)
+    head = (raw, None, labels, ones, 1.0, 0.0, 0, -1)
     entropy, lse = logprobs.fwd(*head, device.multiprocessors)[1:3]
     target = torch.empty_like(raw)
     runs, moved = {"copy": lambda: target.copy_(raw)}, {"copy": 8}

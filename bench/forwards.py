@@ -133,6 +133,6 @@ def library(case: Case, device: Any, *settings: tuple[Any, str, Any]) -> Call:
 
 
 def arguments(case: Case) -> tuple:
-    """hidden, weight, bias, labels, temperature, scale, softcap, as the kernels take them."""
+    """hidden, weight, bias, labels, temperature, scale, softcap, rounding, as kernels take them."""
     ones = torch.ones(len(case.labels), device=case.labels.device)
-    return (case.hidden, case.weight, None, case.labels, ones, 1.0, 0.0)
+    return (case.hidden, case.weight, None, case.labels, ones, 1.0, 0.0, 0)

@@ -112,7 +112,7 @@ def launches() -> dict[str, dict[str, float]]:
     labels, temperature = torch.zeros(N, dtype=torch.int64), torch.ones(N)
     logits, partial = torch.empty(N, logprobs.BLOCK_V), torch.empty(2, 4, N)
     lse, row = torch.zeros(N, dtype=torch.float64), torch.zeros(N)
-    transform = (None, labels, temperature, 1.0, 0.0)
+    transform = (None, labels, temperature, 1.0, 0.0, 0)
     head = (hidden, weight, *transform)
     config = configs.chosen(head, DEVICE)
     calls = {

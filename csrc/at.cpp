@@ -42,7 +42,8 @@ static at::Tensor no_labels(int64_t N) { return at::full({N}, -1, at::kLong); }
 static Tensors4 linear_logprobs_at(const at::Tensor& hidden, const at::Tensor& weight,
                                    const Bias& bias, const at::Tensor& ids,
                                    const at::Tensor& temperature, double scale, double softcap,
-                                   int64_t ignore_index, int64_t /*chunk_bytes*/) {
+                                   int64_t rounding, int64_t ignore_index,
+                                   int64_t /*chunk_bytes*/) {
   const int64_t N = ids.size(0);
   const Pairs pairs = pairs_of(ids, ignore_index);
   const auto active = checked_rows(pairs, N, weight.size(0));
@@ -51,7 +52,7 @@ static Tensors4 linear_logprobs_at(const at::Tensor& hidden, const at::Tensor& w
     using A = Acc<T>;
     const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
     const auto p = make_problem<T>(hidden, weight, bias, no_labels(N), temperature, scale, softcap,
-                                   active);
+                                   rounding, active);
     at::Tensor logits = at::zeros(ids.sizes(), of_A), logprobs = at::zeros(ids.sizes(), of_A);
     A* z = logits.mutable_data_ptr<A>();
     A* to = logprobs.mutable_data_ptr<A>();
@@ -76,7 +77,7 @@ std::vector<A> draw_of_pairs(const at::Tensor& dz, const at::Tensor& z, const Pa
                              double scale, double softcap) {
   const auto of_A = c10::CppTypeToScalarType<A>::value;
   const at::Tensor t = temperature.to(of_A).contiguous();
-  const Transform<A> transform{A(scale), A(softcap), false};
+  const Transform<A> transform{A(scale), A(softcap), no_rounding, false};
   std::vector<A> terms(pairs.size(), A(0));
   for (const int64_t n : rows) {
     const A inv_temperature = A(1) / t.const_data_ptr<A>()[n];
@@ -119,8 +120,8 @@ std::vector<int64_t> live_rows(const Pairs& pairs, const at::Tensor& of_pairs,
 static Tensors3 linear_logprobs_at_backward(
     const at::Tensor& dlogprobs, const at::Tensor& dlse, const at::Tensor& dentropy,
     const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias, const at::Tensor& ids,
-    const at::Tensor& temperature, double scale, double softcap, int64_t ignore_index,
-    int64_t /*chunk_bytes*/, const at::Tensor& lse, const at::Tensor& entropy,
+    const at::Tensor& temperature, double scale, double softcap, int64_t rounding,
+    int64_t ignore_index, int64_t /*chunk_bytes*/, const at::Tensor& lse, const at::Tensor& entropy,
     const at::Tensor& logits, bool need_dhidden, bool need_dweight, bool need_dbias) {
   const Pairs pairs = pairs_of(ids, ignore_index);
   return with_compute_type(hidden, weight, [&](auto zero) -> Tensors3 {
@@ -134,8 +135,8 @@ static Tensors3 linear_logprobs_at_backward(
     for (const int64_t n : rows) any_dense |= dense.const_data_ptr<bool>()[n];
     const auto terms = draw_of_pairs<A>(of_pairs, z, pairs, rows, temperature, scale, softcap);
     const at::Tensor labels = no_labels(ids.size(0));
-    return backward_of_pairs<T>({hidden, weight, bias, labels, temperature, scale, softcap}, pairs,
-                                rows, terms, {lse, entropy, of_all, dentropy}, any_dense,
+    const Inputs in{hidden, weight, bias, labels, temperature, scale, softcap, rounding};
+    return backward_of_pairs<T>(in, pairs, rows, terms, {lse, entropy, of_all, dentropy}, any_dense,
                                 {need_dhidden, need_dweight, need_dbias});
   });
 }
@@ -143,6 +144,8 @@ static Tensors3 linear_logprobs_at_backward(
 // raw product with bias -> z
 template <class A>
 A logit(A x, A inv_temperature, const Transform<A>& transform) {
+  if (transform.rounding == to_bfloat16) x = A(c10::BFloat16(float(x)));
+  if (transform.rounding == to_float16) x = A(c10::Half(float(x)));
   x *= transform.scale;
   if (transform.softcap != A(0)) x = transform.softcap * std::tanh(x / transform.softcap);
   return x * inv_temperature;
@@ -151,7 +154,7 @@ A logit(A x, A inv_temperature, const Transform<A>& transform) {
 static Tensors2 linear_logits_at(const at::Tensor& hidden, const at::Tensor& weight,
                                  const Bias& bias, const at::Tensor& ids,
                                  const at::Tensor& temperature, double scale, double softcap,
-                                 int64_t ignore_index, int64_t /*chunk_bytes*/) {
+                                 int64_t rounding, int64_t ignore_index, int64_t /*chunk_bytes*/) {
   const int64_t H = hidden.size(1);
   const Pairs pairs = pairs_of(ids, ignore_index);
   const auto active = checked_rows(pairs, ids.size(0), weight.size(0));
@@ -163,7 +166,7 @@ static Tensors2 linear_logits_at(const at::Tensor& hidden, const at::Tensor& wei
     at::Tensor logits = at::zeros(ids.sizes(), of_A), slope = at::zeros(ids.sizes(), of_A);
     A* z = logits.mutable_data_ptr<A>();
     A* d = slope.mutable_data_ptr<A>();
-    const Transform<A> transform{A(scale), A(softcap), false};
+    const Transform<A> transform{A(scale), A(softcap), rounding, false};
     for (const int64_t n : active) check_temperature(t.const_data_ptr<A>()[n], n);
     at::parallel_for(0, active.size(), 1, [&](int64_t begin, int64_t end) {
       std::vector<A> state(H), line(H);
@@ -186,8 +189,8 @@ static Tensors2 linear_logits_at(const at::Tensor& hidden, const at::Tensor& wei
 static Tensors3 linear_logits_at_backward(
     const at::Tensor& dlogits, const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
     const at::Tensor& ids, const at::Tensor& /*temperature*/, double /*scale*/, double /*softcap*/,
-    int64_t ignore_index, int64_t /*chunk_bytes*/, const at::Tensor& slope, bool need_dhidden,
-    bool need_dweight, bool need_dbias) {
+    int64_t /*rounding*/, int64_t ignore_index, int64_t /*chunk_bytes*/, const at::Tensor& slope,
+    bool need_dhidden, bool need_dweight, bool need_dbias) {
   const Pairs pairs = pairs_of(ids, ignore_index);
   return with_compute_type(hidden, weight, [&](auto zero) -> Tensors3 {
     using A = Acc<decltype(zero)>;

@@ -34,11 +34,12 @@ static Tensors9 linear_divergence(
     const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
     const at::Tensor& teacher_hidden, const at::Tensor& teacher_weight, const Bias& teacher_bias,
     const at::Tensor& labels, const at::Tensor& temperature, const at::Tensor& teacher_temperature,
-    double scale, double softcap, double teacher_scale, double teacher_softcap, int64_t kind,
-    double parameter, double factor, int64_t ignore_index, int64_t chunk_bytes) {
-  const Side student{hidden, weight, bias, temperature, scale, softcap};
-  const Side teacher{teacher_hidden,      teacher_weight, teacher_bias,
-                     teacher_temperature, teacher_scale,  teacher_softcap};
+    double scale, double softcap, int64_t rounding, double teacher_scale, double teacher_softcap,
+    int64_t teacher_rounding, int64_t kind, double parameter, double factor, int64_t ignore_index,
+    int64_t chunk_bytes) {
+  const Side student{hidden, weight, bias, temperature, scale, softcap, rounding};
+  const Side teacher{teacher_hidden, teacher_weight,  teacher_bias,    teacher_temperature,
+                     teacher_scale,  teacher_softcap, teacher_rounding};
   check_labels(labels, weight.size(0), ignore_index);
   const at::Tensor y = labels.contiguous();
   const auto active = counted_rows(y, ignore_index);
@@ -63,11 +64,11 @@ static Tensors10 linear_divergence_chunk(
     const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
     const at::Tensor& teacher_hidden, const at::Tensor& teacher_weight, const Bias& teacher_bias,
     const at::Tensor& labels, const at::Tensor& temperature, const at::Tensor& teacher_temperature,
-    double scale, double softcap, double teacher_scale, double teacher_softcap, int64_t kind,
-    double parameter, double factor) {
-  const Side student{hidden, weight, bias, temperature, scale, softcap};
-  const Side teacher{teacher_hidden,      teacher_weight, teacher_bias,
-                     teacher_temperature, teacher_scale,  teacher_softcap};
+    double scale, double softcap, int64_t rounding, double teacher_scale, double teacher_softcap,
+    int64_t teacher_rounding, int64_t kind, double parameter, double factor) {
+  const Side student{hidden, weight, bias, temperature, scale, softcap, rounding};
+  const Side teacher{teacher_hidden, teacher_weight,  teacher_bias,    teacher_temperature,
+                     teacher_scale,  teacher_softcap, teacher_rounding};
   check_labels(labels, weight.size(0), std::nullopt);
   const auto rows = all_rows(hidden.size(0));
   return with_compute_types(student, teacher, [&](auto of_student, auto of_teacher) -> Tensors10 {
@@ -131,15 +132,15 @@ static Tensors6 linear_divergence_backward(
     const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
     const at::Tensor& teacher_hidden, const at::Tensor& teacher_weight, const Bias& teacher_bias,
     const at::Tensor& labels, const at::Tensor& temperature, const at::Tensor& teacher_temperature,
-    double scale, double softcap, double teacher_scale, double teacher_softcap, int64_t kind,
-    double parameter, double factor, int64_t ignore_index, int64_t /*chunk_bytes*/,
-    const at::Tensor& lse, const at::Tensor& entropy, const at::Tensor& teacher_lse,
-    const at::Tensor& teacher_entropy, const at::Tensor& slope, const at::Tensor& teacher_slope,
-    bool need_dhidden, bool need_dweight, bool need_dbias, bool need_dteacher_hidden,
-    bool need_dteacher_weight, bool need_dteacher_bias) {
-  const Side student{hidden, weight, bias, temperature, scale, softcap};
-  const Side teacher{teacher_hidden,      teacher_weight, teacher_bias,
-                     teacher_temperature, teacher_scale,  teacher_softcap};
+    double scale, double softcap, int64_t rounding, double teacher_scale, double teacher_softcap,
+    int64_t teacher_rounding, int64_t kind, double parameter, double factor, int64_t ignore_index,
+    int64_t /*chunk_bytes*/, const at::Tensor& lse, const at::Tensor& entropy,
+    const at::Tensor& teacher_lse, const at::Tensor& teacher_entropy, const at::Tensor& slope,
+    const at::Tensor& teacher_slope, bool need_dhidden, bool need_dweight, bool need_dbias,
+    bool need_dteacher_hidden, bool need_dteacher_weight, bool need_dteacher_bias) {
+  const Side student{hidden, weight, bias, temperature, scale, softcap, rounding};
+  const Side teacher{teacher_hidden, teacher_weight,  teacher_bias,    teacher_temperature,
+                     teacher_scale,  teacher_softcap, teacher_rounding};
   const Given of_student{ddivergence, dlogprobs,   dentropy,        lse,
                          entropy,     teacher_lse, teacher_entropy, slope};
   const Given of_teacher{ddivergence,     dteacher_logprobs, dteacher_entropy, teacher_lse,
@@ -158,14 +159,15 @@ static at::Tensor linear_divergence_chunk_backward(
     const at::Tensor& dentropy, const at::Tensor& hidden, const at::Tensor& weight,
     const Bias& bias, const at::Tensor& teacher_hidden, const at::Tensor& teacher_weight,
     const Bias& teacher_bias, const at::Tensor& labels, const at::Tensor& temperature,
-    const at::Tensor& teacher_temperature, double scale, double softcap, double teacher_scale,
-    double teacher_softcap, int64_t kind, double parameter, double factor, const at::Tensor& lse,
-    const at::Tensor& entropy, const at::Tensor& teacher_lse, const at::Tensor& teacher_entropy,
-    const at::Tensor& slope, const at::Tensor& /*teacher_slope*/, const at::Tensor& dweight,
-    const at::Tensor& dbias, bool accumulate, bool partial) {
-  const Side student{hidden, weight, bias, temperature, scale, softcap};
-  const Side teacher{teacher_hidden,      teacher_weight, teacher_bias,
-                     teacher_temperature, teacher_scale,  teacher_softcap};
+    const at::Tensor& teacher_temperature, double scale, double softcap, int64_t rounding,
+    double teacher_scale, double teacher_softcap, int64_t teacher_rounding, int64_t kind,
+    double parameter, double factor, const at::Tensor& lse, const at::Tensor& entropy,
+    const at::Tensor& teacher_lse, const at::Tensor& teacher_entropy, const at::Tensor& slope,
+    const at::Tensor& /*teacher_slope*/, const at::Tensor& dweight, const at::Tensor& dbias,
+    bool accumulate, bool partial) {
+  const Side student{hidden, weight, bias, temperature, scale, softcap, rounding};
+  const Side teacher{teacher_hidden, teacher_weight,  teacher_bias,    teacher_temperature,
+                     teacher_scale,  teacher_softcap, teacher_rounding};
   const Given given{ddivergence, dlogprobs,   dentropy,        lse,
                     entropy,     teacher_lse, teacher_entropy, slope};
   const auto rows = given.rows(labels, -1);
@@ -204,11 +206,12 @@ static Tensors10 linear_divergence_frozen(
     const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
     const at::Tensor& teacher_hidden, const at::Tensor& teacher_weight, const Bias& teacher_bias,
     const at::Tensor& labels, const at::Tensor& temperature, const at::Tensor& teacher_temperature,
-    double scale, double softcap, double teacher_scale, double teacher_softcap, int64_t kind,
-    double parameter, double factor, int64_t ignore_index, int64_t chunk_bytes) {
-  const Side student{hidden, weight, bias, temperature, scale, softcap};
-  const Side teacher{teacher_hidden,      teacher_weight, teacher_bias,
-                     teacher_temperature, teacher_scale,  teacher_softcap};
+    double scale, double softcap, int64_t rounding, double teacher_scale, double teacher_softcap,
+    int64_t teacher_rounding, int64_t kind, double parameter, double factor, int64_t ignore_index,
+    int64_t chunk_bytes) {
+  const Side student{hidden, weight, bias, temperature, scale, softcap, rounding};
+  const Side teacher{teacher_hidden, teacher_weight,  teacher_bias,    teacher_temperature,
+                     teacher_scale,  teacher_softcap, teacher_rounding};
   check_labels(labels, weight.size(0), ignore_index);
   const at::Tensor y = labels.contiguous();
   const auto active = counted_rows(y, ignore_index);

@@ -25,7 +25,7 @@ static int64_t filter_groups(int64_t V) { return (V + filter_rows - 1) / filter_
 static Tensors5 linear_filtered_logprobs(const at::Tensor& hidden, const at::Tensor& weight,
                                          const Bias& bias, const at::Tensor& labels,
                                          const at::Tensor& temperature, double scale,
-                                         double softcap, int64_t ignore_index,
+                                         double softcap, int64_t rounding, int64_t ignore_index,
                                          int64_t /*chunk_bytes*/, double /*filter*/) {
   check_labels(labels, weight.size(0), ignore_index);
   const at::Tensor y = labels.contiguous();
@@ -34,7 +34,8 @@ static Tensors5 linear_filtered_logprobs(const at::Tensor& hidden, const at::Ten
   return with_compute_type(hidden, weight, [&](auto zero) -> Tensors5 {
     using T = decltype(zero);
     using A = Acc<T>;
-    auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, active);
+    auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, rounding,
+                             active);
     p.block = std::bit_floor(uint64_t(p.block));
     const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
     const A lowest = -std::numeric_limits<A>::infinity();
@@ -112,7 +113,7 @@ struct FilteredPass {
     }
     const Bias own_bias = in.bias ? Bias(in.bias->narrow(0, v0, count)) : Bias();
     auto p = make_problem<T>(in.hidden, in.weight.narrow(0, v0, count), own_bias, labels,
-                             in.temperature, in.scale, in.softcap, group.tokens);
+                             in.temperature, in.scale, in.softcap, in.rounding, group.tokens);
     for (int64_t& label : p.labels) label -= v0;
     const auto up =
         gather_upstream<A>(lse, entropy, dlogprobs, dentropy, group.tokens, p.padded);
@@ -155,9 +156,10 @@ struct FilteredPass {
 static Tensors3 linear_filtered_logprobs_backward(
     const at::Tensor& dlogprobs, const at::Tensor& dentropy, const at::Tensor& hidden,
     const at::Tensor& weight, const Bias& bias, const at::Tensor& labels,
-    const at::Tensor& temperature, double scale, double softcap, int64_t ignore_index,
-    int64_t /*chunk_bytes*/, double filter, const at::Tensor& lse, const at::Tensor& entropy,
-    const at::Tensor& peaks, bool need_dhidden, bool need_dweight, bool need_dbias) {
+    const at::Tensor& temperature, double scale, double softcap, int64_t rounding,
+    int64_t ignore_index, int64_t /*chunk_bytes*/, double filter, const at::Tensor& lse,
+    const at::Tensor& entropy, const at::Tensor& peaks, bool need_dhidden, bool need_dweight,
+    bool need_dbias) {
   return with_compute_type(hidden, weight, [&](auto zero) -> Tensors3 {
     using T = decltype(zero);
     using A = Acc<T>;
@@ -166,7 +168,7 @@ static Tensors3 linear_filtered_logprobs_backward(
     if (need_dhidden) all.dhidden = at::zeros(hidden.sizes(), of_A);
     if (need_dweight) all.dweight = kept_tensor(weight.sizes(), weight.scalar_type());
     if (need_dbias) all.dbias = at::empty({weight.size(0)}, bias->options());
-    const Inputs in{hidden, weight, bias, labels, temperature, scale, softcap};
+    const Inputs in{hidden, weight, bias, labels, temperature, scale, softcap, rounding};
     FilteredPass<T>{in,
                     all,
                     rows_with_gradient(labels, ignore_index, dlogprobs, dentropy),

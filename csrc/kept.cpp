@@ -71,7 +71,8 @@ static Tensors5 linear_kept_logprobs(const at::Tensor& hidden, const at::Tensor&
                                      const Bias& bias, const at::Tensor& labels,
                                      const at::Tensor& kept, const at::Tensor& cu_kept,
                                      const at::Tensor& temperature, double scale, double softcap,
-                                     int64_t ignore_index, int64_t /*chunk_bytes*/) {
+                                     int64_t rounding, int64_t ignore_index,
+                                     int64_t /*chunk_bytes*/) {
   check_labels(labels, weight.size(0), ignore_index);
   const at::Tensor y = labels.contiguous();
   const Pairs sets(kept, cu_kept, never);
@@ -81,7 +82,8 @@ static Tensors5 linear_kept_logprobs(const at::Tensor& hidden, const at::Tensor&
     using T = decltype(zero);
     using A = Acc<T>;
     const auto of_A = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
-    const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, active);
+    const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, rounding,
+                                   active);
     at::Tensor slope = at::zeros({sets.size()}, of_A);
     A* z = slope.mutable_data_ptr<A>();
     std::vector<A> kept_logprobs(p.N);
@@ -107,9 +109,9 @@ static Tensors3 linear_kept_logprobs_backward(
     const at::Tensor& dlogprobs, const at::Tensor& dentropy, const at::Tensor& dkept_logprobs,
     const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias, const at::Tensor& labels,
     const at::Tensor& kept, const at::Tensor& cu_kept, const at::Tensor& temperature, double scale,
-    double softcap, int64_t ignore_index, int64_t /*chunk_bytes*/, const at::Tensor& lse,
-    const at::Tensor& entropy, const at::Tensor& slope, bool need_dhidden, bool need_dweight,
-    bool need_dbias) {
+    double softcap, int64_t rounding, int64_t ignore_index, int64_t /*chunk_bytes*/,
+    const at::Tensor& lse, const at::Tensor& entropy, const at::Tensor& slope, bool need_dhidden,
+    bool need_dweight, bool need_dbias) {
   const Pairs sets(kept, cu_kept, never);
   const auto dense = rows_with_gradient(labels, ignore_index, dlogprobs, dentropy);
   const at::Tensor others = dentropy.ne(0).logical_or(dkept_logprobs.ne(0));
@@ -125,7 +127,7 @@ static Tensors3 linear_kept_logprobs_backward(
       if (g == A(0)) continue;
       sets.each(n, [&](int64_t i, int64_t) { terms[i] = g * d.const_data_ptr<A>()[i]; });
     }
-    const Inputs in{hidden, weight, bias, labels, temperature, scale, softcap};
+    const Inputs in{hidden, weight, bias, labels, temperature, scale, softcap, rounding};
     return backward_of_pairs<T>(in, sets, rows, terms, {lse, entropy, dlogprobs, dentropy},
                                 !dense.empty(), {need_dhidden, need_dweight, need_dbias});
   });

@@ -195,14 +195,16 @@ static std::pair<TokenStatistics<T>, at::Tensor> frozen(const Problem<T>& p,
 static Tensors5 linear_logprobs_frozen(const at::Tensor& hidden, const at::Tensor& weight,
                                        const Bias& bias, const at::Tensor& labels,
                                        const at::Tensor& temperature, double scale, double softcap,
-                                       int64_t ignore_index, int64_t /*chunk_bytes*/) {
+                                       int64_t rounding, int64_t ignore_index,
+                                       int64_t /*chunk_bytes*/) {
   check_labels(labels, weight.size(0), ignore_index);
   const at::Tensor y = labels.contiguous();
   const auto active = counted_rows(y, ignore_index);
   return with_compute_type(hidden, weight, [&](auto zero) -> Tensors5 {
     using T = decltype(zero);
     const int64_t N = y.numel();
-    const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, active);
+    const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, rounding,
+                                   active);
     const auto [s, unit] = frozen<T>(p, active, hidden);
     return {scatter(s.logprobs, active, N), scatter(s.entropy, active, N),
             scatter(s.lse, active, N), scatter(s.top, active, N), unit};
@@ -213,15 +215,16 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at
                   at::Tensor>
 linear_statistics_frozen(const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
                          const at::Tensor& labels, const at::Tensor& temperature, double scale,
-                         double softcap, bool collision, bool mean_logit, int64_t top,
-                         int64_t ignore_index, int64_t /*chunk_bytes*/) {
+                         double softcap, int64_t rounding, bool collision, bool mean_logit,
+                         int64_t top, int64_t ignore_index, int64_t /*chunk_bytes*/) {
   check_labels(labels, weight.size(0), ignore_index);
   const at::Tensor y = labels.contiguous();
   const auto active = counted_rows(y, ignore_index);
   return with_compute_type(hidden, weight, [&](auto zero) {
     using T = decltype(zero);
     const int64_t N = y.numel();
-    const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, active);
+    const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, rounding,
+                                   active);
     AskedOf<T> asked(p, {collision, mean_logit, top}, FrozenPass<T>::parts(p));
     const auto [s, unit] = frozen<T>(p, active, hidden, &asked);
     return std::tuple_cat(Tensors3{scatter(s.logprobs, active, N), scatter(s.entropy, active, N),

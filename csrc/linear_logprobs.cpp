@@ -15,7 +15,7 @@ namespace fused_rl {
 template <class T>
 Problem<T> make_problem(const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
                         const at::Tensor& labels, const at::Tensor& temperature, double scale,
-                        double softcap, const std::vector<int64_t>& active) {
+                        double softcap, int64_t rounding, const std::vector<int64_t>& active) {
   using A = Acc<T>;
   constexpr int64_t tile_bytes = 512 * 1024;  // of weight: it shares the L2 cache with the logits
   Problem<T> p;
@@ -49,30 +49,33 @@ Problem<T> make_problem(const at::Tensor& hidden, const at::Tensor& weight, cons
     p.inv_temperature[n] = A(1) / of_token;
     same_temperature &= p.inv_temperature[n] == A(1);
   }
-  p.transform = {A(scale), A(softcap), same_temperature && !bias && scale == 1.0 && softcap == 0.0};
+  const bool identity =
+      same_temperature && !bias && scale == 1.0 && softcap == 0.0 && rounding == no_rounding;
+  p.transform = {A(scale), A(softcap), rounding, identity};
   return p;
 }
 
 template Problem<c10::BFloat16> make_problem(const at::Tensor&, const at::Tensor&, const Bias&,
                                              const at::Tensor&, const at::Tensor&, double, double,
-                                             const std::vector<int64_t>&);
+                                             int64_t, const std::vector<int64_t>&);
 template Problem<float> make_problem(const at::Tensor&, const at::Tensor&, const Bias&,
                                      const at::Tensor&, const at::Tensor&, double, double,
-                                     const std::vector<int64_t>&);
+                                     int64_t, const std::vector<int64_t>&);
 template Problem<double> make_problem(const at::Tensor&, const at::Tensor&, const Bias&,
                                       const at::Tensor&, const at::Tensor&, double, double,
-                                      const std::vector<int64_t>&);
+                                      int64_t, const std::vector<int64_t>&);
 
 static Tensors4 linear_logprobs(const at::Tensor& hidden, const at::Tensor& weight,
                                 const Bias& bias, const at::Tensor& labels,
                                 const at::Tensor& temperature, double scale, double softcap,
-                                int64_t ignore_index, int64_t /*chunk_bytes*/) {
+                                int64_t rounding, int64_t ignore_index, int64_t /*chunk_bytes*/) {
   check_labels(labels, weight.size(0), ignore_index);
   const at::Tensor y = labels.contiguous();
   const auto active = counted_rows(y, ignore_index);
   return with_compute_type(hidden, weight, [&](auto zero) -> Tensors4 {
     using T = decltype(zero);
-    const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, active);
+    const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, rounding,
+                                   active);
     const TokenStatistics<T> s = p.N ? forward<T>(p, nullptr) : TokenStatistics<T>{};
     const int64_t N = y.numel();
     return {scatter(s.logprobs, active, N), scatter(s.entropy, active, N),
@@ -83,14 +86,15 @@ static Tensors4 linear_logprobs(const at::Tensor& hidden, const at::Tensor& weig
 static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 linear_statistics(const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
                   const at::Tensor& labels, const at::Tensor& temperature, double scale,
-                  double softcap, bool collision, bool mean_logit, int64_t top,
+                  double softcap, int64_t rounding, bool collision, bool mean_logit, int64_t top,
                   int64_t ignore_index, int64_t /*chunk_bytes*/) {
   check_labels(labels, weight.size(0), ignore_index);
   const at::Tensor y = labels.contiguous();
   const auto active = counted_rows(y, ignore_index);
   return with_compute_type(hidden, weight, [&](auto zero) {
     using T = decltype(zero);
-    const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, active);
+    const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, rounding,
+                                   active);
     AskedOf<T> asked(p, {collision, mean_logit, top}, p.super_blocks());
     TokenStatistics<T> s;
     if (p.N) s = forward<T>(p, nullptr, nullptr, nullptr, nullptr, nullptr, &asked);
@@ -104,9 +108,9 @@ linear_statistics(const at::Tensor& hidden, const at::Tensor& weight, const Bias
 static Tensors3 linear_logprobs_backward(
     const at::Tensor& dlogprobs, const at::Tensor& dentropy, const at::Tensor& hidden,
     const at::Tensor& weight, const Bias& bias, const at::Tensor& labels,
-    const at::Tensor& temperature, double scale, double softcap, int64_t ignore_index,
-    int64_t /*chunk_bytes*/, const at::Tensor& lse, const at::Tensor& entropy, bool need_dhidden,
-    bool need_dweight, bool need_dbias) {
+    const at::Tensor& temperature, double scale, double softcap, int64_t rounding,
+    int64_t ignore_index, int64_t /*chunk_bytes*/, const at::Tensor& lse, const at::Tensor& entropy,
+    bool need_dhidden, bool need_dweight, bool need_dbias) {
   const auto rows = rows_with_gradient(labels, ignore_index, dlogprobs, dentropy);
   return with_compute_type(hidden, weight, [&](auto zero) -> Tensors3 {
     using T = decltype(zero);
@@ -115,7 +119,8 @@ static Tensors3 linear_logprobs_backward(
       return or_empty(zero_gradients(hidden, weight, bias, need_dhidden, need_dweight, need_dbias),
                       hidden, weight);
     }
-    const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
+    const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap,
+                                   rounding, rows);
     auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
     restore_log_sums(p, g);
     Gradients out{{}, {}, {}, false};
@@ -131,13 +136,14 @@ static Tensors3 linear_logprobs_backward(
 static Tensors5 linear_logprobs_chunk(const at::Tensor& hidden, const at::Tensor& weight,
                                       const Bias& bias, const at::Tensor& labels,
                                       const at::Tensor& temperature, double scale, double softcap,
-                                      bool has_dentropy) {
+                                      int64_t rounding, bool has_dentropy) {
   check_labels(labels, weight.size(0), std::nullopt);
   const auto rows = all_rows(hidden.size(0));
   return with_compute_type(hidden, weight, [&](auto zero) -> Tensors5 {
     using T = decltype(zero);
     using A = Acc<T>;
-    const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
+    const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap,
+                                   rounding, rows);
     at::Tensor z;
     TokenStatistics<T> s;
     if (std::is_same_v<T, c10::BFloat16> && softcap == 0 && !has_dentropy) {
@@ -156,9 +162,9 @@ static Tensors5 linear_logprobs_chunk(const at::Tensor& hidden, const at::Tensor
 static at::Tensor linear_logprobs_chunk_backward(
     const at::Tensor& z, const at::Tensor& dlogprobs, const at::Tensor& dentropy,
     const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias, const at::Tensor& labels,
-    const at::Tensor& temperature, double scale, double softcap, const at::Tensor& lse,
-    const at::Tensor& entropy, const at::Tensor& dweight, const at::Tensor& dbias,
-    bool accumulate, bool partial) {
+    const at::Tensor& temperature, double scale, double softcap, int64_t rounding,
+    const at::Tensor& lse, const at::Tensor& entropy, const at::Tensor& dweight,
+    const at::Tensor& dbias, bool accumulate, bool partial) {
   auto rows = rows_with_gradient(labels, -1, dlogprobs, dentropy);
   const int64_t N = hidden.size(0), live = rows.size();
   at::Tensor states = hidden, silent;
@@ -179,7 +185,8 @@ static at::Tensor linear_logprobs_chunk_backward(
       }
       return at::zeros(hidden.sizes(), hidden.options().dtype(dtype));
     }
-    const auto p = make_problem<T>(states, weight, bias, labels, temperature, scale, softcap, rows);
+    const auto p = make_problem<T>(states, weight, bias, labels, temperature, scale, softcap,
+                                   rounding, rows);
     auto g = gather_upstream<A>(lse, entropy, dlogprobs, dentropy, rows, p.padded);
     restore_log_sums(p, g);
     const std::vector<int64_t> some = p.N == N ? std::vector<int64_t>{} : rows;

@@ -7,6 +7,21 @@
 
 namespace fused_rl::FUSED_RL_ISA {
 
+FUSED_RL_INLINE Vec<float> rounded(Vec<float> x, int64_t rounding) {
+  return rounding == to_bfloat16 ? as_bfloat16(x) : as_float16(x);
+}
+
+// By way of float, as torch converts.
+FUSED_RL_INLINE Vec<double> rounded(Vec<double> x, int64_t rounding) {
+  typedef float part __attribute__((vector_size(sizeof(Vec<double>) / 2)));
+  part narrow = __builtin_convertvector(x, part);
+  Vec<float> padded{};
+  std::memcpy(&padded, &narrow, sizeof(narrow));
+  padded = rounded(padded, rounding);
+  std::memcpy(&narrow, &padded, sizeof(narrow));
+  return __builtin_convertvector(narrow, Vec<double>);
+}
+
 template <class T>
 static void transform(T* z, int64_t lines, int64_t columns, int64_t ld, const T* bias,
                       const T* inv_temperature, Transform<T> by) {
@@ -15,7 +30,9 @@ static void transform(T* z, int64_t lines, int64_t columns, int64_t ld, const T*
     const T shift = bias ? bias[v] : T(0);
     for (int64_t n = 0; n < columns; n += W) {
       T* at = z + v * ld + n;
-      Vec<T> x = (load(at) + shift) * by.scale;
+      Vec<T> x = load(at) + shift;
+      if (by.rounding != no_rounding) x = rounded(x, by.rounding);
+      x *= by.scale;
       if (by.softcap != T(0)) {
         // tanh(u) = -expm1(-2u) / (expm1(-2u) + 2), on |u| so that nothing overflows.
         const Vec<T> u = x / by.softcap;

@@ -11,13 +11,18 @@
 
 namespace fused_rl {
 
+// The numbers of reference.py.
+enum Rounding : int { no_rounding, to_bfloat16, to_float16 };
+
 // What turns a raw product hidden . weight into a logit:
-//   z = softcap(scale * (raw + bias[v])) / temperature[n],   softcap(x) = c tanh(x / c), or x if c = 0
+//   z = softcap(scale * rounded(raw + bias[v])) / temperature[n]
+//   softcap(x) = c tanh(x / c), or x if c = 0;   rounded(x): the nearest number of that dtype, or x
 template <class T>
 struct Transform {
   T scale;
   T softcap;
-  bool identity;  // no bias, scale 1, no softcap, every temperature 1
+  int64_t rounding;  // one of Rounding
+  bool identity;     // no bias, scale 1, no softcap, no rounding, every temperature 1
 };
 
 // The running softmax of one token: p is relative to the maximum so far.

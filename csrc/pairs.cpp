@@ -138,7 +138,7 @@ Tensors3 backward_of_pairs(const Inputs& in, const Pairs& pairs, const std::vect
                            const std::vector<Acc<T>>& terms, const DenseUpstream& up, bool dense,
                            Wanted need) {
   using A = Acc<T>;
-  const auto& [hidden, weight, bias, labels, temperature, scale, softcap] = in;
+  const auto& [hidden, weight, bias, labels, temperature, scale, softcap, rounding] = in;
   int64_t count = 0;
   for (const int64_t n : rows) count += pairs.end(n) - pairs.begin(n);
   const int64_t elements = int64_t(rows.size()) * weight.size(0);
@@ -148,7 +148,8 @@ Tensors3 backward_of_pairs(const Inputs& in, const Pairs& pairs, const std::vect
     sparse_backward<A>(hidden, weight, pairs, rows, terms, out);
     return or_empty(out, hidden, weight);
   }
-  const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
+  const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap,
+                                 rounding, rows);
   auto g = gather_upstream<A>(up.lse, up.entropy, up.dlogprobs, up.dentropy, rows, p.padded);
   restore_log_sums(p, g);
   const Picks picks = pick(p, pairs, rows);

@@ -63,6 +63,7 @@ struct Inputs {
   const Bias& bias;
   const at::Tensor &labels, &temperature;
   double scale, softcap;
+  int64_t rounding;
 };
 
 // What the dense way needs of each token: the gradients that reach the whole vocabulary.

@@ -69,7 +69,7 @@ template <class T>
 Problem<T> make_problem(const at::Tensor& hidden, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, const at::Tensor& labels,
                         const at::Tensor& temperature, double scale, double softcap,
-                        const std::vector<int64_t>& active);
+                        int64_t rounding, const std::vector<int64_t>& active);
 
 template <class T>
 struct Rows {

@@ -153,4 +153,29 @@ FUSED_RL_INLINE Simd<float>::bits bfloat16_bits(Vec<float> x) {
   return (u & 0x7fffffffu) > 0x7f800000u ? ((u >> 16) | 0x40u) : rounded;
 }
 
+// Each to the nearest number of bfloat16, and to the nearest of float16, in float.
+FUSED_RL_INLINE Vec<float> as_bfloat16(Vec<float> x) {
+  const Simd<float>::bits u = bfloat16_bits(x) << 16;
+  Vec<float> near;
+  std::memcpy(&near, &u, sizeof(near));
+  return near;
+}
+
+FUSED_RL_INLINE Vec<float> as_float16(Vec<float> x) {
+  Simd<float>::bits u;
+  std::memcpy(&u, &x, sizeof(u));
+  const Simd<float>::bits sign = u & 0x80000000u, size = u ^ sign;
+  // 13 bits fewer; below the normal numbers a multiple of 2^-24, which is an ulp of 1/2.
+  const Simd<float>::bits fewer = (size + 0xfffu + ((size >> 13) & 1u)) & ~0x1fffu;
+  Vec<float> magnitude, near;
+  std::memcpy(&magnitude, &size, sizeof(magnitude));
+  std::memcpy(&near, &fewer, sizeof(near));
+  near = near > 65504.f ? splat<float>(std::numeric_limits<float>::infinity()) : near;
+  near = magnitude < 0x1p-14f ? (magnitude + 0.5f) - 0.5f : near;
+  std::memcpy(&u, &near, sizeof(u));
+  u |= sign;
+  std::memcpy(&near, &u, sizeof(near));
+  return x == x ? near : x;
+}
+
 }  // namespace fused_rl::FUSED_RL_ISA

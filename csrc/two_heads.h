@@ -24,10 +24,12 @@ struct Side {
   const Bias& bias;
   const at::Tensor& temperature;
   double scale, softcap;
+  int64_t rounding;
 
   template <class T>
   Problem<T> problem(const at::Tensor& labels, const std::vector<int64_t>& rows) const {
-    return make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rows);
+    return make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap, rounding,
+                           rows);
   }
 };
 

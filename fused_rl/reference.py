@@ -1,6 +1,7 @@
 """What every op means, in plain torch. Forward only: autograd derives the gradients.
 
-    z[n, v]     = softcap(scale * (hidden[n] . weight[v] + bias[v])) / temperature[n]
+    z[n, v]     = softcap(scale * rounded(hidden[n] . weight[v] + bias[v])) / temperature[n]
+    rounded(x)  = the nearest number of a narrower dtype, with the slope of x; or x
     softcap(x)  = c * tanh(x / c), or x where c is 0
     lse[n]      = log sum_v exp z[n, v]
     logprobs[n] = z[n, labels[n]] - lse[n]
@@ -18,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# What logits may be rounded to; logits() takes the place in here, as csrc/loops.h has it.
+ROUNDED = (None, torch.bfloat16, torch.float16)
 # The estimators of KL, by the number that kl() takes.
 K1, K2, K3, ABS = 1, 2, 3, 4
 # The divergences, by the number that slopes() takes.
@@ -47,11 +50,12 @@ def logits(
     temperature: Tensor,  # [N]
     scale: float,
     softcap: float,
+    rounding: int = 0,
 ) -> Tensor:  # [N, V]
     """The logits that are sampled from, in the accumulator dtype."""
     dtype = acc_dtype(hidden, weight)
     raw = hidden.to(dtype) @ weight.to(dtype).T
-    return from_products(raw, bias, temperature[:, None], scale, softcap)
+    return from_products(raw, bias, temperature[:, None], scale, softcap, rounding)
 
 
 def from_products(
@@ -60,13 +64,25 @@ def from_products(
     temperature: Tensor,  # broadcasts to raw
     scale: float,
     softcap: float,
+    rounding: int = 0,
 ) -> Tensor:
-    """What a head does to the products of hidden and weight: bias, scale, softcap, temperature."""
+    """What a head does to the products of hidden and weight: bias, rounding, scale, softcap,
+    temperature.
+    """
     z = raw if bias is None else raw + bias.to(raw.dtype)
+    z = rounded(z, rounding) if rounding else z
     z = z * scale
     if softcap:
         z = torch.tanh(z / softcap) * softcap
     return z / temperature.to(raw.dtype)
+
+
+def rounded(z: Tensor, rounding: int) -> Tensor:
+    """To nearest, ties to even; the gradient is that of z. float64 goes by way of float32."""
+    exact = z.detach()
+    # z + (near - z) is near, bit by bit: numbers so close have an exact difference.
+    away = exact.to(ROUNDED[rounding]).to(z.dtype) - exact
+    return z + away.masked_fill(~exact.isfinite(), 0.0)
 
 
 def statistics(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -86,9 +102,10 @@ def linear_logprobs(
     temperature: Tensor,  # [N]
     scale: float,
     softcap: float,
+    rounding: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprobs, entropy, lse, top, each [N]."""
-    return statistics(logits(hidden, weight, bias, temperature, scale, softcap), labels)
+    return statistics(logits(hidden, weight, bias, temperature, scale, softcap, rounding), labels)
 
 
 def kept_logprobs(

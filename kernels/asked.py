@@ -17,6 +17,10 @@ from torch import Tensor
 from . import linear_logprobs, logprobs
 
 
+# By the number of logprobs.rounded.
+_ROUNDED = (None, torch.bfloat16, torch.float16)
+
+
 class Found(NamedTuple):
     """[N] each, the last two [N, top]; None for what was not asked for."""
 
@@ -36,11 +40,18 @@ class _Tile(NamedTuple):
 
 
 def transform(
-    raw: Tensor, bias: Tensor | None, temperature: Tensor, scale: float, softcap: float
+    raw: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    scale: float,
+    softcap: float,
+    rounding: int,
 ) -> Tensor:
     """Logits [n, columns] from their products, in place."""
     if bias is not None:
         raw += bias.float()
+    if rounding:
+        raw.copy_(raw.to(_ROUNDED[rounding]))
     raw *= scale
     if softcap:
         raw.div_(softcap).tanh_().mul_(softcap)
@@ -78,6 +89,7 @@ def fwd(
     temperature: Tensor,  # [N] fp32
     scale: float,
     softcap: float,
+    rounding: int,
     with_collision: bool,
     with_mean_logit: bool,
     top: int,
@@ -93,10 +105,10 @@ def fwd(
         for v0, columns, raw in tiles:
             of_bias = None if bias is None else bias[columns]
             part = torch.empty(1, 4, len(raw), dtype=torch.float32, device=raw.device)
-            options = (scale, softcap, v0)
+            options = (scale, softcap, rounding, v0)
             logprobs.partial_statistics(raw, of_bias, labels[rows], at, part, *options)
             partial.append(part)
-            z = transform(raw, of_bias, at, scale, softcap)
+            z = transform(raw, of_bias, at, scale, softcap, rounding)
             found.append(_of_tile(z, with_collision, with_mean_logit))
             if top:
                 values, ids = z.topk(min(top, z.shape[1]))

@@ -121,10 +121,10 @@ def chosen(call: tuple, device: Device, *, stores: bool = False) -> Config | Non
     pass. For two dtypes, whose products split.py has. Exponentials need the range of bfloat16.
 
     Args:
-        call: hidden, weight, bias, labels, temperature, scale, softcap.
+        call: hidden, weight, bias, labels, temperature, scale, softcap, rounding.
         stores: for exponentials.
     """
-    hidden, weight, bias, *_, softcap = call
+    hidden, weight, bias, *_, softcap, _ = call
     dtypes = (torch.bfloat16,) if stores else (torch.bfloat16, torch.float16)
     if hidden.dtype not in dtypes or weight.dtype != hidden.dtype or weight.stride(1) != 1:
         return None

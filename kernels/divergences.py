@@ -49,6 +49,7 @@ class Side(NamedTuple):
     temperature: Tensor  # [N] fp32
     scale: float
     softcap: float
+    rounding: int
     lse: Tensor  # [N] fp64
     entropy: Tensor  # [N] fp32
 
@@ -103,11 +104,12 @@ def logits_at(
     inv_temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):
     """A row's logits at some columns."""
     raw = tl.load(row_ptr + cols, mask=mask, other=0.0)
     bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-    return transformed(raw, bias, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+    return transformed(raw, bias, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP, ROUNDING)
 
 
 @triton.jit
@@ -179,8 +181,10 @@ def _divergence_sums_kernel(
     KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ROUNDING: tl.constexpr,
     HAS_TEACHER_BIAS: tl.constexpr,
     HAS_TEACHER_SOFTCAP: tl.constexpr,
+    TEACHER_ROUNDING: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
@@ -199,7 +203,9 @@ def _divergence_sums_kernel(
     for v0 in range(begin, end, BLOCK_V):
         cols = v0 + tl.arange(0, BLOCK_V)
         mask = cols < end
-        z = logits_at(row, bias_ptr, cols, mask, scale, softcap, inv, HAS_BIAS, HAS_SOFTCAP)
+        z = logits_at(
+            row, bias_ptr, cols, mask, scale, softcap, inv, HAS_BIAS, HAS_SOFTCAP, ROUNDING
+        )
         teacher_z = logits_at(
             teacher_row,
             teacher_bias_ptr,
@@ -210,6 +216,7 @@ def _divergence_sums_kernel(
             teacher_inv,
             HAS_TEACHER_BIAS,
             HAS_TEACHER_SOFTCAP,
+            TEACHER_ROUNDING,
         )
         s, t, d, delta = pair(z, teacher_z, lse, entropy, teacher_lse, teacher_entropy)
         g, h = slopes(s, t, bounded(d), delta, KIND, parameter)
@@ -257,8 +264,10 @@ def _divergence_gradient_kernel(
     KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ROUNDING: tl.constexpr,
     HAS_TEACHER_BIAS: tl.constexpr,
     HAS_TEACHER_SOFTCAP: tl.constexpr,
+    TEACHER_ROUNDING: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
@@ -272,7 +281,7 @@ def _divergence_gradient_kernel(
     cols = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = cols < V
     row = logits_ptr + n * row_stride
-    z = logits_at(row, bias_ptr, cols, mask, scale, softcap, inv, HAS_BIAS, HAS_SOFTCAP)
+    z = logits_at(row, bias_ptr, cols, mask, scale, softcap, inv, HAS_BIAS, HAS_SOFTCAP, ROUNDING)
     teacher_z = logits_at(
         teacher_logits_ptr + n * teacher_row_stride,
         teacher_bias_ptr,
@@ -283,6 +292,7 @@ def _divergence_gradient_kernel(
         teacher_inv,
         HAS_TEACHER_BIAS,
         HAS_TEACHER_SOFTCAP,
+        TEACHER_ROUNDING,
     )
     s, t, d, delta = pair(z, teacher_z, lse, entropy, teacher_lse, teacher_entropy)
     g, _ = slopes(s, t, bounded(d), delta, KIND, parameter)
@@ -314,8 +324,10 @@ def _options(student: Side, teacher: Side, kind: int) -> dict:
         "KIND": kind,
         "HAS_BIAS": student.bias is not None,
         "HAS_SOFTCAP": student.softcap != 0.0,
+        "ROUNDING": student.rounding,
         "HAS_TEACHER_BIAS": teacher.bias is not None,
         "HAS_TEACHER_SOFTCAP": teacher.softcap != 0.0,
+        "TEACHER_ROUNDING": teacher.rounding,
         "BLOCK_V": BLOCK_V,
         "num_warps": NUM_WARPS,
         "enable_fp_fusion": True,

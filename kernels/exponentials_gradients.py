@@ -143,7 +143,7 @@ def of_whole(
     return Known(s, among, lse, entropy)
 
 
-Transform = tuple[Tensor | None, Tensor, Tensor, float, float]  # bias, labels, ... softcap
+Transform = tuple[Tensor | None, Tensor, Tensor, float, float, int]  # bias, labels, ... rounding
 
 
 def form(
@@ -162,7 +162,7 @@ def form(
     entry of the label is written if nothing else differs.
     """
     (N, V), H = e.shape, hidden.shape[1]
-    _, labels, temperature, scale, softcap = transform
+    _, labels, temperature, scale, softcap, _ = transform
     factor = known.s.new_empty(N)
     if N == 0:
         return factor

@@ -101,7 +101,7 @@ def described(tensor: Tensor, *block: int) -> object:
 def _launch(
     head: tuple, stored: Stored | None, partial: Tensor, device: Device, config: Config
 ) -> None:
-    hidden, weight, bias, labels, temperature, scale, softcap = head
+    hidden, weight, bias, labels, temperature, scale, softcap, rounding = head
     (N, H), V = hidden.shape, weight.shape[0]
     parts = cut(N, V, H, device.multiprocessors, config)
     left = described(hidden, config.block_m, config.block_k)
@@ -129,6 +129,7 @@ def _launch(
         softcap,
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap != 0.0,
+        ROUNDING=rounding,
         STORE=stored is not None,
         AGAIN=again is not None,
         STAGES=config.num_stages,
@@ -152,18 +153,19 @@ def statistics(
     temperature: Tensor,  # [N] fp32
     scale: float,
     softcap: float,
+    rounding: int,
     device: Device,
     config: Config,
 ) -> Tensor:  # [splits, 4, N] fp32, in multiples of linear_logprobs.unit(bias)
     """Parts of the running softmax: the largest logit, the two sums, the label's logit."""
-    head = (hidden, weight, bias, labels, temperature, scale, softcap)
+    head = (hidden, weight, bias, labels, temperature, scale, softcap, rounding)
     partial = parts_of(head, device, config)
     _launch(head, None, partial, device, config)
     return partial
 
 
 def exponentials(
-    head: tuple,  # hidden ... softcap, as `statistics` takes them
+    head: tuple,  # hidden ... rounding, as `statistics` takes them
     stored: Stored,
     partial: Tensor,  # of parts_of, written
     device: Device,

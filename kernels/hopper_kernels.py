@@ -1,6 +1,6 @@
 """The device code of hopper.py, in Gluon: one warp loads, two groups of four warps multiply.
 
-    z2[n, v] = log2(e) softcap(scale * (hidden[n] . weight[v] + bias[v])) / temperature[n]
+    z2[n, v] = log2(e) softcap(scale * rounded(hidden[n] . weight[v] + bias[v])) / temperature[n]
 
 A program owns BLOCK_M = 128 tokens and one part of the vocabulary. The producer, one warp with 24
 registers a thread, brings tiles of BLOCK_K columns into a ring of STAGES buffers by TMA; each
@@ -121,7 +121,7 @@ def _halves(acc, layout: gl.constexpr):
 @gluon.jit
 def _logits(
     raw, bias_ptr, v0, V, scale, softcap, inv_temperature, layout: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_SOFTCAP: gl.constexpr, ROUNDING: gl.constexpr,
 ):  # fmt: skip
     """Logits from raw products: in units of log2, but not with a bias."""
     bias = 0.0
@@ -131,7 +131,7 @@ def _logits(
         bias = gl.load(bias_ptr + entries, mask=entries < V, other=0.0).to(gl.float32)
         bias = gl.convert_layout(bias, gl.SliceLayout(0, layout))[None, :]
     per_token = inv_temperature[:, None]
-    return logprobs.in_units(raw, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP)
+    return logprobs.in_units(raw, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP, ROUNDING)
 
 
 @gluon.jit
@@ -139,7 +139,8 @@ def _consumer(
     exps, bias_ptr, labels_ptr, temperature_ptr, reference_ptr, partial_ptr,
     a_bufs, b_bufs, e_bufs, ready, empty, first_row, split, begin, end,
     N, V, H, written, scale, softcap,
-    WHICH: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SOFTCAP: gl.constexpr, STORE: gl.constexpr,
+    WHICH: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    ROUNDING: gl.constexpr, STORE: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = a_bufs.shape[1] // 2
     BLOCK_N: gl.constexpr = b_bufs.shape[1]
@@ -172,7 +173,7 @@ def _consumer(
             v = v0 + half * HALF
             z = _logits(
                 halves[half], bias_ptr, v, V, scale, softcap, inv_temperature, layout,
-                HAS_BIAS, HAS_SOFTCAP,
+                HAS_BIAS, HAS_SOFTCAP, ROUNDING,
             )  # fmt: skip
             if v + HALF > end:
                 z = gl.where((v + cols < end)[None, :], z, float("-inf"))
@@ -224,6 +225,7 @@ def _hopper_statistics_kernel(
     softcap,
     HAS_BIAS: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
+    ROUNDING: gl.constexpr,
     STORE: gl.constexpr,
     AGAIN: gl.constexpr,
     STAGES: gl.constexpr,
@@ -266,10 +268,12 @@ def _hopper_statistics_kernel(
         [
             (_consumer, (exps, bias_ptr, labels_ptr, temperature_ptr, reference_ptr, partial_ptr,
                          a_bufs, b_bufs, e_bufs, ready, empty, first_row, split, begin, end,
-                         N, V, H, written, scale, softcap, 0, HAS_BIAS, HAS_SOFTCAP, STORE)),
+                         N, V, H, written, scale, softcap, 0, HAS_BIAS, HAS_SOFTCAP,
+                         ROUNDING, STORE)),
             (_consumer, (exps, bias_ptr, labels_ptr, temperature_ptr, reference_ptr, partial_ptr,
                          a_bufs, b_bufs, e_bufs, ready, empty, first_row, split, begin, end,
-                         N, V, H, written, scale, softcap, 1, HAS_BIAS, HAS_SOFTCAP, STORE)),
+                         N, V, H, written, scale, softcap, 1, HAS_BIAS, HAS_SOFTCAP,
+                         ROUNDING, STORE)),
             (_producer, (hidden, weight, a_bufs, b_bufs, ready, empty, first_row, begin, end, H)),
         ],
         [4, 1],

@@ -29,13 +29,14 @@ class Head(NamedTuple):
     temperature: Tensor  # [N] fp32
     scale: float
     softcap: float
+    rounding: int
 
     def side(
         self, logits: Tensor, lse: Tensor, entropy: Tensor, columns: slice = slice(None)
     ) -> divergences.Side:
         """With its logits of some columns of the vocabulary."""
         bias = None if self.bias is None else self.bias[columns]
-        transform = (self.temperature, self.scale, self.softcap)
+        transform = (self.temperature, self.scale, self.softcap, self.rounding)
         return divergences.Side(logits, bias, *transform, lse, entropy)
 
 

@@ -49,6 +49,7 @@ def _reference_kernel(
     weight_row_stride,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ROUNDING: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -80,10 +81,10 @@ def _reference_kernel(
         bias = tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
         label_bias = tl.load(bias_ptr + labels, mask=known, other=0.0).to(tl.float32)
     per_token = inv_temperature[:, None]
-    z = logprobs.in_units(raw, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP)
+    z = logprobs.in_units(raw, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP, ROUNDING)
     z = tl.where((cols < V)[None, :], z, float("-inf"))
     label = logprobs.in_units(
-        at_label, label_bias, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP
+        at_label, label_bias, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP, ROUNDING
     )
     largest = tl.maximum(tl.max(z, axis=1), tl.where(known, label, float("-inf")))
     # Neither an infinity nor NaN is a place to count from.
@@ -114,6 +115,7 @@ def _linear_exponentials_kernel(
     AGAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ROUNDING: tl.constexpr,
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -153,7 +155,7 @@ def _linear_exponentials_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + cols, mask=cols < end, other=0.0).to(tl.float32)[None, :]
         per_token = inv_temperature[:, None]
-        z = logprobs.in_units(z, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP)
+        z = logprobs.in_units(z, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP, ROUNDING)
         if v0 + BLOCK_N > end:
             z = tl.where((cols < end)[None, :], z, float("-inf"))
         m_i = tl.maximum(m_i, tl.max(z, axis=1))
@@ -263,12 +265,13 @@ def fwd(
     temperature: Tensor,  # [N] fp32
     scale: float,
     softcap: float,
+    rounding: int,
     device: Device,
     config: Config,
     e: Tensor,  # [N, V] bf16, written; its rows `row_stride` apart
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """logprobs, entropy [N] fp32, lse [N] fp64, top [N] fp32; and s [N] fp32."""
-    head = (hidden, weight, bias, labels, temperature, scale, softcap)
+    head = (hidden, weight, bias, labels, temperature, scale, softcap, rounding)
     N, V = len(hidden), len(weight)
     reference = temperature.new_empty(N)
     if N == 0:
@@ -282,7 +285,7 @@ def fwd(
 
 
 def _refer(head: tuple, reference: Tensor, device: Device) -> None:
-    hidden, weight, bias, labels, temperature, scale, softcap = head
+    hidden, weight, bias, labels, temperature, scale, softcap, rounding = head
     rows, columns, step = REFERENCE_TILE
     _reference_kernel[(triton.cdiv(len(hidden), rows),)](
         hidden,
@@ -299,6 +302,7 @@ def _refer(head: tuple, reference: Tensor, device: Device) -> None:
         weight.stride(0),
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap != 0.0,
+        ROUNDING=rounding,
         UPCAST=device.interpreted,
         BLOCK_M=rows,
         BLOCK_N=columns,
@@ -339,7 +343,7 @@ def _formed_by(
             hopper.exponentials(head, stored, partial, device, config)
 
         return partial, form
-    hidden, weight, bias, labels, temperature, scale, softcap = head
+    hidden, weight, bias, labels, temperature, scale, softcap, rounding = head
     (N, H), V = hidden.shape, weight.shape[0]
     tiles, splits, per_split = parts(N, V, config, device)
     partial = temperature.new_empty(splits, 4, N)
@@ -366,6 +370,7 @@ def _formed_by(
             AGAIN=again is not None,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap != 0.0,
+            ROUNDING=rounding,
             **blocks(config, device),
         )
 

@@ -121,6 +121,7 @@ def bwd(
     temperature: Tensor,  # [N] fp32
     scale: float,
     softcap: float,
+    rounding: int,
     ignore_index: int,
     chunk_bytes: int,
     lse: Tensor,  # [N] fp64
@@ -137,7 +138,7 @@ def bwd(
         return logits_gradient(
             (dlogprobs, dentropy),
             product(hidden, weight[v0:v1].T, raw[:, : v1 - v0]),
-            (None if bias is None else bias[v0:v1], labels, temperature, scale, softcap),
+            (None if bias is None else bias[v0:v1], labels, temperature, scale, softcap, rounding),
             (ignore_index, lse, entropy),
             of_draw,
             v0,
@@ -181,7 +182,7 @@ def by_blocks(
 def logits_gradient(
     upstream: tuple[Tensor, Tensor],
     raw: Tensor,  # [N, columns] fp32, overwritten where the result is fp32
-    transform: tuple[Tensor | None, Tensor, Tensor, float, float],
+    transform: tuple[Tensor | None, Tensor, Tensor, float, float, int],
     known: tuple[int, Tensor, Tensor],
     dtype: torch.dtype,
     first_column: int = 0,
@@ -197,7 +198,7 @@ def chunk_bwd(
     raw: Tensor,  # [N, V] fp32, consumed
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
-    transform: tuple[Tensor | None, Tensor, Tensor, float, float],
+    transform: tuple[Tensor | None, Tensor, Tensor, float, float, int],
     known: tuple[int, Tensor, Tensor],
     dweight: Tensor | None,  # [V, H], written or added to
     dbias: Tensor | None,  # [V], written or added to

@@ -89,6 +89,7 @@ def _linear_statistics_kernel(
     weight_row_stride,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ROUNDING: tl.constexpr,
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -123,7 +124,7 @@ def _linear_statistics_kernel(
         if HAS_BIAS:
             bias = bias.to(tl.float32)[None, :]
         per_token = inv_temperature[:, None]
-        z = logprobs.in_units(z, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP)
+        z = logprobs.in_units(z, bias, scale, softcap, per_token, HAS_BIAS, HAS_SOFTCAP, ROUNDING)
         if v0 + BLOCK_N > end:
             z = tl.where(col_mask[None, :], z, float("-inf"))
         m_i, s_i, t_i = logprobs.added_by_exp2(m_i, s_i, t_i, z, not HAS_BIAS)
@@ -191,12 +192,13 @@ def fused_statistics(
     temperature: Tensor,  # [N] fp32
     scale: float,
     softcap: float,
+    rounding: int,
     device: Device,
     config: Config,
 ) -> Tensor:  # [splits, 4, N] fp32, in multiples of unit(bias)
     """Parts of the running softmax, from logits that stay in registers."""
     if config.gluon:
-        call = (hidden, weight, bias, labels, temperature, scale, softcap)
+        call = (hidden, weight, bias, labels, temperature, scale, softcap, rounding)
         return hopper.statistics(*call, device, config)
     (N, H), V = hidden.shape, weight.shape[0]
     tiles, splits, per_split = parts(N, V, config, device)
@@ -217,6 +219,7 @@ def fused_statistics(
         weight.stride(0),
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap != 0.0,
+        ROUNDING=rounding,
         **blocks(config, device),
     )
     return partial
@@ -240,6 +243,7 @@ def tiled_statistics(
     temperature: Tensor,
     scale: float,
     softcap: float,
+    rounding: int,
 ) -> Tensor:  # [tiles, 4, N] fp32
     """The same, from the vendor's products: tiles of fp32 logits small enough to stay in L2."""
     N, V = hidden.shape[0], weight.shape[0]
@@ -253,7 +257,7 @@ def tiled_statistics(
         for i, (v0, columns, raw) in enumerate(tiles):
             of_bias = None if bias is None else bias[columns]
             to = here[i : i + 1]
-            logprobs.partial_statistics(raw, of_bias, *tokens, to, scale, softcap, v0)
+            logprobs.partial_statistics(raw, of_bias, *tokens, to, scale, softcap, rounding, v0)
         if some:
             partial[:, :, rows] = here
     return partial
@@ -289,6 +293,7 @@ def fwd(
     temperature: Tensor,  # [N] fp32
     scale: float,
     softcap: float,
+    rounding: int,
     ignore_index: int,
     device: Device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -296,7 +301,7 @@ def fwd(
     if len(labels) == 0:
         empty = temperature.new_empty(0)
         return empty, empty.clone(), empty.double(), empty.clone()
-    args = (hidden.contiguous(), weight, bias, labels, temperature, scale, softcap)
+    args = (hidden.contiguous(), weight, bias, labels, temperature, scale, softcap, rounding)
     config = chosen(args, device)
     if config is None:
         return logprobs.merge(tiled_statistics(*args), labels, len(weight), ignore_index)

@@ -1,6 +1,6 @@
 """Statistics and gradients of rows of logits that are in memory.
 
-    z[n, v]     = softcap(scale * (raw[n, v] + bias[v])) / temperature[n]
+    z[n, v]     = softcap(scale * rounded(raw[n, v] + bias[v])) / temperature[n]
     lse[n]      = log sum_v exp z[n, v]
     logprobs[n] = z[n, labels[n]] - lse[n]
     entropy[n]  = lse[n] - sum_v p[n, v] z[n, v]
@@ -36,12 +36,29 @@ PROGRAMS_PER_SM = 8
 
 
 @triton.jit
+def rounded(x, ROUNDING: tl.constexpr):
+    """To the nearest number of bfloat16 (1) or float16 (2), in fp32."""
+    if ROUNDING == 1:
+        x = x.to(tl.bfloat16).to(tl.float32)
+    if ROUNDING == 2:
+        x = x.to(tl.float16).to(tl.float32)
+    return x
+
+
+@triton.jit
 def transformed(
-    raw, bias, scale, softcap, inv_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+    raw,
+    bias,
+    scale,
+    softcap,
+    inv_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):
     """A logit from its raw product."""
     # Without one, no sum: the compiler may not drop an addition of 0.
-    x = (raw + bias) * scale if HAS_BIAS else raw * scale
+    x = rounded(raw + bias if HAS_BIAS else raw, ROUNDING) * scale
     if HAS_SOFTCAP:
         # tanh(u) = 1 - 2 / (exp(2u) + 1): exp may overflow to inf, and the quotient is then 0.
         x = softcap * (1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0))
@@ -89,13 +106,20 @@ def in_log2(raw, scale, softcap, to_log2, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def in_units(
-    raw, bias, scale, softcap, inv_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+    raw,
+    bias,
+    scale,
+    softcap,
+    inv_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):
     """A logit from its raw product: in units of log2, but natural with a bias."""
     if HAS_BIAS:
-        return transformed(raw, bias, scale, softcap, inv_temperature, True, HAS_SOFTCAP)
+        return transformed(raw, bias, scale, softcap, inv_temperature, True, HAS_SOFTCAP, ROUNDING)
     to_log2 = log2_factor(scale, inv_temperature, HAS_SOFTCAP)
-    return in_log2(raw, scale, softcap, to_log2, HAS_SOFTCAP)
+    return in_log2(rounded(raw, ROUNDING), scale, softcap, to_log2, HAS_SOFTCAP)
 
 
 @triton.jit
@@ -162,6 +186,7 @@ def _statistics_kernel(
     row_stride,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
@@ -179,7 +204,7 @@ def _statistics_kernel(
         mask = cols < end
         raw = tl.load(logits_ptr + n * row_stride + cols, mask=mask, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-        z = transformed(raw, bias, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        z = transformed(raw, bias, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP, ROUNDING)
         z = tl.where(mask, z, float("-inf"))
         m_i, s_i, t_i = added(m_i, s_i, t_i, z)
         # With the mask: the label may lie in the columns after these.
@@ -273,6 +298,7 @@ def _gradient_kernel(
     draw_row_stride,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
@@ -286,7 +312,7 @@ def _gradient_kernel(
     mask = cols < V
     raw = tl.load(logits_ptr + n * row_stride + cols, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-    z = transformed(raw, bias, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+    z = transformed(raw, bias, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP, ROUNDING)
     is_label = cols + first_column == label
     dz = softmax_gradient(z, lse, entropy, dlogprob, dentropy, is_label)
     if HAS_SOFTCAP:
@@ -315,6 +341,7 @@ def partial_statistics(
     partial: Tensor,  # [splits, 4, N] fp32, written
     scale: float = 1.0,
     softcap: float = 0.0,
+    rounding: int = 0,
     first_column: int = 0,
 ) -> None:
     """Each part's maximum, sums and label logit. Labels outside the columns leave 0."""
@@ -338,6 +365,7 @@ def partial_statistics(
         logits.stride(0),
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap != 0.0,
+        ROUNDING=rounding,
         BLOCK_V=BLOCK_V,
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
@@ -386,6 +414,7 @@ def fwd(
     temperature: Tensor,  # [N] fp32
     scale: float,
     softcap: float,
+    rounding: int,
     ignore_index: int,
     multiprocessors: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -393,7 +422,7 @@ def fwd(
     N, V = logits.shape
     splits = splits_for(N, V, multiprocessors)
     partial = torch.empty(splits, 4, N, dtype=torch.float32, device=logits.device)
-    partial_statistics(logits, bias, labels, temperature, partial, scale, softcap)
+    partial_statistics(logits, bias, labels, temperature, partial, scale, softcap, rounding)
     return merge(partial, labels, V, ignore_index)
 
 
@@ -406,6 +435,7 @@ def bwd(
     temperature: Tensor,  # [N] fp32
     scale: float,
     softcap: float,
+    rounding: int,
     ignore_index: int,
     lse: Tensor,  # [N] fp64
     entropy: Tensor,  # [N] fp32
@@ -435,6 +465,7 @@ def bwd(
         draw.stride(0),
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap != 0.0,
+        ROUNDING=rounding,
         BLOCK_V=BLOCK_V,
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,

@@ -195,6 +195,7 @@ def with_flags(
         if own.issuperset(on):
             known = {**settings, **{flag: flag in on for flag in FLAGS}}
             known |= {flag.replace("HAS_", "HAS_TEACHER_"): flag in on for flag in FLAGS}
+            known |= {"ROUNDING": 0, "TEACHER_ROUNDING": 0}
             yield Case(
                 ", ".join([name, *(flag.removeprefix("HAS_").lower() for flag in on)]),
                 kernel,

@@ -41,7 +41,8 @@ from triton.runtime import JITFunction
 class Language:
     """What gl and tl have that the kernels use, by torch."""
 
-    float32, bfloat16, int32, int64 = torch.float32, torch.bfloat16, torch.int32, torch.int64
+    float16, float32, bfloat16 = torch.float16, torch.float32, torch.bfloat16
+    int32, int64 = torch.int32, torch.int64
     zeros = staticmethod(lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype))
     where, exp, exp2 = torch.where, torch.exp, torch.exp2
     expand_dims = torch.unsqueeze

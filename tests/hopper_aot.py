@@ -62,7 +62,7 @@ def gluon_cases(major: int) -> Iterator[Case]:
                 hopper_kernels._hopper_statistics_kernel,
                 config.block_m * config.block_n,
                 8,
-                {**{f: f in flags for f in FLAGS}, "STAGES": config.num_stages},
+                {**{f: f in flags for f in FLAGS}, "ROUNDING": 0, "STAGES": config.num_stages},
                 types_of(config, dtype, "STORE" in flags),
                 {"num_warps": config.num_warps},
             )

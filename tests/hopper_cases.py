@@ -40,7 +40,7 @@ class Case:
     @property
     def head(self) -> tuple:
         tensors = (self.hidden, self.weight, self.bias, self.labels, self.temperature)
-        return (*tensors, self.scale, self.softcap)
+        return (*tensors, self.scale, self.softcap, 0)
 
     def logits(self) -> Tensor:
         """In float64, on the CPU."""

@@ -138,7 +138,7 @@ def test_an_entry_in_every_kept_set(way):
 
     def of_kept(leaves, bias):
         if way == "plain":
-            head = (labels, kept, cu_kept, torch.ones(N), 1.0, 0.0, -100, 2**20)
+            head = (labels, kept, cu_kept, torch.ones(N), 1.0, 0.0, 0, -100, 2**20)
             return Plain.apply(*leaves, bias, *head)[2]
         return linear_kept_logprobs(leaves[0], LMHead(leaves[1], bias), labels, kept, cu_kept)[2]
 

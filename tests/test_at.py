@@ -76,12 +76,12 @@ class PlainLogits(torch.autograd.Function):
 
 
 def _wanted(grads, needs):
-    return (*[g if n else None for g, n in zip(grads, needs, strict=True)], *(None,) * 6)
+    return (*[g if n else None for g, n in zip(grads, needs, strict=True)], *(None,) * 7)
 
 
 def _flat(case: Case, ids: Tensor, weight: Tensor, chunk_bytes: int) -> tuple:
     t = case.temperature.to(reference.acc_dtype(case.hidden.to(weight.dtype), weight))
-    return (ids, t, case.scale, case.softcap or 0.0, IGNORED, chunk_bytes)
+    return (ids, t, case.scale, case.softcap or 0.0, 0, IGNORED, chunk_bytes)
 
 
 PLAIN = at.linear_logprobs_at.plain, at.linear_logprobs_at_backward.plain

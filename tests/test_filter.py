@@ -262,7 +262,8 @@ def test_opcheck(dtype):
     torch.manual_seed(7)
     case = oracle.random_case(7, 6, FILTER_ROWS + 5, dtype, **FEATURES)
     leaves = leaves_of(case)
-    args = (case.labels, case.temperature.float(), case.scale, case.softcap, IGNORED, 2**20, FILTER)
+    transform = (case.temperature.float(), case.scale, case.softcap, 0)
+    args = (case.labels, *transform, IGNORED, 2**20, FILTER)
     torch.library.opcheck(linear_filtered_logprobs.op, (*leaves, *args))
     plain = [t.detach() for t in leaves]
     logprobs, entropy, lse, _, peaks = linear_filtered_logprobs.op(*plain, *args)

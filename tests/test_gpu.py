@@ -117,7 +117,7 @@ def test_the_one_pass_loss_agrees(dtype, chunk_bytes):
 def test_opcheck_on_cuda(dtype):
     hidden, weight, labels = build(dtype, "cuda", N=20)
     temperature = torch.ones(20, device="cuda")
-    args = (hidden, weight, None, labels, temperature, 1.0, 0.0, -100, 2**20)
+    args = (hidden, weight, None, labels, temperature, 1.0, 0.0, 0, -100, 2**20)
     torch.library.opcheck(ops.linear_logprobs.op, args)
 
 
@@ -221,7 +221,8 @@ def test_every_way_of_the_forward_agrees(N, transform, monkeypatch):
         hidden.double().cpu(), fused_rl.LMHead(*on_cpu, softcap=head.softcap), labels.cpu()
     )
     device = configs.Device.of(hidden.device)
-    call = (hidden, weight, bias, labels, torch.ones(N, device="cuda"), 1.0, head.softcap or 0.0)
+    ones = torch.ones(N, device="cuda")
+    call = (hidden, weight, bias, labels, ones, 1.0, head.softcap or 0.0, 0)
     for config in (*configs.configs(device.major), None):
         if config is not None and (config.stores or config.rows < N):
             continue

@@ -60,7 +60,7 @@ class Plain(torch.autograd.Function):
         args = (kept_ops.KeptUpstream(*upstream), *ctx.args, *ctx.known, Needs(*needs))
         grads = kept_ops.linear_kept_logprobs_backward.plain(*args)
         wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
-        return (*wanted, *(None,) * 8)
+        return (*wanted, *(None,) * 9)
 
 
 def fused(case: Case, kept: Tensor, cu_kept: Tensor):
@@ -76,7 +76,7 @@ def fused(case: Case, kept: Tensor, cu_kept: Tensor):
 def plain(case: Case, kept: Tensor, cu_kept: Tensor, chunk_bytes: int = PLAIN_CHUNK):
     def stats(hidden, weight, bias):
         t = case.temperature.to(reference.acc_dtype(hidden, weight))
-        head = (case.labels, kept, cu_kept, t, case.scale, case.softcap or 0.0)
+        head = (case.labels, kept, cu_kept, t, case.scale, case.softcap or 0.0, 0)
         return KeptStats(*Plain.apply(hidden, weight, bias, *head, IGNORED, chunk_bytes))
 
     return stats

@@ -54,7 +54,7 @@ def _linear_args(dtype, bias=True):
     case.labels[2] = IGNORED
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     temperature = case.temperature.to(wide)
-    return (case.hidden, case.weight, case.bias, case.labels, temperature, 0.7, 3.0)
+    return (case.hidden, case.weight, case.bias, case.labels, temperature, 0.7, 3.0, 1)
 
 
 def _require_grad(args, count):
@@ -105,7 +105,7 @@ def _of_linear_logprobs_chunk(dtype):
     yield (*args, True)
     yield (*args, False)
     # Without a softcap.
-    yield (*args[:-1], 0.0, False)
+    yield (*args[:-2], 0.0, 1, False)
 
 
 @samples_of(chunk.linear_logprobs_chunk_backward)
@@ -145,7 +145,7 @@ def _two_args(dtype):
     other = oracle.random_case(7, 4, 11, dtype, **{**EVERYTHING, "bias": True})
     of_teacher = (other.hidden, other.weight, other.bias)
     heads = (hidden, weight, bias, *of_teacher, labels, temperature, temperature + 0.5)
-    return (*heads, *options, 1.3, 0.0)
+    return (*heads, *options, 1.3, 0.0, 2)
 
 
 # The measures: kind, parameter, factor.

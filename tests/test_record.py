@@ -99,7 +99,7 @@ def picked(head: Head, several: Ids, *leaves: Tensor) -> Tensor:
 
 def test_the_schema_is_the_fields_in_order():
     given = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor temperature"
-    given += ", float scale, float softcap, Tensor ids"
+    given += ", float scale, float softcap, SymInt rounding, Tensor ids"
     schemas = {
         toy_several_ids: f"({given}) -> (Tensor, Tensor)",
         toy_several_ids_backward: f"(Tensor dpicked, {given}, Tensor lse, bool need_dhidden, "

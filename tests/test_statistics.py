@@ -335,7 +335,7 @@ def test_a_top_beyond_a_small_vocabulary():
 def _samples(dtype, bias=True):
     case = oracle.random_case(7, 6, 300, dtype, ignored=1, **{**EVERYTHING, "bias": bias})
     t = case.temperature.to(_wide(case))
-    of_head = (case.hidden, case.weight, case.bias, case.labels, t, 0.7, 3.0)
+    of_head = (case.hidden, case.weight, case.bias, case.labels, t, 0.7, 3.0, 1)
     for asked in ((True, True, 3), (False, True, 0), (True, False, 1), (False, False, 0)):
         yield (*of_head, *asked, IGNORED, 2**20)
 

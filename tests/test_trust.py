@@ -44,7 +44,7 @@ def call(N, H=64, softcap=0.0, described=True):
     """Of N tokens; rows of 2 (H + 1) bytes are in no tensor descriptor."""
     width = H if described else H + 1
     hidden, weight = (torch.empty(n, width).bfloat16()[:, :H] for n in (N, 99))
-    return hidden, weight, None, None, None, 1.0, softcap
+    return hidden, weight, None, None, None, 1.0, softcap, 0
 
 
 def chosen_by_default(N, stores, monkeypatch):

@@ -46,6 +46,7 @@ class AtHead(NamedTuple):
     temperature: Tensor  # [N]
     scale: float
     softcap: float
+    rounding: int = 0
 
     @classmethod
     def of(cls, head: Head, ids: Tensor) -> "AtHead":

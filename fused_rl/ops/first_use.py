@@ -53,7 +53,7 @@ def _size(like: int, divisible: int) -> int:
 
 def small_head(head: Head, seed: int = 0) -> Head:
     """A head of the same kind, with 48 tokens and a vocabulary of 640, or one less each."""
-    hidden, weight, bias, labels, _, scale, softcap = head
+    hidden, weight, bias, labels, _, scale, *transform = head
     N, V, H = _size(len(labels), 48), _size(len(weight), 640), hidden.shape[1]
     noise = torch.Generator(hidden.device).manual_seed(seed)
     where = {"generator": noise, "device": hidden.device}
@@ -64,7 +64,7 @@ def small_head(head: Head, seed: int = 0) -> Head:
         torch.randint(0, V, (N,), **where),
         1.0 + torch.rand(N, **where),
         scale,
-        softcap,
+        *transform,
     )
 
 

@@ -32,6 +32,7 @@ class KeptHead(NamedTuple):
     temperature: Tensor  # [N]
     scale: float
     softcap: float
+    rounding: int = 0
 
     @classmethod
     def of(cls, head: Head, sets: Sets) -> "KeptHead":

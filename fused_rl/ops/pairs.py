@@ -14,13 +14,13 @@ from fused_rl.ops.record import Gradients, Head, Limits, Needs
 
 
 def pair_logits(head: Head, token: Tensor, entry: Tensor, chunk_bytes: int) -> Tensor:  # [M]
-    hidden, weight, bias, _, temperature, scale, softcap = head
+    hidden, weight, bias, _, temperature, *transform = head
     z = hidden.new_empty(len(entry), dtype=head.dtype)
     for run in _runs(len(z), hidden.shape[1], head.dtype, chunk_bytes):
         n, v = token[run], entry[run]
         raw = (hidden[n].to(head.dtype) * weight[v].to(head.dtype)).sum(-1)
         of_entry = None if bias is None else bias[v]
-        z[run] = reference.from_products(raw, of_entry, temperature[n], scale, softcap)
+        z[run] = reference.from_products(raw, of_entry, temperature[n], *transform)
     return z
 
 

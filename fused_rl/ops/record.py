@@ -57,6 +57,7 @@ class Head(NamedTuple):
     temperature: Tensor  # [N]
     scale: float
     softcap: float  # 0: none
+    rounding: int = 0  # a place in reference.ROUNDED; 0: none
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,7 +71,7 @@ class Head(NamedTuple):
 
     def logits(self) -> Tensor:  # [N, V]
         operands = (self.hidden, self.weight, self.bias, self.temperature)
-        return reference.logits(*operands, self.scale, self.softcap)
+        return reference.logits(*operands, *self[5:])
 
 
 class Limits(NamedTuple):

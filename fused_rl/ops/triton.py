@@ -294,9 +294,9 @@ def gradients_of(
 
 
 def _of_rows(given: Rows) -> tuple:
-    """What the kernels take of logits that are there: no bias, scale or softcap."""
+    """What the kernels take of logits that are there: no bias, scale, softcap or rounding."""
     rows = given.logits if given.logits.stride(1) == 1 else given.logits.contiguous()
-    return (rows, None, given.labels, given.temperature, 1.0, 0.0, given.ignore_index)
+    return (rows, None, given.labels, given.temperature, 1.0, 0.0, 0, given.ignore_index)
 
 
 @on_cuda(logits.logits_logprobs)

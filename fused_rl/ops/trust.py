@@ -142,7 +142,7 @@ def allowed(device: torch.device, config: Any, call: tuple) -> bool:
     Args:
         device: where.
         config: kernels.configs.Config.
-        call: hidden, weight, bias, labels, temperature, scale, softcap.
+        call: hidden, weight, bias, labels, temperature, scale, softcap, rounding.
     """
     if config.proof is None and not _options.unproven:
         return False
@@ -157,8 +157,8 @@ def title_of(config: Any) -> str:
 
 def kind_of_call(call: tuple) -> Hashable:
     """What the code of a configuration depends on, of a call of the fused forward."""
-    hidden, _, bias, *_, softcap = call
-    return hidden.dtype, bias is None, softcap == 0.0
+    hidden, _, bias, *_, softcap, rounding = call
+    return hidden.dtype, bias is None, softcap == 0.0, rounding
 
 
 def kind_of(records: Iterable[tuple]) -> Hashable:
@@ -170,4 +170,4 @@ def _kind_of_field(name: str, value: Any) -> Hashable:
     """A tensor's dtype; which of several kinds; whether there is anything."""
     if isinstance(value, torch.Tensor):
         return value.dtype
-    return value if name == "kind" else value is None or value == 0
+    return value if name.endswith(("kind", "rounding")) else value is None or value == 0

@@ -28,8 +28,10 @@ class TwoHeads(NamedTuple):
     teacher_temperature: Tensor  # [N]
     scale: float
     softcap: float
+    rounding: int
     teacher_scale: float
     teacher_softcap: float
+    teacher_rounding: int
 
     @classmethod
     def of(cls, student: Head, teacher: Head) -> "TwoHeads":
@@ -40,11 +42,11 @@ class TwoHeads(NamedTuple):
 
     def student(self) -> Head:
         tensors = (self.hidden, self.weight, self.bias, self.labels, self.temperature)
-        return Head(*tensors, self.scale, self.softcap)
+        return Head(*tensors, self.scale, self.softcap, self.rounding)
 
     def teacher(self) -> Head:
         tensors = (self.teacher_hidden, self.teacher_weight, self.teacher_bias, self.labels)
-        return Head(*tensors, self.teacher_temperature, self.teacher_scale, self.teacher_softcap)
+        return Head(*tensors, self.teacher_temperature, *self[12:])
 
     def swapped(self) -> "TwoHeads":
         """The teacher in the student's place, and the other way round."""

@@ -66,8 +66,8 @@ class _Kept(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise NotImplementedError("linear_kept_logprobs has no second derivative")
         *tensors, kept, cu_kept, lse, entropy, slope = ctx.saved_tensors
-        scale, softcap, limits, spread = ctx.options
-        head, needs = ops.Head(*tensors, scale, softcap), ops.Needs(*ctx.needs_input_grad[:3])
+        *transform, limits, spread = ctx.options
+        head, needs = ops.Head(*tensors, *transform), ops.Needs(*ctx.needs_input_grad[:3])
         whole = spread.gathered(head)
         mine = Mine.of(Pairs.of(Sets(kept, cu_kept), spread.size), spread, len(head.weight))
         up = dkept_logprobs.where(head.labels != limits.ignore_index, 0.0)[mine.token]
@@ -84,7 +84,7 @@ class _Kept(torch.autograd.Function):
         found = by_chunks(head, limits, spread, upstream, known, needs, beside)
         of_rows = ops.Needs(False, needs.need_dweight, needs.need_dbias)
         add_pairs(Gradients(*found), *of_pairs, of_rows)
-        return (*found, *[None] * 8)
+        return (*found, *[None] * 9)
 
 
 def _checked(

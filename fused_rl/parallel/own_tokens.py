@@ -41,12 +41,12 @@ class _Statistics(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise NotImplementedError(NO_SECOND)
         *tensors, lse, entropy, unit = ctx.saved_tensors
-        scale, softcap, limits, journey = ctx.options
-        head, known = ops.Head(*tensors, scale, softcap), ops.Known(lse, entropy)
+        *transform, limits, journey = ctx.options
+        head, known = ops.Head(*tensors, *transform), ops.Known(lse, entropy)
         upstream = ops.Upstream(dlogprobs, dentropy)
         needs = ops.Needs(*ctx.needs_input_grad[:3])
         found = _gradients(head, limits, journey, upstream, known, unit, needs)
-        return (*found, *[None] * 7)
+        return (*found, *[None] * 8)
 
 
 def _values(

@@ -74,8 +74,8 @@ class _Statistics(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise NotImplementedError(NO_SECOND)
         *tensors, lse, entropy, unit = ctx.saved_tensors
-        scale, softcap, limits, spread = ctx.options
-        head, known = ops.Head(*tensors, scale, softcap), ops.Known(lse, entropy)
+        *transform, limits, spread = ctx.options
+        head, known = ops.Head(*tensors, *transform), ops.Known(lse, entropy)
         given = [None if d is None else d.to(entropy.dtype) for d in (dlogprobs, dentropy)]
         upstream = ops.Upstream(*(torch.zeros_like(entropy) if d is None else d for d in given))
         needs = ops.Needs(*ctx.needs_input_grad[:3])
@@ -86,7 +86,7 @@ class _Statistics(torch.autograd.Function):
             found = _at_once(head, limits, spread, upstream, known, needs)
         else:
             found = by_chunks(head, limits, spread, upstream, known, needs)
-        return (*found, *[None] * 7)
+        return (*found, *[None] * 8)
 
 
 def values(head: ops.Head, limits: ops.Limits, spread: Spread) -> ops.Statistics:
