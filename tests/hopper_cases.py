@@ -27,7 +27,7 @@ class Case:
         self.labels[1::5] = -100
         self.labels[3::7] = 2**32 + V // 2
         self.temperature = torch.rand(N) + 0.5
-        self.scale, self.softcap = spread / math.sqrt(H), softcap
+        self.scale, self.softcap, self.rounding = spread / math.sqrt(H), softcap, 0
 
     def to(self, device: str) -> Case:
         for name, value in vars(self).items():
@@ -40,13 +40,13 @@ class Case:
     @property
     def head(self) -> tuple:
         tensors = (self.hidden, self.weight, self.bias, self.labels, self.temperature)
-        return (*tensors, self.scale, self.softcap, 0)
+        return (*tensors, self.scale, self.softcap, self.rounding)
 
     def logits(self) -> Tensor:
         """In float64, on the CPU."""
         tensors = (self.hidden, self.weight, self.bias, self.temperature)
         wide = (None if t is None else t.double().cpu() for t in tensors)
-        return reference.logits(*wide, self.scale, self.softcap)
+        return reference.logits(*wide, self.scale, self.softcap, self.rounding)
 
     def exact(self) -> Tensor:
         """The largest logit, lse and entropy, and the label's logit or 0: [4, N] fp64."""

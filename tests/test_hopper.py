@@ -12,8 +12,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import gluon_emulator
-from hopper_cases import Case, merged
+from hopper_cases import Case, aligned, merged
 from interpreter import HERE, child
+from rounded_cases import ROUNDINGS, random_head
 
 from fused_rl.kernels import hopper
 from fused_rl.kernels.configs import Config, Device
@@ -49,6 +50,24 @@ def check(case: Case, config: Config = SMALL, atol: float = 2e-5, rtol: float = 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_statistics_agree_with_float64(emulated, poisoned, dtype, bias, softcap):
     check(Case(37, 40, 70, dtype, bias=bias, softcap=softcap, spread=4.0))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("logits_dtype", ROUNDINGS, ids=str)
+def test_rounded_logits(emulated, poisoned, logits_dtype, softcap, bias):
+    case = Case(37, 40, 70, bias=bias, softcap=softcap)
+    of = random_head(37, 40, 70, torch.bfloat16, logits_dtype)
+    case.hidden, case.weight = aligned(of.hidden), aligned(of.weight)
+    case.bias = of.bias if bias else None
+    case.scale, case.rounding = 0.05, of.rounding
+    rounded = case.exact()
+    check(case)
+    (m, *_, at_label), _ = Kept(case, torch.zeros(37)).form()
+    for part, exact in ((m.amax(0), rounded[0]), (at_label.sum(0), rounded[3])):
+        torch.testing.assert_close(part * unit(case.bias), exact, atol=2e-5, rtol=2e-6)
+    case.rounding = 0
+    assert (rounded - case.exact()).abs().max() > 3e-4
 
 
 @pytest.mark.parametrize("N", [1, 16, 33])

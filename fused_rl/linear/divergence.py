@@ -10,6 +10,7 @@ reference).
 """
 
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -133,7 +134,7 @@ class Side(NamedTuple):
         )
         entries = slice(vocabulary.start, vocabulary.stop)
         bias = None if head.bias is None else head.bias[entries]
-        return self._replace(head=LMHead(head.weight[entries], bias, head.scale, head.softcap))
+        return self._replace(head=replace(head, weight=head.weight[entries], bias=bias))
 
 
 def counted_from(vocabulary: range, labels: Tensor, ignore_index: int) -> Tensor:

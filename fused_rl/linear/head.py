@@ -1,10 +1,11 @@
 """LMHead: what turns hidden states into logits.
 
-z = softcap(scale * (hidden . weight^T + bias))        softcap(x) = c * tanh(x / c)
+z = softcap(scale * rounded(hidden . weight^T + bias))        softcap(x) = c * tanh(x / c)
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from fused_rl.ops import in_full
 from fused_rl.parallel.collectives import is_group, rank_in, ranks_of
 from fused_rl.parallel.spread import Spread
 from fused_rl.parallel.states import Hidden
+from fused_rl.reference import ROUNDED
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,13 @@ class LMHead:
             weight is.
         scale: multiplies the raw logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
         softcap: c of c * tanh(x / c) (Gemma's final_logit_softcapping), or None.
+        logits_dtype: torch.bfloat16 or torch.float16 imitates an engine whose head has that dtype:
+            each sum hidden . weight + bias, formed in float32, is rounded once to it, to nearest,
+            ties to even. What follows is in float32, as the samplers of vLLM, SGLang and
+            transformers have it; an engine that rounds after scale or softcap as well differs
+            there. The gradient takes the derivative of rounding for 1, and probabilities from the
+            rounded logits. What float16 has no room for is inf, as the engine's, and a logit of
+            inf makes NaN. None or torch.float32: nothing is rounded.
         group: the torch.distributed.ProcessGroup whose ranks share the vocabulary, or None.
         start: the vocabulary entry of this rank's first row; None: every rank has as many rows.
         vocabulary: V, entries of all ranks; rows beyond it, with which Megatron fills the last
@@ -61,6 +70,7 @@ class LMHead:
     scale: float = 1.0
     softcap: float | None = None
     _: KW_ONLY
+    logits_dtype: torch.dtype | None = None
     group: torch.distributed.ProcessGroup | None = None
     start: int | None = None
     vocabulary: int | None = None
@@ -88,6 +98,13 @@ class LMHead:
         checks.require(
             self.softcap is None or self.softcap > 0,
             lambda: f"softcap must be positive or None, got {self.softcap}",
+        )
+        checks.require(
+            self.logits_dtype in (torch.float32, *ROUNDED),
+            lambda: (
+                "logits_dtype must be torch.bfloat16, torch.float16, torch.float32 or None, got "
+                f"{checks.shown(self.logits_dtype)}"
+            ),
         )
         if self.bias is not None:
             checks.is_floating("bias", self.bias)
@@ -196,6 +213,12 @@ class LMHead:
         """Whether weight or bias is trained."""
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
+    @property
+    def transform(self) -> tuple[float, float, int]:
+        """scale, softcap and rounding, as ops.Head has them."""
+        rounding = 0 if self.logits_dtype == torch.float32 else ROUNDED.index(self.logits_dtype)
+        return float(self.scale), float(self.softcap or 0.0), rounding
+
     @classmethod
     def of(cls, head: LMHead | Tensor | torch.nn.Linear) -> LMHead:
         """head itself, a head of that weight alone, or of that layer's weight and bias.
@@ -229,7 +252,9 @@ class LMHead:
         return cls(head.weight, head.bias)
 
     @classmethod
-    def from_model(cls, model: Any, *, ask: bool = True) -> LMHead:
+    def from_model(
+        cls, model: Any, *, ask: bool = True, logits_dtype: torch.dtype | None = None
+    ) -> LMHead:
         """The head of a transformers causal language model: weight, bias, scale and softcap.
 
         The hidden states it fits are those that the model's own output embeddings receive:
@@ -247,6 +272,7 @@ class LMHead:
             model: as above; in any mode, on any device.
             ask: False takes scale and softcap from the config by their usual names, and believes
                 them.
+            logits_dtype: as for LMHead. What is asked is compared without it.
 
         Raises:
             ValueError: the model's logits are not those of any such head, by how much, in nats; an
@@ -257,17 +283,28 @@ class LMHead:
         """
         layer = parts.output_layer(parts.unwrap(model))
         recipe = asked.answer(model, ask=ask).recipe
-        return cls.of_layer(recipe, layer)
+        return cls.of_layer(recipe, layer, logits_dtype)
 
     @classmethod
-    def of_layer(cls, recipe: Recipe, layer: nn.Linear) -> LMHead:
+    def of_layer(
+        cls, recipe: Recipe, layer: nn.Linear, logits_dtype: torch.dtype | None = None
+    ) -> LMHead:
         """The head of an output layer; of a tensor-parallel one this rank's part."""
+        checks.require(
+            logits_dtype in (None, torch.float32) or abs(math.frexp(recipe.before)[0]) == 0.5,
+            lambda: (
+                f"logits_dtype is {logits_dtype}, and the model multiplies its hidden states by "
+                f"{recipe.before} before its head, which rounds what comes after: give it those "
+                "states, with LMHead(weight, bias, logits_dtype=...) of the parts"
+            ),
+        )
         if not is_placed(layer.weight):
-            return cls(*recipe.parts(layer.weight, layer.bias))
+            return cls(*recipe.parts(layer.weight, layer.bias), logits_dtype=logits_dtype)
         rows = rows_of("weight", layer.weight)
         bias = None if layer.bias is None else rows_of("bias", layer.bias).local
         local, bias, scale, softcap = recipe.of_rows(rows.local, bias, rows.start)
         options = {"group": rows.group, "start": rows.start, "vocabulary": rows.size}
+        options["logits_dtype"] = logits_dtype
         if recipe.tokens is not None:
             options["vocabulary"] = recipe.tokens
         return cls(local, bias, scale, softcap, **options)
@@ -284,6 +321,5 @@ class LMHead:
         self.is_here("logits")
         flat = hidden.reshape(-1, hidden.shape[-1])
         ones = torch.ones(flat.shape[0], dtype=torch.float64, device=flat.device)
-        options = (ones, self.scale, self.softcap or 0.0)
-        z = in_full(reference.logits)(flat, self.weight, self.bias, *options)
+        z = in_full(reference.logits)(flat, self.weight, self.bias, ones, *self.transform)
         return z.reshape(*hidden.shape[:-1], self.weight.shape[0])

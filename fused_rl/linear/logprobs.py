@@ -221,8 +221,7 @@ def _flattened(
         hidden, weight = (_autocast(t, torch.get_autocast_dtype(kind)) for t in (hidden, weight))
     flat = hidden.reshape(-1, hidden.shape[-1])
     t = flat_temperature(temperature, labels, acc_dtype(hidden, weight), whose)
-    options = (float(head.scale), float(head.softcap or 0.0))
-    return ops.Head(flat, weight, head.bias, labels.reshape(-1).long(), t, *options)
+    return ops.Head(flat, weight, head.bias, labels.reshape(-1).long(), t, *head.transform)
 
 
 def flat_top_logprobs(

@@ -13,6 +13,7 @@ def mean_logits(hidden: Tensor, head: LMHead) -> Tensor:
     float64 for float64 hidden.
 
     A head with a softcap has no such mean: its logits are no linear function of hidden.
+    The rounding of a logits_dtype is left out.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         dtype = acc_dtype(hidden)

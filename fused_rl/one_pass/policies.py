@@ -12,7 +12,7 @@ Each says how a chunk of tokens is formed and how its gradient is; the rest of t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -276,7 +276,7 @@ def flattened(
         ),
     )
     bias = None if ref_head.bias is None else ref_head.bias.detach()
-    untrained = LMHead(ref_head.weight.detach(), bias, ref_head.scale, ref_head.softcap)
+    untrained = replace(ref_head, weight=ref_head.weight.detach(), bias=bias)
     policy = Side(hidden, head, temperature, "")
     beside = Side(ref_hidden.detach(), untrained, temperature, "ref_")
     divergence = getattr(loss, "divergence", Divergence.REVERSE)

@@ -34,6 +34,7 @@ def model_policy_loss(
     temperature: float | Tensor = 1.0,
     chunk_bytes: int | None = None,
     ask: bool = True,
+    logits_dtype: torch.dtype | None = None,
 ) -> LossOutput:
     """linear_policy_loss with the head of a model, however its weights lie on the ranks.
 
@@ -54,6 +55,7 @@ def model_policy_loss(
         temperature, chunk_bytes: as for linear_policy_loss.
         ask: as for LMHead.from_model. What is asked is the model's own forward, which gathers its
             weights: the first call is made by every rank.
+        logits_dtype: as for LMHead.from_model.
 
     Returns:
         LossOutput(loss, metrics).
@@ -70,7 +72,7 @@ def model_policy_loss(
     def formed(states: Tensor) -> Tensor:
         parts.is_gathered(inner, linear)
         options = {"temperature": temperature, "chunk_bytes": chunk_bytes}
-        head = LMHead.of_layer(recipe, linear)
+        head = LMHead.of_layer(recipe, linear, logits_dtype)
         outputs.append(linear_policy_loss(states, head, batch, loss, **options))
         return outputs[0].loss
 
