@@ -611,7 +611,7 @@ def _samples(dtype, bias=True):
     case = oracle.random_case(7, 6, 300, dtype, **{**EVERYTHING, "bias": bias})
     t = case.temperature.to(reference.acc_dtype(case.hidden))
     ids = random_ids(7, 3, 300, ignored=2)
-    return (case.hidden, case.weight, case.bias, ids, t, 0.7, 3.0, IGNORED, 2**20)
+    return (case.hidden, case.weight, case.bias, ids, t, 0.7, 3.0, 1, IGNORED, 2**20)
 
 
 STATIC = ("test_schema", "test_autograd_registration", "test_faketensor")

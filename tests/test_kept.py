@@ -506,7 +506,7 @@ def test_sets_of_another_form_raise(kept, cu_kept, message):
 def _samples(dtype, bias=True):
     case = oracle.random_case(7, 6, 300, dtype, **{**EVERYTHING, "bias": bias}, ignored=2)
     t = case.temperature.to(reference.acc_dtype(case.hidden))
-    rest = (case.labels, *random_sets(case, 5), t, 0.7, 3.0, IGNORED, 2**20)
+    rest = (case.labels, *random_sets(case, 5), t, 0.7, 3.0, 1, IGNORED, 2**20)
     return (case.hidden, case.weight, case.bias, *rest)
 
 
