@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_rl import reference
 from fused_rl.ops.chunks import gradients_like, statistics_like
 from fused_rl.ops.kept_sets import Pairs, Sets, check_offsets, wrong_tokens
 from fused_rl.ops.linear import linear_logprobs, linear_logprobs_backward
@@ -39,6 +40,16 @@ class KeptHead(NamedTuple):
 
     def parts(self) -> tuple[Head, Sets]:
         return Head(*self[:4], *self[6:]), Sets(self.kept, self.cu_kept)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the logits are formed in."""
+        return self.parts()[0].dtype
+
+    def at(self, rows: Tensor | slice) -> "KeptHead":
+        """The same for some of the tokens."""
+        head, sets = self.parts()
+        return self.of(head.at(rows), Sets(*reference.kept_at(*sets, rows)))
 
 
 class KeptStatistics(NamedTuple):
