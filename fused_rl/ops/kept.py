@@ -82,14 +82,11 @@ def linear_kept_logprobs(head: KeptHead, limits: Limits) -> KeptStatistics:
     if len(head.labels) == 0:
         slope = torch.empty_like(sets.kept, dtype=logprobs.dtype)
         return KeptStatistics(logprobs, entropy, lse, torch.empty_like(logprobs), slope)
-    kept_logprobs, slope = _renormalised(head, sets, limits)
-    return KeptStatistics(
-        *(logprobs, entropy, lse, kept_logprobs.to(logprobs.dtype), slope.to(logprobs.dtype))
-    )
+    return KeptStatistics(logprobs, entropy, lse, *renormalised(head, sets, limits))
 
 
-def _renormalised(head: Head, sets: Sets, limits: Limits) -> tuple[Tensor, Tensor]:
-    """kept_logprobs [N] and slope [M], in float64."""
+def renormalised(head: Head, sets: Sets, limits: Limits) -> tuple[Tensor, Tensor]:
+    """kept_logprobs [N] and slope [M]."""
     V, labels = head.weight.shape[0], head.labels
     pairs = Pairs.of(sets, V)
     wrong = wrong_tokens(labels, sets.kept, pairs, V, limits.ignore_index)
@@ -106,7 +103,23 @@ def _renormalised(head: Head, sets: Sets, limits: Limits) -> tuple[Tensor, Tenso
         slope = slope * (1 - (z * t / head.softcap) ** 2)
     slope = (slope * (head.scale / t)).masked_fill(wrong[pairs.token], torch.nan)
     counted = labels != limits.ignore_index
-    return kept_logprobs.where(counted, 0.0), slope.where(counted[pairs.token], 0.0)
+    kept_logprobs, slope = kept_logprobs.where(counted, 0.0), slope.where(counted[pairs.token], 0.0)
+    return kept_logprobs.to(head.dtype), slope.to(head.dtype)
+
+
+def add_kept(
+    grads: Gradients,
+    dkept_logprobs: Tensor,  # [N]
+    head: Head,
+    sets: Sets,
+    slope: Tensor,  # [M]
+    limits: Limits,
+    needs: Needs,
+) -> None:
+    """Adds what dkept_logprobs is of the gradients: M H."""
+    pairs = Pairs.of(sets, head.weight.shape[0])
+    up = dkept_logprobs.where(head.labels != limits.ignore_index, 0.0)[pairs.token]
+    add_pairs(grads, head, pairs.token, pairs.entry, up * slope, up != 0, limits, needs)
 
 
 @linear_kept_logprobs.fake
@@ -128,9 +141,7 @@ def linear_kept_logprobs_backward(
     """Tokens whose upstream gradients are all 0 cost nothing."""
     head, sets = head.parts()
     grads = linear_logprobs_backward(Upstream(*upstream[:2]), head, limits, known, needs)
-    pairs = Pairs.of(sets, head.weight.shape[0])
-    up = upstream.dkept_logprobs.where(head.labels != limits.ignore_index, 0.0)[pairs.token]
-    add_pairs(grads, head, pairs.token, pairs.entry, up * slope.slope, up != 0, limits, needs)
+    add_kept(grads, upstream.dkept_logprobs, head, sets, slope.slope, limits, needs)
     return grads
 
 

@@ -82,6 +82,14 @@ def _seen_before(keys: Tensor) -> Tensor:
     return torch.empty_like(repeats).index_copy_(0, order, repeats)
 
 
+def check_kept(labels: Tensor, sets: Sets, vocabulary: int, ignore_index: int) -> None:
+    """ValueError at the first counted token without a valid set. Not on CUDA, as check_tokens."""
+    if labels.is_cuda or len(labels) == 0:
+        return
+    check_offsets(sets.cu_kept, len(sets.kept))
+    wrong_tokens(labels, sets.kept, Pairs.of(sets, vocabulary), vocabulary, ignore_index)
+
+
 def check_offsets(cu_kept: Tensor, M: int) -> None:
     """ValueError at offsets that do not rise from 0 to M."""
     if said := reference.wrong_offsets(cu_kept, M):
