@@ -229,6 +229,23 @@ def test_without_an_entropy_the_backward_pass_looks_at_kept_entries_alone(traine
         assert (found[1][~seen] == 0).all()
 
 
+def test_a_whole_vocabulary_is_looked_at_for_its_own_token_alone():
+    rollout = Rollout(most=3, special=False)
+    rollout.sets[0] = [-1]
+    leaves = rollout.leaves()
+    batch = rollout.plain.with_kept(*rollout.packed)
+    output = rollout.ours(
+        lambda stats, batch: LossOutput(stats.logprobs.where(batch.loss_mask, 0.0).sum(), {}),
+        *(leaves, batch),
+    )
+    counted = rollout.mask.flatten().nonzero()[1:, 0].tolist()
+    seen = torch.zeros(V, dtype=torch.bool)
+    seen[list(chain(*(rollout.sets[n] for n in counted)))] = True
+    leaves[1].data[~seen] = math.nan
+    dhidden, _ = gradients(output, leaves)
+    assert dhidden.isnan().any(1).nonzero()[:, 0].tolist() == [0]
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_with_an_entropy_the_logits_are_formed_once(trained):
     rollout = Rollout()
