@@ -25,14 +25,28 @@ from fused_rl.preference import PreferenceBatch
 
 B, T, H, V = 3, 5, 48, 301
 any_chunk_pays = any_chunk_pays
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+class Separable:
+    """A sum over tokens that does not say that it asks nothing of the entropy."""
+
+    token_separable = True
+
+    def __call__(self, stats: TokenStats, batch: TokenBatch) -> LossOutput:
+        losses = (-stats.logprobs * batch.advantages).where(batch.loss_mask, 0.0)
+        return LossOutput(losses.sum() / batch.num_tokens, {})
+
+
 LOSSES = {
     "grpo": fused_rl.grpo(beta=0.1),
     "entropy": fused_rl.dapo(entropy_coef=0.3),
     "gspo": fused_rl.gspo(),
     "gspo, entropy": fused_rl.gspo(entropy_coef=0.3),
     "function": lambda stats, batch: LossOutput(_mixed(stats, batch), {}),
+    "separable": Separable(),
 }
-IN_ONE = {"entropy"}
+IN_ONE = {"entropy", "separable"}
 
 
 def _mixed(stats: TokenStats, batch: TokenBatch) -> Tensor:
