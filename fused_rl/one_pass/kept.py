@@ -60,10 +60,8 @@ class Kept(Here):
             # A summand, and the rest of it: their sum is rounded once.
             part = sums._replace(partial=True)
             dhidden = ops.linear_logprobs_chunk_backward(logits, upstream, head, known, part)
-            grads = ops.Gradients(dhidden, sums.dweight, sums.dbias)
-            needs = ops.Needs(True, sums.dweight.numel() > 0, sums.dbias.numel() > 0)
             of_sets = dlogprobs.masked_fill(whole, 0.0)
-            ops.add_kept(grads, of_sets, head, sets, slope, self.limits, needs)
+            ops.add_to_chunk(dhidden, sums, of_sets, head, sets, slope, self.limits)
             return dhidden.to(ops.waiting_dtype(head.hidden))
 
         return TokenStats(logprobs.where(whole, kept_logprobs), entropy), backward

@@ -39,13 +39,13 @@ from fused_rl.ops.divergence_chunk import (
 )
 from fused_rl.ops.filtered import FILTER_ROWS, Filter, linear_filtered_logprobs
 from fused_rl.ops.frozen import linear_logprobs_frozen, walks_once
-from fused_rl.ops.kept import KeptHead, add_kept, linear_kept_logprobs, renormalised
+from fused_rl.ops.kept import KeptHead, add_to_chunk, linear_kept_logprobs, renormalised
 from fused_rl.ops.kept_sets import Sets, check_kept
 from fused_rl.ops.kl import Deviation, kl
 from fused_rl.ops.linear import linear_logprobs, linear_logprobs_backward
 from fused_rl.ops.logits import Rows, logits_logprobs
 from fused_rl.ops.native import empty, native_missing, release_memory
-from fused_rl.ops.record import Given, Gradients, Head, Known, Limits, Needs, Statistics, Upstream
+from fused_rl.ops.record import Given, Head, Known, Limits, Needs, Statistics, Upstream
 from fused_rl.ops.statistics import Asked, linear_statistics, linear_statistics_frozen
 from fused_rl.ops.stored import linear_logprobs_stored
 from fused_rl.ops.terms import LogPair, divergence_terms
@@ -62,7 +62,6 @@ __all__ = [
     "Deviation",
     "Filter",
     "Given",
-    "Gradients",
     "Head",
     "KeptHead",
     "Known",
@@ -78,7 +77,7 @@ __all__ = [
     "TwoHeads",
     "TwoStatistics",
     "Upstream",
-    "add_kept",
+    "add_to_chunk",
     "autocasts",
     "card_bytes",
     "check_kept",

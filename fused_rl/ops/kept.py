@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_rl import reference
+from fused_rl.ops.chunk import Sums
 from fused_rl.ops.chunks import gradients_like, statistics_like
 from fused_rl.ops.kept_sets import Pairs, Sets, check_offsets, wrong_tokens
 from fused_rl.ops.linear import linear_logprobs, linear_logprobs_backward
@@ -107,7 +108,22 @@ def renormalised(head: Head, sets: Sets, limits: Limits) -> tuple[Tensor, Tensor
     return kept_logprobs.to(head.dtype), slope.to(head.dtype)
 
 
-def add_kept(
+def add_to_chunk(
+    dhidden: Tensor,  # [N, H]
+    sums: Sums,
+    dkept_logprobs: Tensor,  # [N]
+    head: Head,
+    sets: Sets,
+    slope: Tensor,  # [M]
+    limits: Limits,
+) -> None:
+    """Adds what dkept_logprobs is of the gradients of a chunk of tokens: M H."""
+    grads = Gradients(dhidden, sums.dweight, sums.dbias)
+    needs = Needs(True, sums.dweight.numel() > 0, sums.dbias.numel() > 0)
+    _add(grads, dkept_logprobs, head, sets, slope, limits, needs)
+
+
+def _add(
     grads: Gradients,
     dkept_logprobs: Tensor,  # [N]
     head: Head,
@@ -116,7 +132,6 @@ def add_kept(
     limits: Limits,
     needs: Needs,
 ) -> None:
-    """Adds what dkept_logprobs is of the gradients: M H."""
     pairs = Pairs.of(sets, head.weight.shape[0])
     up = dkept_logprobs.where(head.labels != limits.ignore_index, 0.0)[pairs.token]
     add_pairs(grads, head, pairs.token, pairs.entry, up * slope, up != 0, limits, needs)
@@ -141,7 +156,7 @@ def linear_kept_logprobs_backward(
     """Tokens whose upstream gradients are all 0 cost nothing."""
     head, sets = head.parts()
     grads = linear_logprobs_backward(Upstream(*upstream[:2]), head, limits, known, needs)
-    add_kept(grads, upstream.dkept_logprobs, head, sets, slope.slope, limits, needs)
+    _add(grads, upstream.dkept_logprobs, head, sets, slope.slope, limits, needs)
     return grads
 
 
