@@ -131,12 +131,14 @@ static Tensors3 linear_logprobs_at_backward(
     const at::Tensor of_all = dense_upstream<A>(of_pairs, dlse.contiguous(), pairs);
     const at::Tensor dense = of_all.ne(0).logical_or(dentropy.ne(0)).contiguous();
     const auto rows = live_rows<A>(pairs, of_pairs, dense);
-    bool any_dense = false;
-    for (const int64_t n : rows) any_dense |= dense.const_data_ptr<bool>()[n];
+    std::vector<int64_t> whole;
+    for (const int64_t n : rows) {
+      if (dense.const_data_ptr<bool>()[n]) whole.push_back(n);
+    }
     const auto terms = draw_of_pairs<A>(of_pairs, z, pairs, rows, temperature, scale, softcap);
     const at::Tensor labels = no_labels(ids.size(0));
     const Inputs in{hidden, weight, bias, labels, temperature, scale, softcap, rounding};
-    return backward_of_pairs<T>(in, pairs, rows, terms, {lse, entropy, of_all, dentropy}, any_dense,
+    return backward_of_pairs<T>(in, pairs, rows, terms, {lse, entropy, of_all, dentropy}, whole,
                                 {need_dhidden, need_dweight, need_dbias});
   });
 }

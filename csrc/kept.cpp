@@ -129,7 +129,7 @@ static Tensors3 linear_kept_logprobs_backward(
     }
     const Inputs in{hidden, weight, bias, labels, temperature, scale, softcap, rounding};
     return backward_of_pairs<T>(in, sets, rows, terms, {lse, entropy, dlogprobs, dentropy},
-                                !dense.empty(), {need_dhidden, need_dweight, need_dbias});
+                                dense, {need_dhidden, need_dweight, need_dbias});
   });
 }
 

@@ -3,6 +3,9 @@
 
 #include <ATen/Dispatch.h>
 
+#include <algorithm>
+#include <iterator>
+
 namespace fused_rl {
 
 // A pair of the sparse way costs about as much as this many elements of the dense one.
@@ -117,12 +120,15 @@ void sparse_backward(const at::Tensor& hidden, const at::Tensor& weight, const P
     });
   }
   if (!out.dweight.defined() && !out.dbias.defined()) return;
+  const at::Tensor dbias = out.dbias.defined() ? out.dbias.unsqueeze(1) : out.dbias;
   at::parallel_for(0, V, 64, [&](int64_t begin, int64_t end) {
     RowSum<A> sum(H);
     for (int64_t v = begin; v < end; ++v) {
       if (first[v] == first[v + 1]) continue;
       sum.clear();
-      double total = 0;
+      if (out.dweight.defined()) sum.add(out.dweight, v, A(1));
+      A line;
+      double total = dbias.defined() ? *row_in<A>(dbias, v, &line) : A(0);
       for (int64_t e = first[v]; e < first[v + 1]; ++e) {
         total += entries[e].term;
         if (out.dweight.defined()) sum.add(hidden, entries[e].row, entries[e].term);
@@ -135,29 +141,37 @@ void sparse_backward(const at::Tensor& hidden, const at::Tensor& weight, const P
 
 template <class T>
 Tensors3 backward_of_pairs(const Inputs& in, const Pairs& pairs, const std::vector<int64_t>& rows,
-                           const std::vector<Acc<T>>& terms, const DenseUpstream& up, bool dense,
-                           Wanted need) {
+                           const std::vector<Acc<T>>& terms, const DenseUpstream& up,
+                           std::vector<int64_t> dense, Wanted need) {
   using A = Acc<T>;
   const auto& [hidden, weight, bias, labels, temperature, scale, softcap, rounding] = in;
+  std::vector<int64_t> sparse;
+  std::set_difference(rows.begin(), rows.end(), dense.begin(), dense.end(),
+                      std::back_inserter(sparse));
   int64_t count = 0;
-  for (const int64_t n : rows) count += pairs.end(n) - pairs.begin(n);
-  const int64_t elements = int64_t(rows.size()) * weight.size(0);
-  Gradients out{{}, {}, {}, false};
-  if (!dense && count * sparse_cost <= elements) {
-    out = zero_gradients(hidden, weight, bias, need.dhidden, need.dweight, need.dbias);
-    sparse_backward<A>(hidden, weight, pairs, rows, terms, out);
+  for (const int64_t n : sparse) count += pairs.end(n) - pairs.begin(n);
+  if (count * sparse_cost > int64_t(sparse.size()) * weight.size(0)) {
+    dense = rows;
+    sparse.clear();
+  }
+  if (dense.empty()) {
+    const Gradients out =
+        zero_gradients(hidden, weight, bias, need.dhidden, need.dweight, need.dbias);
+    sparse_backward<A>(hidden, weight, pairs, sparse, terms, out);
     return or_empty(out, hidden, weight);
   }
   const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap,
-                                 rounding, rows);
-  auto g = gather_upstream<A>(up.lse, up.entropy, up.dlogprobs, up.dentropy, rows, p.padded);
+                                 rounding, dense);
+  auto g = gather_upstream<A>(up.lse, up.entropy, up.dlogprobs, up.dentropy, dense, p.padded);
   restore_log_sums(p, g);
-  const Picks picks = pick(p, pairs, rows);
+  const Picks picks = pick(p, pairs, dense);
+  Gradients out{{}, {}, {}, false};
   if (need.dhidden) out.dhidden = at::empty({p.N, p.H}, hidden.options());
   if (need.dweight) out.dweight = kept_tensor(weight.sizes(), weight.scalar_type());
   if (need.dbias) out.dbias = at::empty({p.V}, bias->options());
   backward<T>(p, g.upstream(p.inv_temperature), nullptr, out, &picks, terms.data());
-  if (need.dhidden) out.dhidden = place_rows(out.dhidden, rows, hidden, hidden.scalar_type());
+  if (need.dhidden) out.dhidden = place_rows(out.dhidden, dense, hidden, hidden.scalar_type());
+  if (!sparse.empty()) sparse_backward<A>(hidden, weight, pairs, sparse, terms, out);
   return or_empty(out, hidden, weight);
 }
 
@@ -172,10 +186,13 @@ template void sparse_backward(const at::Tensor&, const at::Tensor&, const Pairs&
                               const std::vector<int64_t>&, const std::vector<double>&,
                               const Gradients&);
 template Tensors3 backward_of_pairs<c10::BFloat16>(const Inputs&, const Pairs&, const std::vector<int64_t>&,
-                                       const std::vector<float>&, const DenseUpstream&, bool, Wanted);
+                                       const std::vector<float>&, const DenseUpstream&,
+                                       std::vector<int64_t>, Wanted);
 template Tensors3 backward_of_pairs<float>(const Inputs&, const Pairs&, const std::vector<int64_t>&,
-                                       const std::vector<float>&, const DenseUpstream&, bool, Wanted);
+                                       const std::vector<float>&, const DenseUpstream&,
+                                       std::vector<int64_t>, Wanted);
 template Tensors3 backward_of_pairs<double>(const Inputs&, const Pairs&, const std::vector<int64_t>&,
-                                       const std::vector<double>&, const DenseUpstream&, bool, Wanted);
+                                       const std::vector<double>&, const DenseUpstream&,
+                                       std::vector<int64_t>, Wanted);
 
 }  // namespace fused_rl

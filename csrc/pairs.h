@@ -75,19 +75,20 @@ struct Wanted {
   bool dhidden, dweight, dbias;
 };
 
-// The products of a draw that holds `terms` at the pairs of the tokens at `rows`, and nothing else.
-// The gradients are in the dtypes of what they belong to, over all tokens, and hold zeros.
+// Adds the products of a draw that holds `terms` at the pairs of the tokens at `rows`, and nothing
+// else. The gradients are in the dtypes of what they belong to, over all tokens; dhidden holds zeros
+// at these.
 template <class A>
 void sparse_backward(const at::Tensor& hidden, const at::Tensor& weight, const Pairs& pairs,
                      const std::vector<int64_t>& rows, const std::vector<A>& terms,
                      const Gradients& out);
 
-// The gradients of the tokens at `rows`: `terms` at their pairs and, where `dense` says that there is
-// one, the gradient of the statistics over the whole vocabulary.
+// The gradients of the tokens at `rows`, rising: `terms` at their pairs and, of those among them that
+// are in `dense`, the gradient of the statistics over the whole vocabulary. The others cost M H.
 template <class T>
 Tensors3 backward_of_pairs(const Inputs& in, const Pairs& pairs, const std::vector<int64_t>& rows,
-                           const std::vector<Acc<T>>& terms, const DenseUpstream& up, bool dense,
-                           Wanted need);
+                           const std::vector<Acc<T>>& terms, const DenseUpstream& up,
+                           std::vector<int64_t> dense, Wanted need);
 
 // A row of a [., H] matrix in A: where it lies, or converted into `line`, which has room for it.
 template <class A>

@@ -5,8 +5,8 @@ linear_kept_logprobs, linear_logprobs_at, linear_divergence, logprobs_from_logit
 makes a loss of such numbers: the named losses, PolicyLoss, those of distillation and of preference.
 linear_policy_loss and linear_preference_loss do both at once. What a loss is composed of, and what
 comes before and after it, has a module for each kind: surrogates, trust_regions, ratios, means,
-penalties; scores, links; rewards, advantages, mismatch, schedules, diagnosis, overoptimisation.
-What else is had of hidden states is in linear.
+penalties; scores, links; sampling_masks, rewards, advantages, mismatch, schedules, diagnosis,
+overoptimisation. What else is had of hidden states is in linear.
 """
 
 import sys
@@ -72,6 +72,7 @@ from fused_rl.rollouts import (
     mismatch,
     overoptimisation,
     rewards,
+    sampling_masks,
     schedules,
 )
 from fused_rl.rollouts.diagnosis import diagnose
@@ -131,7 +132,8 @@ __all__ = [
 
 MODULES = (
     *(advantages, diagnosis, distillation, linear, links, means, mismatch, overoptimisation),
-    *(penalties, preference, ratios, rewards, schedules, scores, surrogates, trust_regions),
+    *(penalties, preference, ratios, rewards, sampling_masks, schedules, scores, surrogates),
+    trust_regions,
 )
 """The public modules: fused_rl.advantages, and so on; what is public in each is its __all__."""
 

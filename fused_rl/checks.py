@@ -209,6 +209,26 @@ def leading_shape(name: str, tensor: Tensor, labels: Tensor) -> None:
     )
 
 
+def are_kept_sets(kept: Tensor, cu_kept: Tensor, labels: Tensor) -> None:
+    """[M] and [N + 1] of one device, for N labels; their values are the operators' to check."""
+    for name, tensor, shape in (("kept", kept, "[M]"), ("cu_kept", cu_kept, "[N + 1]")):
+        is_indices(name, tensor)
+        require(
+            tensor.dim() == 1,
+            lambda name=name, tensor=tensor, shape=shape: (
+                f"{name} must be {shape}, got {list(tensor.shape)}"
+            ),
+        )
+    require(
+        cu_kept.shape[0] == labels.numel() + 1,
+        lambda: (
+            f"cu_kept must be [N + 1] = [{labels.numel() + 1}], "
+            f"got cu_kept {list(cu_kept.shape)} and labels {list(labels.shape)}"
+        ),
+    )
+    same_device(kept=kept, cu_kept=cu_kept, labels=labels)
+
+
 def chunk_bytes_is_positive(chunk_bytes: int | None) -> None:
     if chunk_bytes is not None:
         is_integer("chunk_bytes", chunk_bytes)

@@ -17,6 +17,7 @@ Labels here are all inside the vocabulary: the ops leave ignored tokens out befo
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # What logits may be rounded to; logits() takes the place in here, as csrc/loops.h has it.
@@ -25,6 +26,8 @@ ROUNDED = (None, torch.bfloat16, torch.float16)
 K1, K2, K3, ABS = 1, 2, 3, 4
 # The divergences, by the number that slopes() takes.
 REVERSE, FORWARD, JSD, ALPHA, TOTAL_VARIATION = 1, 2, 3, 4, 5
+# The entry whose set, alone, is the whole vocabulary: no sampler kept a part of it.
+WHOLE_VOCABULARY = -1
 # Where one of two probabilities is 0, the slopes take their log-ratio for so many nats.
 INFINITE = 100.0
 # Exponents of the log-ratio are held here: exp of it, and sums of such, are finite in float32.
@@ -119,6 +122,38 @@ def kept_logprobs(
     excluded = torch.ones_like(z, dtype=torch.bool).index_put((token, kept), z.new_zeros(()).bool())
     lse = torch.logsumexp(z.masked_fill(excluded, -torch.inf), dim=-1)
     return z.gather(-1, labels[:, None])[:, 0] - lse
+
+
+def kept_at(
+    kept: Tensor,  # [M]
+    cu_kept: Tensor,  # [N + 1]
+    rows: Tensor | slice,  # [n] int64, or a slice
+) -> tuple[Tensor, Tensor]:  # [m], [n + 1]
+    """The kept sets of the tokens at rows; a slice without steps copies none."""
+    if isinstance(rows, slice) and rows.step in (None, 1):
+        first, last, _ = rows.indices(len(cu_kept) - 1)
+        cu_kept = cu_kept[first : max(first, last) + 1]
+        return kept[int(cu_kept[0]) : int(cu_kept[-1])], cu_kept - cu_kept[0]
+    lengths = cu_kept.diff()[rows]
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    moved = (cu_kept[:-1][rows] - offsets[:-1]).repeat_interleave(lengths)
+    return kept[moved + torch.arange(len(moved), device=kept.device)], offsets
+
+
+def wrong_offsets(offsets: Tensor, M: int, name: str = "cu_kept", of: str = "kept") -> str | None:
+    """What is wrong with the first offset that does not rise, or begin at 0 and end at M."""
+    steps = offsets.diff()
+    if offsets[0] != 0:
+        return f"{name}[0] is {int(offsets[0])}, and must be 0"
+    if (falls := steps < 0).any():
+        n = int(falls.nonzero()[0])
+        return (
+            f"{name}[{n + 1}] is {int(offsets[n + 1])}, below {name}[{n}], "
+            f"which is {int(offsets[n])}"
+        )
+    if offsets[-1] != M:
+        return f"{name}[{len(steps)}] is {int(offsets[-1])}, and must be the length of {of}, {M}"
+    return None
 
 
 def logits_logprobs(

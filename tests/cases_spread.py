@@ -138,15 +138,19 @@ LOSSES = {
         )
     ),
     "dapo": lambda: dapo(),
+    "entropy": lambda: dapo(entropy_coef=0.1),
 }
 
 
 def policy_loss(rank, world, dtype="float64", loss="grpo", chunk=None, uneven=False, **of):
     """The largest relative differences of the loss and of the gradients."""
     trained, hidden = of.pop("trained", True), Hidden[of.pop("hidden", "REPLICATED")]
+    kept = of.pop("kept", False)
     problem = Problem.drawn(N=24, dtype=getattr(torch, dtype), **of)
     h0, w0, b0 = problem.leaves(trained=trained)
     batch, formed = batch_of(problem), LOSSES[loss]()
+    if kept:
+        batch = batch.with_kept(*drawn_sets(problem))
     options = {"temperature": problem.temperature, "chunk_bytes": chunk}
     whole = LMHead(w0, b0, softcap=problem.softcap)
     exact = linear_policy_loss(h0, whole, batch, formed, **options).loss
@@ -169,16 +173,21 @@ def policy_loss(rank, world, dtype="float64", loss="grpo", chunk=None, uneven=Fa
     return relative(found, exact), max(gradients)
 
 
-def kept_sets(rank, world, uneven=False, only_kept=False, **of):
-    """The largest relative differences of the three statistics and of the gradients."""
-    problem = Problem.drawn(N=24, **of)
+def drawn_sets(problem):
+    """Kept sets of up to 12 entries, of one token the whole vocabulary."""
     V, g = len(problem.weight), torch.Generator().manual_seed(9)
     sets = []
     for label in problem.labels.tolist():
         entries = torch.randperm(V, generator=g)[: int(torch.randint(1, 12, (), generator=g))]
         entries = entries[entries != label]
         sets.append(torch.cat([entries, torch.tensor([label])]) if label >= 0 else entries * 1000)
-    cu_kept = torch.tensor([0, *map(len, sets)]).cumsum(0)
+    sets[3] = torch.tensor([-1])
+    return torch.cat(sets), torch.tensor([0, *map(len, sets)]).cumsum(0)
+
+
+def kept_sets(rank, world, uneven=False, only_kept=False, **of):
+    """The largest relative differences of the three statistics and of the gradients."""
+    problem = Problem.drawn(N=24, **of)
     options = {"temperature": problem.temperature, "chunk_bytes": 97 * 8 * 7}
 
     def total(stats):
@@ -187,7 +196,7 @@ def kept_sets(rank, world, uneven=False, only_kept=False, **of):
         return kept if only_kept else kept + (a * stats.logprobs + b * stats.entropy).sum()
 
     h0, w0, b0 = problem.leaves()
-    given = (problem.labels, torch.cat(sets), cu_kept)
+    given = (problem.labels, *drawn_sets(problem))
     whole = LMHead(w0, b0, softcap=problem.softcap)
     exact = linear_kept_logprobs(h0, whole, *given, **options)
     total(exact).backward()

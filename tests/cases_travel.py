@@ -225,6 +225,7 @@ def errors(rank, world):
         lambda: linear_policy_loss(wrong_width, head, batch, grpo()),
         lambda: linear_logprobs(h.detach() if last else h, head, mine.labels),
         lambda: linear_kept_logprobs(h, head, *[mine.labels] * 3),
+        lambda: linear_policy_loss(h, head, batch.with_kept(label, torch.arange(13)), grpo()),
     ]
     for call in calls:
         try:

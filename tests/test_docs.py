@@ -267,7 +267,7 @@ def test_the_defaults_that_the_settings_name_are_the_peers():
 
 # Blocks of Python: all pages, and who runs each.
 RUN_HERE = {"docs/kl.md", "docs/losses.md", "docs/filtered-gradients.md", "docs/distillation.md"}
-RUN_HERE |= {"docs/preference.md"}
+RUN_HERE |= {"docs/preference.md", "docs/kept-sets.md"}
 
 
 def test_every_block_of_python_is_run_by_a_test():
@@ -297,6 +297,10 @@ def test_blocks_run(page):
         assert names["report"].tokens == len(names["errors"]) == 10
     elif page == "docs/filtered-gradients.md":
         assert weight.grad.isfinite().all() and weight.grad.any()
+    elif page == "docs/kept-sets.md":
+        assert names["kept"].tolist() == [*range(11, 17), 21, 22, -1, 24, 25, 26]
+        assert names["cu_kept"].tolist() == [0, 0, 2, 3, 6, 6, 6, 8, 9, 10, 12]
+        assert weight.grad[[11, 99, 5]].any(1).tolist() == [True, True, True]
     elif page == "docs/preference.md":
         assert names["model"].lm_head.weight.grad.any()
         logits = names["model"](names["input_ids"]).logits[:, :-1]

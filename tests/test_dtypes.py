@@ -385,6 +385,7 @@ ELSEWHERE = {
     ),
     *("Finding", "Thresholds", "diagnose", "RewardCurve", "fit_reward_curve"),
     *("AnnealedBeta", "FixedBeta"),
+    *("KeptSets", "SamplingMask", "kept_sets"),
 }
 
 

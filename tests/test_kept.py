@@ -171,6 +171,24 @@ def test_values_and_gradients_are_no_worse_than_those_of_torch(dtype, shape, fea
     )
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("features", ["plain", "everything"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_few_tokens_with_a_gradient_over_the_whole_vocabulary(dtype, features, way):
+    """Beside others that look at their kept entries, and some without any gradient."""
+    case = oracle.random_case(
+        *(70, 24, 1100), dtype, ignored=5, **(EVERYTHING if features == "everything" else {})
+    )
+    sets, up = random_sets(case, 9), upstream(70)
+    up[0][torch.arange(70) % 9 > 0] = up[1][torch.arange(70) % 9 > 0] = 0
+    up[2][::3] = 0
+    assert_no_worse(
+        differentiated(WAYS[way](case, *sets), case, up),
+        differentiated(eager(case, *sets), case, up),
+        differentiated(exact(case, *sets), case, up, torch.float64),
+    )
+
+
 @pytest.mark.parametrize("trained", [(True, False, False), (False, True, False), (False, False, 1)])
 @pytest.mark.parametrize("which", ["all", "kept"])
 @pytest.mark.parametrize("way", WAYS)
@@ -262,6 +280,23 @@ def test_the_whole_vocabulary_as_kept_set_gives_logprobs(dtype, way):
     )
     for mine, other in zip(as_kept[3:], as_logprobs[3:], strict=True):
         assert oracle.relative_error(mine, other) <= max(2 * torch.finfo(mine.dtype).eps, 2e-6)
+
+
+@pytest.mark.parametrize("output", [0, 1, 2])
+def test_minus_one_alone_is_the_whole_vocabulary(output):
+    """Values to the bit, gradients by gradcheck; beside it, a set of one entry is one."""
+    case = oracle.random_case(4, 3, 70, torch.float64, ignored=1, **EVERYTHING)
+    y = case.labels
+    sets = packed([torch.tensor([-1, -1]), torch.tensor([-1]), y[2:3], torch.tensor([y[3], 0, 5])])
+
+    def stats(hidden, weight, bias):
+        return fused(case, *sets)(hidden, weight, bias)
+
+    leaves = [t.detach().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
+    found = stats(*leaves)
+    assert found.kept_logprobs[1] == found.logprobs[1] < 0
+    assert found.kept_logprobs[2] == 0
+    assert torch.autograd.gradcheck(lambda *args: stats(*args)[output], leaves)
 
 
 @pytest.mark.parametrize("way", WAYS)

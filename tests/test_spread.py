@@ -72,6 +72,23 @@ def test_kept_sets(ranks, world, options):
     assert values <= FLOAT64 and gradients <= FLOAT64
 
 
+@WORLDS
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"loss": loss, "trained": t} for loss in ("grpo", "entropy") for t in (True, False)),
+        {"loss": "function", "uneven": True, "softcap": 3.0},
+        *({"loss": "entropy", "hidden": hidden} for hidden in HIDDEN),
+    ],
+    ids=named,
+)
+def test_policy_losses_of_kept_sets(ranks, world, options):
+    values, gradients = largest(
+        ranks(world).run("cases_spread", "policy_loss", kept=True, **options)
+    )
+    assert values <= FLOAT64 and gradients <= FLOAT64
+
+
 @pytest.mark.parametrize("case", ["two_passes", "policy_loss"])
 def test_float32(ranks, case):
     values, gradients = largest(ranks(4).run("cases_spread", case, dtype="float32", V=1003))

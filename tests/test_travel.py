@@ -77,6 +77,8 @@ def test_an_error_of_one_rank_is_one_of_every_rank(ranks):
         "the group; one without tokens, too, takes part in the backward pass",
         "linear_kept_logprobs takes no Hidden.OWN_TOKENS: linear_logprobs, linear_top_logprobs and "
         "linear_policy_loss do",
+        "a batch with kept sets takes no Hidden.OWN_TOKENS: give the ranks of the group the same "
+        "tokens, Hidden.REPLICATED or Hidden.SEQUENCE_SHARDED",
     ]
     assert first == second
     assert first == ["wrong arguments on ranks [2] of the group, which say what"] * 5 + last[5:]

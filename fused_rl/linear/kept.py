@@ -16,6 +16,7 @@ from fused_rl import checks, ops
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.logprobs import named, spread_arguments
 from fused_rl.parallel.kept import kept_statistics
+from fused_rl.parallel.spread import Spread
 from fused_rl.parallel.states import Hidden
 from fused_rl.stats import IGNORE_INDEX
 
@@ -42,9 +43,10 @@ def linear_kept_logprobs(
     """linear_logprobs, and the log-probabilities of labels renormalised over the kept set.
 
     All three are differentiable with respect to hidden, weight and bias, and come out of one pass
-    over the vocabulary, without the [N, V] logits. A loss of kept_logprobs alone has a backward
-    pass that looks at the kept entries only. exp(logprobs - kept_logprobs) is the mass of the
-    kept set.
+    over the vocabulary, without the [N, V] logits: 2 NHV. A loss of kept_logprobs alone has a
+    backward pass that looks at the kept entries only, M H. A gradient of logprobs or of entropy is
+    6 NHV more at its tokens, 4 if the head is not trained. exp(logprobs - kept_logprobs) is the
+    mass of the kept set.
 
     Args:
         hidden: [..., H], float16, bfloat16, float32 or float64: the states that predict labels.
@@ -53,7 +55,8 @@ def linear_kept_logprobs(
         kept: [M], int64 or int32: the kept entries of the vocabulary, of one token after another,
             each at most once per token and in any order.
         cu_kept: [N + 1], int64 or int32, rising from 0 to M, with N the number of labels: the set
-            of the n-th of the flattened tokens is kept[cu_kept[n] : cu_kept[n + 1]].
+            of the n-th of the flattened tokens is kept[cu_kept[n] : cu_kept[n + 1]]. A set of -1
+            alone is the whole vocabulary: kept_logprobs is logprobs there.
         temperature: a number, or a tensor that broadcasts to labels; positive. No gradient.
         ignore_index: tokens with this label give 0, 0 and 0, and no gradient; their kept sets,
             which may be empty, are not looked at.
@@ -79,35 +82,21 @@ def linear_kept_logprobs(
     flat, spread = spread_arguments(hidden, head, labels, temperature)
     checks.is_integer("ignore_index", ignore_index)
     checks.chunk_bytes_is_positive(chunk_bytes)
-    _check_sets(kept, cu_kept, labels)
-    sets = ops.Sets(kept.long(), cu_kept.long())
+    checks.are_kept_sets(kept, cu_kept, labels)
     limits = ops.Limits(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes))
-    if spread is not None:
-        stats = named(kept_statistics, flat, sets, limits, spread, shape=labels.shape)
-        return KeptStats(*(x.reshape(labels.shape) for x in stats))
-    logprobs, entropy, _, kept_logprobs, _ = named(
-        ops.linear_kept_logprobs,
-        ops.KeptHead.of(flat, sets),
-        limits,
-        shape=labels.shape,
-    )
-    return KeptStats(*(x.reshape(labels.shape) for x in (logprobs, entropy, kept_logprobs)))
+    sets = ops.Sets(kept.long(), cu_kept.long())
+    stats = named(flat_kept_logprobs, flat, sets, limits, spread, shape=labels.shape)
+    return KeptStats(*(x.reshape(labels.shape) for x in stats))
 
 
-def _check_sets(kept: Tensor, cu_kept: Tensor, labels: Tensor) -> None:
-    for name, tensor, shape in (("kept", kept, "[M]"), ("cu_kept", cu_kept, "[N + 1]")):
-        checks.is_indices(name, tensor)
-        checks.require(
-            tensor.dim() == 1,
-            lambda name=name, tensor=tensor, shape=shape: (
-                f"{name} must be {shape}, got {list(tensor.shape)}"
-            ),
-        )
-    checks.require(
-        cu_kept.shape[0] == labels.numel() + 1,
-        lambda: (
-            f"cu_kept must be [N + 1] = [{labels.numel() + 1}], "
-            f"got cu_kept {list(cu_kept.shape)} and labels {list(labels.shape)}"
-        ),
-    )
-    checks.same_device(kept=kept, cu_kept=cu_kept, labels=labels)
+def flat_kept_logprobs(
+    head: ops.Head, sets: ops.Sets, limits: ops.Limits, spread: Spread | None = None
+) -> KeptStats:
+    """linear_kept_logprobs of what spread_arguments returns, [N] each."""
+    sets, whole = sets.named(head.labels)
+    if spread is None:
+        stats = ops.linear_kept_logprobs(ops.KeptHead.of(head, sets), limits)
+        logprobs, entropy, kept_logprobs = stats.logprobs, stats.entropy, stats.kept_logprobs
+    else:
+        logprobs, entropy, kept_logprobs = kept_statistics(head, sets, limits, spread)
+    return KeptStats(logprobs, entropy, logprobs.where(whole, kept_logprobs))

@@ -18,7 +18,7 @@ from fused_rl import checks
 from fused_rl.kl.log_ratios import log_ratio
 from fused_rl.losses.context import least, summed
 from fused_rl.losses.sequences import Level, segment_min, segment_sum, sequence_ids
-from fused_rl.reference import acc_dtype
+from fused_rl.reference import acc_dtype, kept_at, wrong_offsets
 from fused_rl.stats import IGNORE_INDEX
 
 _OPTIONAL = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "weights")
@@ -48,6 +48,8 @@ class TokenBatch:
         rollout_logprobs: [N] or None: as the inference engine reported them, NaN where it did not.
         weights: [N] or None: what each token's surrogate is multiplied by; None, or NaN: 1.
         context: the ranks that hold other parts of the same sequences, or None (counts.across).
+        kept, cu_kept: [M] and [N + 1] int64, or None: what a sampler left of the vocabulary at each
+            token (with_kept).
     """
 
     labels: Tensor
@@ -64,6 +66,8 @@ class TokenBatch:
     rollout_logprobs: Tensor | None = None
     weights: Tensor | None = None
     context: Any | None = None
+    kept: Tensor | None = None
+    cu_kept: Tensor | None = None
 
     @classmethod
     def padded(
@@ -187,6 +191,8 @@ class TokenBatch:
         """
         chosen = {name: getattr(self, name) for name in _PER_TOKEN}
         parts = {name: None if t is None else t[rows] for name, t in chosen.items()}
+        if self.kept is not None:
+            parts["kept"], parts["cu_kept"] = kept_at(self.kept, self.cu_kept, rows)
         return replace(self, **parts, shape=parts["labels"].shape)
 
     def with_weights(self, weights: Tensor) -> TokenBatch:
@@ -198,6 +204,30 @@ class TokenBatch:
         checks.is_floating("weights", weights)
         self._one_per_token("weights", weights)
         return replace(self, weights=neutral("weights", weights, self.loss_mask))
+
+    def with_kept(self, kept: Tensor, cu_kept: Tensor) -> TokenBatch:
+        """The same tokens, with what top-k, top-p or min-p left of the vocabulary at each of them.
+
+        linear_policy_loss then gives the loss log-probs renormalised over these sets: those of the
+        distribution that was sampled. old_logprobs, rollout_logprobs and ref_logprobs have to be
+        renormalised as well, over the same sets (linear_kept_logprobs; docs/kept-sets.md).
+
+        The offsets are read on the host: build the batch outside a function that torch.compile
+        traces as one graph.
+
+        Args:
+            kept, cu_kept: [M] and [N + 1], int64 or int32, N the number of tokens, flattened: as
+                for linear_kept_logprobs. sampling_masks.kept_sets makes them of what engines give.
+
+        Raises:
+            ValueError: dtypes, shapes or devices that do not fit; offsets that do not rise from 0
+                to M. What is wrong with an entry, the loss says.
+        """
+        checks.are_kept_sets(kept, cu_kept, self.labels)
+        if checks.has_values(cu_kept) and not torch.compiler.is_compiling():
+            said = wrong_offsets(cu_kept, len(kept))
+            checks.require(said is None, lambda: str(said))
+        return replace(self, kept=kept.long(), cu_kept=cu_kept.long())
 
     def with_mask(self, keep: Tensor) -> TokenBatch:
         """Without the tokens where keep is False; every count stays that of this batch, so that

@@ -10,8 +10,9 @@ from torch import Tensor
 from fused_rl import ops
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.policy import Loss, LossOutput
+from fused_rl.one_pass.cuts import Heads
 from fused_rl.one_pass.evaluation import Counted, Evaluation
-from fused_rl.one_pass.policies import Heads, Policies
+from fused_rl.one_pass.policies import Policies
 
 
 class HeadGradients(NamedTuple):

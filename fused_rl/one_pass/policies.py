@@ -5,13 +5,13 @@
     Spread                2, 4 over all ranks                    TokenStats
     OwnTokens             2, 4, N the mean over ranks            TokenStats
     BesideReference       4, 4                                   DivergenceStats
+    Kept                  kept.py                                TokenStats, renormalised
 
 A frozen head alone on a CPU goes another way, 4 NHV for any loss: ops/frozen.py.
 
 Each says how a chunk of tokens is formed and how its gradient is; the rest of the pass is one code.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -22,62 +22,14 @@ from fused_rl.kl.divergences import Divergence
 from fused_rl.linear.divergence import Side, flat_divergence, two_heads
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.logprobs import flat_top_logprobs, spread_arguments
+from fused_rl.losses.batch import TokenBatch
+from fused_rl.one_pass.cuts import Backward, Cut, Heads, Here
 from fused_rl.one_pass.evaluation import Counted
+from fused_rl.one_pass.kept import Kept
 from fused_rl.parallel import own_tokens, spread, visits
 from fused_rl.parallel.collectives import ranks_of
 from fused_rl.parallel.states import Hidden
 from fused_rl.stats import IGNORE_INDEX, DivergenceStats, TokenStats
-
-Heads = ops.Head | ops.TwoHeads
-"""What a pass is formed of. Either begins with the policy's hidden, weight and bias."""
-
-Backward = Callable[[tuple[Tensor, ...], ops.Sums], Tensor]
-"""The gradients of a chunk's statistics, in the order of losses/statistics.py's of_policy, and room
-for dweight and dbias -> dhidden. It is called once, and holds the logits until it is dropped."""
-
-
-class Cut:
-    """How chunks are cut where a rank has all the tokens that a pass is of."""
-
-    def agreed(self, heads: Heads, chunk_bytes: int | None) -> "Policies":
-        """What ranks must know of each other before the first chunk: nothing."""
-        return self
-
-    def tokens(self, heads: Heads) -> int:
-        """How many tokens' logits are formed here, at most."""
-        return len(heads.labels)
-
-    def sizes(self, tokens: int, most: int) -> list[int]:
-        """Of the chunks of so many tokens."""
-        return ops.chunk_sizes(tokens, most)
-
-
-class Here(Cut):
-    """What all of one rank do alike."""
-
-    def gathered(self, heads: Heads) -> Heads:
-        """With the hidden states of all tokens: they are here."""
-        return heads
-
-    def total(self, heads: Heads, counted: Counted) -> "Placed":
-        """Where dhidden of the chunks is put together."""
-        return Placed(heads.hidden, counted)
-
-
-class Placed:
-    """dhidden of all tokens, from that of the chunks."""
-
-    def __init__(self, like: Tensor, counted: Counted) -> None:
-        self.like, self.counted, self.dhidden = like, counted, None
-
-    def add(self, part: Tensor, chunk: slice | Tensor) -> None:
-        self.dhidden = self.counted.add(self.dhidden, part, chunk)
-
-    def result(self) -> Tensor:
-        """[N, H]; zeros where no token counts."""
-        if self.dhidden is not None:
-            return self.dhidden
-        return self.like.new_zeros(self.like.shape, dtype=ops.waiting_dtype(self.like))
 
 
 @dataclass(frozen=True)
@@ -199,6 +151,8 @@ class OwnTokens:
         """With the numbers of tokens of all ranks."""
         return OwnTokens(self.how, visits.Journey.met(head, IGNORE_INDEX, self.how, chunk_bytes))
 
+    check = Cut.check
+
     def tokens(self, head: ops.Head) -> int:
         """The same on every rank."""
         return max(self.journey.counts) * ranks_of(self.how.group)
@@ -242,18 +196,22 @@ def has_entropy(loss: object) -> bool:
     return bool(getattr(loss, "entropy_coef", True))
 
 
-Policies = Alone | BesideReference | Spread | OwnTokens
+Policies = Alone | BesideReference | Kept | Spread | OwnTokens
 
 
 def flattened(
     hidden: Tensor,
     head: LMHead,
-    labels: Tensor,
+    batch: TokenBatch,
     temperature: float | Tensor,
     reference: tuple[Tensor, object] | None,
     loss: object,
 ) -> tuple[Heads, Policies]:
     """linear_policy_loss's arguments, checked and flat [N, ...]; the reference without gradient."""
+    labels = batch.labels.reshape(batch.shape)
+    if batch.kept is not None:
+        flat, how = spread_arguments(hidden, head, labels, temperature)
+        return ops.KeptHead.of(flat, ops.Sets(batch.kept, batch.cu_kept)), Kept(how)
     if reference is None:
         flat, how = spread_arguments(hidden, head, labels, temperature)
         if how is None:

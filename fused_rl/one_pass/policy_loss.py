@@ -21,9 +21,11 @@ from fused_rl.losses.named import NAMES
 from fused_rl.losses.policy import Loss, LossOutput
 from fused_rl.losses.statistics import with_reference
 from fused_rl.one_pass.chunks import Way, needs, one_pass
-from fused_rl.one_pass.policies import Alone, Heads, Policies, flattened
+from fused_rl.one_pass.cuts import Heads
+from fused_rl.one_pass.kept import Kept
+from fused_rl.one_pass.policies import Alone, Policies, flattened, has_entropy
+from fused_rl.parallel.states import Hidden
 from fused_rl.parallel.visits import told
-from fused_rl.stats import IGNORE_INDEX
 
 _MAKERS = (*NAMES.values(), *(getattr(distillation, name) for name in distillation.__all__))
 
@@ -49,6 +51,10 @@ def linear_policy_loss(
     a trained head would need several chunks whose dweight costs more to add up than the logits to
     form again (on CPUs: several chunks of fewer than 1024 tokens).
 
+    A batch with kept sets (TokenBatch.with_kept) has the loss of log-probs renormalised over them,
+    beside the entropy of the whole distribution: 2 NHV and a backward pass that looks at the kept
+    entries only; with an entropy bonus 6 NHV in one pass, 4 if the head is not trained.
+
     With a reference, or a teacher, the loss gets the exact divergence of the policy from it at each
     token: 8 NHV in one pass, 12 in the two of linear_divergence, 6 if the head is not trained.
 
@@ -60,7 +66,8 @@ def linear_policy_loss(
         head: LMHead, a weight [V, H], or a torch.nn.Linear. Of one whose vocabulary is spread over
             the ranks of a group every rank makes the call, with the same batch and loss unless
             head.hidden is Hidden.OWN_TOKENS.
-        batch: the tokens.
+        batch: the tokens. With kept sets its old, reference and rollout log-probs are renormalised
+            over the same sets.
         loss: a PolicyLoss, one of fused_rl.distillation, or any function (TokenStats, TokenBatch)
             -> LossOutput of flat tensors; with an attribute `token_separable = True` it takes the
             one pass, and must then be a sum over tokens whose normalisers come from the batch's
@@ -81,7 +88,8 @@ def linear_policy_loss(
 
     Raises:
         ValueError: as for linear_logprobs, and as the loss raises; vocabularies of different sizes;
-            a reference for a batch that has ref_logprobs: one of them would be ignored.
+            a reference for a batch that has ref_logprobs: one of them would be ignored; kept sets
+            as for linear_kept_logprobs, or with a reference, a grad_filter or Hidden.OWN_TOKENS.
     """
     head = LMHead.of(head)
     # What is wrong on one rank is said on every rank that waits for it.
@@ -90,28 +98,31 @@ def linear_policy_loss(
         checks.chunk_bytes_is_positive(chunk_bytes)
         checks.grad_filter_is_possible(grad_filter, hidden.device, head.group)
         _can_have(reference, batch, grad_filter)
-        labels = batch.labels.reshape(batch.shape)
-        heads, policies = flattened(hidden, head, labels, temperature, reference, loss)
+        _can_have_sets(head, batch, grad_filter, reference)
+        heads, policies = flattened(hidden, head, batch, temperature, reference, loss)
     policies = _named(policies.agreed, heads, chunk_bytes, shape=batch.shape)
     trained = torch.is_grad_enabled() and any(needs(heads))
     separable = getattr(loss, "token_separable", False) and not torch.compiler.is_compiling()
     in_one = trained and separable and grad_filter is None and not transformed()
-    if in_one and checks.has_values(hidden) and not _walks_once(policies, heads, loss):
+    if in_one and checks.has_values(hidden) and not _takes_two(policies, heads, loss):
         most = policies.chunk_tokens(heads, chunk_bytes)
         formed = policies.tokens(heads)
         if ops.one_pass_pays(formed, most, hidden.device, head.requires_grad):
             V = len(heads.weight) if head.vocabulary is None else head.vocabulary
-            tokens = (heads.labels, heads.temperature, V, IGNORE_INDEX)
-            _named(ops.check_tokens, *tokens, shape=batch.shape)
+            _named(policies.check, heads, V, shape=batch.shape)
             return one_pass(heads, batch, Way(loss, policies, most))
     stats = _named(policies.two_passes, heads, chunk_bytes, grad_filter, shape=batch.shape)
     return loss(stats, with_reference(batch, stats))
 
 
-def _walks_once(policies: Policies, heads: Heads, loss: object) -> bool:
-    """Whether the gradient of the log-probs is formed with them, and is all that the loss asks of
-    the head: then any loss takes 4 NHV and no buffer of logits.
+def _takes_two(policies: Policies, heads: Heads, loss: object) -> bool:
+    """Whether two passes cost no more than one, and hold no logits in between.
+
+    So it is where the gradient of the log-probs is formed with them, and is all that the loss asks
+    of the head: then any loss takes 4 NHV. And where it looks at kept entries alone.
     """
+    if isinstance(policies, Kept):
+        return policies.how is not None or not has_entropy(loss)
     alone = isinstance(policies, Alone) and not any(needs(heads)[1:])
     return alone and ops.walks_once(heads.hidden.device) and not getattr(loss, "entropy_coef", 0)
 
@@ -122,8 +133,8 @@ def _named(op: Callable, *args: object, shape: torch.Size) -> Any:
         return named(op, *args, shape=shape)
     except ValueError as error:
         said = re.sub(
-            r" is -1, (outside the vocabulary \[0, \d+\)).*",
-            r" counts by loss_mask and is negative, \1",
+            r"\b(labels\S*) is -1, (outside the vocabulary \[0, \d+\)).*",
+            r"\1 counts by loss_mask and is negative, \2",
             str(error),
         )
         raise ValueError(said) from error
@@ -136,6 +147,35 @@ def _are_arguments(hidden: Tensor, batch: TokenBatch, loss: Loss) -> None:
     checks.require(
         not any(loss is maker for maker in _MAKERS),
         lambda: f"loss must be a loss, got the function that makes one: give {loss.__name__}(...)",
+    )
+
+
+def _can_have_sets(
+    head: LMHead, batch: TokenBatch, grad_filter: float | None, reference: object
+) -> None:
+    if batch.kept is None:
+        return
+    checks.require(
+        reference is None,
+        lambda: (
+            "the batch has kept sets, and a reference is given, whose divergence is over the whole "
+            "vocabulary: give ref_logprobs over the same sets (linear_kept_logprobs) instead, or "
+            "the batch without kept sets"
+        ),
+    )
+    checks.require(
+        grad_filter is None,
+        lambda: (
+            f"grad_filter is for log-probs over the whole vocabulary, got {grad_filter} and a "
+            "batch with kept sets: leave it out, their gradient looks at the kept entries alone"
+        ),
+    )
+    checks.require(
+        head.hidden is not Hidden.OWN_TOKENS,
+        lambda: (
+            "a batch with kept sets takes no Hidden.OWN_TOKENS: give the ranks of the group the "
+            "same tokens, Hidden.REPLICATED or Hidden.SEQUENCE_SHARDED"
+        ),
     )
 
 

@@ -59,9 +59,16 @@ def linear_preference_loss(
 
     Raises:
         ValueError: as for linear_logprobs, and as the loss raises; a reference for a batch that has
-            ref_logprobs.
+            ref_logprobs; kept sets, which say how answers were sampled.
     """
     is_preference_batch(batch)
+    checks.require(
+        batch.tokens.kept is None,
+        lambda: (
+            "the tokens of the batch have kept sets, and preferences compare log-probs over the "
+            "whole vocabulary: build the batch without them, or take linear_policy_loss"
+        ),
+    )
     checks.is_callable("loss", loss, "fused_rl.preference.dpo()")
     checks.require(
         not any(loss is maker for maker in NAMES.values()),

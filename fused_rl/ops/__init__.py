@@ -39,8 +39,8 @@ from fused_rl.ops.divergence_chunk import (
 )
 from fused_rl.ops.filtered import FILTER_ROWS, Filter, linear_filtered_logprobs
 from fused_rl.ops.frozen import linear_logprobs_frozen, walks_once
-from fused_rl.ops.kept import KeptHead, linear_kept_logprobs
-from fused_rl.ops.kept_sets import Sets
+from fused_rl.ops.kept import KeptHead, add_to_chunk, linear_kept_logprobs, renormalised
+from fused_rl.ops.kept_sets import Sets, check_kept
 from fused_rl.ops.kl import Deviation, kl
 from fused_rl.ops.linear import linear_logprobs, linear_logprobs_backward
 from fused_rl.ops.logits import Rows, logits_logprobs
@@ -77,8 +77,10 @@ __all__ = [
     "TwoHeads",
     "TwoStatistics",
     "Upstream",
+    "add_to_chunk",
     "autocasts",
     "card_bytes",
+    "check_kept",
     "check_tokens",
     "chunk_sizes",
     "chunk_tokens",
@@ -110,6 +112,7 @@ __all__ = [
     "one_pass_pays",
     "pair_rows",
     "release_memory",
+    "renormalised",
     "round_up",
     "scratch_bytes",
     "tokens_of_chunk",

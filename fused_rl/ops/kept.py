@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_rl import reference
+from fused_rl.ops.chunk import Sums
 from fused_rl.ops.chunks import gradients_like, statistics_like
 from fused_rl.ops.kept_sets import Pairs, Sets, check_offsets, wrong_tokens
 from fused_rl.ops.linear import linear_logprobs, linear_logprobs_backward
@@ -40,6 +42,16 @@ class KeptHead(NamedTuple):
 
     def parts(self) -> tuple[Head, Sets]:
         return Head(*self[:4], *self[6:]), Sets(self.kept, self.cu_kept)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the logits are formed in."""
+        return self.parts()[0].dtype
+
+    def at(self, rows: Tensor | slice) -> "KeptHead":
+        """The same for some of the tokens."""
+        head, sets = self.parts()
+        return self.of(head.at(rows), Sets(*reference.kept_at(*sets, rows)))
 
 
 class KeptStatistics(NamedTuple):
@@ -72,14 +84,11 @@ def linear_kept_logprobs(head: KeptHead, limits: Limits) -> KeptStatistics:
     if len(head.labels) == 0:
         slope = torch.empty_like(sets.kept, dtype=logprobs.dtype)
         return KeptStatistics(logprobs, entropy, lse, torch.empty_like(logprobs), slope)
-    kept_logprobs, slope = _renormalised(head, sets, limits)
-    return KeptStatistics(
-        *(logprobs, entropy, lse, kept_logprobs.to(logprobs.dtype), slope.to(logprobs.dtype))
-    )
+    return KeptStatistics(logprobs, entropy, lse, *renormalised(head, sets, limits))
 
 
-def _renormalised(head: Head, sets: Sets, limits: Limits) -> tuple[Tensor, Tensor]:
-    """kept_logprobs [N] and slope [M], in float64."""
+def renormalised(head: Head, sets: Sets, limits: Limits) -> tuple[Tensor, Tensor]:
+    """kept_logprobs [N] and slope [M]."""
     V, labels = head.weight.shape[0], head.labels
     pairs = Pairs.of(sets, V)
     wrong = wrong_tokens(labels, sets.kept, pairs, V, limits.ignore_index)
@@ -96,7 +105,37 @@ def _renormalised(head: Head, sets: Sets, limits: Limits) -> tuple[Tensor, Tenso
         slope = slope * (1 - (z * t / head.softcap) ** 2)
     slope = (slope * (head.scale / t)).masked_fill(wrong[pairs.token], torch.nan)
     counted = labels != limits.ignore_index
-    return kept_logprobs.where(counted, 0.0), slope.where(counted[pairs.token], 0.0)
+    kept_logprobs, slope = kept_logprobs.where(counted, 0.0), slope.where(counted[pairs.token], 0.0)
+    return kept_logprobs.to(head.dtype), slope.to(head.dtype)
+
+
+def add_to_chunk(
+    dhidden: Tensor,  # [N, H]
+    sums: Sums,
+    dkept_logprobs: Tensor,  # [N]
+    head: Head,
+    sets: Sets,
+    slope: Tensor,  # [M]
+    limits: Limits,
+) -> None:
+    """Adds what dkept_logprobs is of the gradients of a chunk of tokens: M H."""
+    grads = Gradients(dhidden, sums.dweight, sums.dbias)
+    needs = Needs(True, sums.dweight.numel() > 0, sums.dbias.numel() > 0)
+    _add(grads, dkept_logprobs, head, sets, slope, limits, needs)
+
+
+def _add(
+    grads: Gradients,
+    dkept_logprobs: Tensor,  # [N]
+    head: Head,
+    sets: Sets,
+    slope: Tensor,  # [M]
+    limits: Limits,
+    needs: Needs,
+) -> None:
+    pairs = Pairs.of(sets, head.weight.shape[0])
+    up = dkept_logprobs.where(head.labels != limits.ignore_index, 0.0)[pairs.token]
+    add_pairs(grads, head, pairs.token, pairs.entry, up * slope, up != 0, limits, needs)
 
 
 @linear_kept_logprobs.fake
@@ -118,9 +157,7 @@ def linear_kept_logprobs_backward(
     """Tokens whose upstream gradients are all 0 cost nothing."""
     head, sets = head.parts()
     grads = linear_logprobs_backward(Upstream(*upstream[:2]), head, limits, known, needs)
-    pairs = Pairs.of(sets, head.weight.shape[0])
-    up = upstream.dkept_logprobs.where(head.labels != limits.ignore_index, 0.0)[pairs.token]
-    add_pairs(grads, head, pairs.token, pairs.entry, up * slope.slope, up != 0, limits, needs)
+    _add(grads, upstream.dkept_logprobs, head, sets, slope.slope, limits, needs)
     return grads
 
 

@@ -3,7 +3,10 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fused_rl import reference
 
 
 class Sets(NamedTuple):
@@ -11,6 +14,20 @@ class Sets(NamedTuple):
 
     kept: Tensor  # [M] int64
     cu_kept: Tensor  # [N + 1] int64
+
+    def named(self, labels: Tensor) -> tuple["Sets", Tensor]:
+        """With the label alone where the set is the whole vocabulary, and which those are [N].
+
+        Log-probs over the whole vocabulary are at hand: what the label alone gives, 0 and no
+        gradient, is to be replaced by them.
+        """
+        kept, cu_kept = self
+        M = len(kept)
+        first = cu_kept[:-1].clamp(0, M)
+        # With room at the end for what is not a set of its own, so that nothing waits for a size.
+        kept = F.pad(kept, (0, 1))
+        whole = (cu_kept.diff() == 1) & (kept[first] == reference.WHOLE_VOCABULARY)
+        return Sets(kept.scatter(0, first.where(whole, M), labels)[:M], cu_kept), whole
 
 
 class Pairs(NamedTuple):
@@ -65,21 +82,18 @@ def _seen_before(keys: Tensor) -> Tensor:
     return torch.empty_like(repeats).index_copy_(0, order, repeats)
 
 
+def check_kept(labels: Tensor, sets: Sets, vocabulary: int, ignore_index: int) -> None:
+    """ValueError at the first counted token without a valid set. Not on CUDA, as check_tokens."""
+    if labels.is_cuda or len(labels) == 0:
+        return
+    check_offsets(sets.cu_kept, len(sets.kept))
+    wrong_tokens(labels, sets.kept, Pairs.of(sets, vocabulary), vocabulary, ignore_index)
+
+
 def check_offsets(cu_kept: Tensor, M: int) -> None:
-    """ValueError at the first offset that does not rise, or does not begin at 0 and end at M."""
-    steps = cu_kept.diff()
-    if cu_kept[0] != 0:
-        raise ValueError(f"cu_kept[0] is {int(cu_kept[0])}, and must be 0")
-    if (falls := steps < 0).any():
-        n = int(falls.nonzero()[0])
-        raise ValueError(
-            f"cu_kept[{n + 1}] is {int(cu_kept[n + 1])}, below cu_kept[{n}], "
-            f"which is {int(cu_kept[n])}"
-        )
-    if cu_kept[-1] != M:
-        raise ValueError(
-            f"cu_kept[{len(steps)}] is {int(cu_kept[-1])}, and must be the length of kept, {M}"
-        )
+    """ValueError at offsets that do not rise from 0 to M."""
+    if said := reference.wrong_offsets(cu_kept, M):
+        raise ValueError(said)
 
 
 def check_sets(labels, kept, vocabulary, pairs, outside, twice, missing) -> None:
