@@ -355,6 +355,22 @@ def test_the_workers_module_is_imported_by_the_environment():
 
 
 @pytest.mark.slow
+def test_the_module_that_replays_is_imported_by_the_configuration(tmp_path):
+    """The engine of a language model replays; a critic's, which inherits the step, does not."""
+    qwen2(37, seed=3).save_pretrained(tmp_path)
+    code = (
+        "from verl.workers.config import HFModelConfig\n"
+        "from verl.workers.engine.fsdp import transformer_impl as fsdp\n"
+        "before = fsdp.FSDPEngineWithLMHead.forward_step\n"
+        f"HFModelConfig(path={str(tmp_path)!r}, load_tokenizer=False,\n"
+        "  external_lib='fused_rl.integrations.verl.replay')\n"
+        "assert fsdp.FSDPEngineWithLMHead.forward_step.__wrapped__ is before\n"
+        "assert fsdp.FSDPEngineWithValueHead.forward_step is before\n"
+    )
+    assert run(code + WHICH).strip().endswith(OURS)
+
+
+@pytest.mark.slow
 def test_a_worker_of_ray_is_patched_and_the_driver_is_not(tmp_path):
     """A remote actor that builds its model's configuration, as verl's do."""
     qwen2(37, seed=3).save_pretrained(tmp_path)

@@ -24,6 +24,9 @@ log-probs or rollout weights is a token of ratio 1 or weight 1. kl_penalty "full
 and does not have, is the exact KL of logits [B, T, V]; another name that is none is a ValueError,
 where verl raises NotImplementedError.
 
+A rollout's sampling masks are replayed: `kept_sets` holds the sets that log-probs are renormalised
+over, and `fused_rl.integrations.verl.replay` has verl's FSDP engine take them from its batches.
+
 A vocabulary that is split over tensor-parallel ranks works by verl's contract: a dist_process_group
 to linear_cross_entropy, labels of the whole vocabulary, as many rows on every rank, and a gradient
 of the hidden states that is this rank's summand. It was run on two and four processes, without
@@ -41,6 +44,7 @@ from fused_rl.integrations.verl.heads import (
     linear_cross_entropy,
     log_probs_from_logits,
 )
+from fused_rl.integrations.verl.kept import kept_sets
 from fused_rl.integrations.verl.kl_penalties import kl_penalty
 from fused_rl.integrations.verl.losses import (
     PolicyLossFn,
@@ -53,6 +57,7 @@ __all__ = [
     "FusedLinearForPPO",
     "FusedOutputLinear",
     "PolicyLossFn",
+    "kept_sets",
     "kl_penalty",
     "linear_cross_entropy",
     "log_probs_from_logits",
