@@ -19,12 +19,12 @@ ONE = torch.tensor([-1])
 
 
 def problem() -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """hidden [T, H], weight, labels, and sets of which the second and the last are empty."""
+    """hidden [T, H], weight, labels, and sets of which the second and the last are all."""
     hidden = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, H, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, V, (T,))
     sets = [torch.cat([EVERY[EVERY.ne(label)][:n], label[None]]) for n, label in enumerate(labels)]
-    sets[1] = sets[-1] = EVERY[:0]
+    sets[1], sets[-1] = ONE, EVERY
     return hidden, weight, labels, sets
 
 
@@ -34,8 +34,7 @@ def plain(hidden, weight, labels, sets, temperature: float = 0.7) -> tuple[Tenso
     logp = torch.log_softmax(z, -1)
     kept_z = torch.full_like(z, -torch.inf)
     for t, ids in enumerate(sets):
-        ids = ids if len(ids) and ids[0] >= 0 else EVERY
-        kept_z[t, ids] = z[t, ids]
+        kept_z[t, ids if ids[0] >= 0 else EVERY] = z[t, ids if ids[0] >= 0 else EVERY]
     logprobs = torch.log_softmax(kept_z, -1).gather(-1, labels[:, None])[:, 0]
     return logprobs, -(logp.exp() * logp).sum(-1)
 
@@ -51,19 +50,16 @@ def by_module(hidden, weight, labels):
 
 @pytest.mark.parametrize("call", [by_function, by_module])
 def test_log_probs_are_of_the_kept_sets_inside_of_the_block_alone(call):
-    """Values and gradients in float64; an empty set is the whole vocabulary, as -1 is."""
+    """Values and gradients in float64; -1 is the whole vocabulary."""
     hidden, weight, labels, sets = problem()
     before = call(hidden, weight, labels)
-    for some in (sets, [ONE if t == 1 else ids for t, ids in enumerate(sets)]):
-        with verl.kept_sets(*packed(some)):
-            found = call(hidden, weight, labels)
-        expected = plain(hidden, weight, labels, some)
-        slopes = [torch.randn(T, dtype=torch.float64) for _ in range(2)]
-        torch.testing.assert_close(tuple(found), expected)
-        gradients = [
-            torch.autograd.grad(pair, (hidden, weight), slopes) for pair in (found, expected)
-        ]
-        torch.testing.assert_close(*gradients)
+    with verl.kept_sets(*packed(sets)):
+        found = call(hidden, weight, labels)
+    expected = plain(hidden, weight, labels, sets)
+    slopes = [torch.randn(T, dtype=torch.float64) for _ in range(2)]
+    torch.testing.assert_close(tuple(found), expected)
+    gradients = [torch.autograd.grad(pair, (hidden, weight), slopes) for pair in (found, expected)]
+    torch.testing.assert_close(*gradients)
     assert not torch.equal(found[0], before[0])
     assert torch.equal(call(hidden, weight, labels)[0], before[0])
 
@@ -97,9 +93,19 @@ def test_another_number_of_labels_is_an_error():
         by_function(hidden[:5], weight, labels[:5])
 
 
-def test_a_label_that_was_not_kept_is_an_error():
+def test_empty_sets_are_filled_and_others_stay():
+    sets = kept.KeptSets(*packed([EVERY[:0], EVERY[3:5], EVERY[:0], EVERY[:0], ONE]))
+    expected = packed([ONE, EVERY[3:5], ONE, ONE, ONE])
+    for found, right in zip(kept.filled(sets), expected, strict=True):
+        assert torch.equal(found, right)
+    none = kept.filled(kept.KeptSets(*packed([])))
+    assert [t.tolist() for t in none] == [[], [0]]
+
+
+@pytest.mark.parametrize("what", ["another", "none"])
+def test_a_label_that_was_not_kept_is_an_error(what):
     hidden, weight, labels, sets = problem()
-    sets[2] = EVERY[EVERY.ne(labels[2])]
+    sets[2] = EVERY[EVERY.ne(labels[2])][: 0 if what == "none" else None]
     with pytest.raises(ValueError, match="label"), verl.kept_sets(*packed(sets)):
         by_function(hidden, weight, labels)
 
@@ -113,7 +119,7 @@ def test_a_split_vocabulary(ranks):
 
 PROMPTS, RESPONSES = (2, 3, 1), (3, 1, 2)
 SETS = [[[1, 2], None, [4]], None, SamplingMask([5, 6, 7], [0, 1, 3])]
-IN_ORDER = [[1, 2], [-1], [4], [-1], [5], [6, 7]]
+IN_ORDER = [[1, 2], [4], [5], [6, 7]]
 
 
 def micro_batch(*, nested: bool, **options) -> dict:
@@ -134,23 +140,23 @@ def micro_batch(*, nested: bool, **options) -> dict:
 
 
 def of_labels(sets) -> dict[int, list[int]]:
-    """Place of the label -> its set, where it has one."""
+    """Place of the label -> its set, where it is not the whole vocabulary."""
     places = sets.kept.split(sets.cu_kept.diff().tolist())
-    return {n: ids.tolist() for n, ids in enumerate(places) if len(ids)}
+    return {n: ids.tolist() for n, ids in enumerate(places) if ids.tolist() != [-1]}
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_sets_of_a_packed_micro_batch(nested):
     """The labels at a sequence's last token and before its response's first have none."""
     sets = kept.sets_of(micro_batch(nested=nested))
-    # Lengths 5, 4, 3: labels of tokens 2 to 4, 3, and 1 to 2, each one place before.
-    expected = dict(zip((1, 2, 3, 7, 9, 10), IN_ORDER, strict=True))
+    # Lengths 5, 4, 3: responses are tokens 2 to 4, 3, and 1 to 2, each a label one place before.
+    expected = dict(zip((1, 3, 9, 10), IN_ORDER, strict=True))
     assert of_labels(sets) == expected and len(sets.cu_kept) == 13
 
 
 def test_the_sets_of_a_padded_micro_batch():
     sets = kept.sets_of(micro_batch(nested=False, use_remove_padding=False))
-    expected = dict(zip((1, 2, 3, 7, 10, 11), IN_ORDER, strict=True))
+    expected = dict(zip((1, 3, 10, 11), IN_ORDER, strict=True))
     assert of_labels(sets) == expected and len(sets.cu_kept) == 16
 
 

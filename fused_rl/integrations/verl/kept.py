@@ -54,17 +54,17 @@ def kept_sets(kept: Tensor, cu_kept: Tensor) -> Iterator[None]:
     Each call in it takes all of the sets, one for each of its labels.
 
     Args:
-        kept, cu_kept: [M] and [N + 1] int64 or int32, as of sampling_masks.kept_sets: the set of
-            the n-th of the flattened labels is kept[cu_kept[n] : cu_kept[n + 1]]. An empty one, or
-            one of -1 alone, is the whole vocabulary: that of a label which was not generated.
+        kept, cu_kept: [M] and [N + 1] int64 or int32: the set of the n-th of the flattened labels
+            is kept[cu_kept[n] : cu_kept[n + 1]]. A set of -1 alone is the whole vocabulary, as of a
+            label that was not generated: `filled` puts it there.
 
     Raises:
         ValueError: by the head: another number of labels, as under sequence parallelism; as
-            linear_kept_logprobs raises.
+            linear_kept_logprobs raises, for an empty set too.
         RuntimeError: at the end of a block in which none of the heads was called, since nothing
             has been renormalised.
     """
-    held = _Held(_filled(kept, cu_kept))
+    held = _Held(KeptSets(kept, cu_kept))
     _held.append(held)
     try:
         yield
@@ -94,18 +94,21 @@ def statistics(hidden: Tensor, head: LMHead | Tensor, labels: Tensor, **options:
     return TokenStats(stats.kept_logprobs, stats.entropy)
 
 
-def _filled(kept: Tensor, cu_kept: Tensor) -> KeptSets:
-    """The same sets, with the whole vocabulary in the place of empty ones."""
+def filled(sets: KeptSets) -> KeptSets:
+    """With the whole vocabulary, -1, at the labels that sampling_masks.kept_sets gave none: those
+    that were not generated, which verl's heads have log-probs of all the same.
+    """
+    kept, cu_kept = sets
     lengths = cu_kept.diff()
     empty = lengths == 0
     before = (empty.cumsum(0) - empty.long()).repeat_interleave(lengths)
-    filled = kept.new_full((len(kept) + int(empty.sum()),), WHOLE_VOCABULARY)
-    filled[torch.arange(len(kept), device=kept.device) + before] = kept
-    return KeptSets(filled, F.pad(lengths.clamp(min=1).cumsum(0), (1, 0)))
+    every = kept.new_full((len(kept) + int(empty.sum()),), WHOLE_VOCABULARY)
+    every[torch.arange(len(kept), device=kept.device) + before] = kept
+    return KeptSets(every, F.pad(lengths.clamp(min=1).cumsum(0), (1, 0)))
 
 
 def sets_of(micro_batch: Any) -> KeptSets:
-    """The kept sets of the labels that verl's engines form of a micro-batch without padding.
+    """The kept sets, filled, of the labels that verl's engines form of a micro-batch.
 
     Args:
         micro_batch: with input_ids [B, j] nested, prompts and responses, padded (attention_mask) or
@@ -122,8 +125,9 @@ def sets_of(micro_batch: Any) -> KeptSets:
     generated = (at >= lengths - responses - 1) & (at < lengths - 1)
     masks = list(micro_batch[MASKS])
     if _has(micro_batch, "use_remove_padding") and not micro_batch["use_remove_padding"]:
-        return sampling_masks.kept_sets(masks, generated)
-    return sampling_masks.kept_sets(masks, generated[at < lengths], cu_seqlens=offsets)
+        return filled(sampling_masks.kept_sets(masks, generated))
+    packed = generated[at < lengths]
+    return filled(sampling_masks.kept_sets(masks, packed, cu_seqlens=offsets))
 
 
 def _has(micro_batch: Any, key: str) -> bool:
