@@ -86,6 +86,16 @@ def test_a_block_without_a_head_of_ours_is_an_error():
         pass
 
 
+@pytest.mark.parametrize("name", ["kept", "cu_kept"])
+def test_sets_that_are_no_integers(name):
+    given = dict(zip(("kept", "cu_kept"), packed([EVERY]), strict=True)) | {name: [0, 1]}
+    with (
+        pytest.raises(ValueError, match=f"^{name} must be an int64 or int32 tensor, got list"),
+        verl.kept_sets(**given),
+    ):
+        pass
+
+
 def test_another_number_of_labels_is_an_error():
     hidden, weight, labels, sets = problem()
     said = r"labels \[5\], and 6 kept sets are replayed: sequences that are split over ranks"

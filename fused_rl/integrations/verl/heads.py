@@ -39,7 +39,7 @@ def linear_cross_entropy(
             summand, as verl leaves it: what Megatron gathered hidden states with sums it.
 
     Returns:
-        (logprobs [N] or [], entropy [N]), float32.
+        (logprobs [N] or [], entropy [N]), float32; in a block of kept_sets renormalised ones.
 
     Raises:
         ValueError: another reduction; numbers of states and labels that differ; several sequences
@@ -107,7 +107,7 @@ class FusedLinearForPPO(torch.nn.Module):
         input_ids: Tensor,  # [T] or [B, T]: the labels
         temperature: float | Tensor = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """(log_probs, entropy), float32 in the shape of input_ids."""
+        """(log_probs, entropy), float32 in the shape of input_ids; see kept_sets."""
         return _by_tokens(hidden_states, vocab_weights, input_ids, temperature, self.chunk_size)
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_rl.checks import require
+from fused_rl.checks import is_indices, require
 from fused_rl.linear.head import LMHead
 from fused_rl.linear.kept import linear_kept_logprobs
 from fused_rl.linear.logprobs import linear_logprobs
@@ -59,11 +59,13 @@ def kept_sets(kept: Tensor, cu_kept: Tensor) -> Iterator[None]:
             label that was not generated: `filled` puts it there.
 
     Raises:
-        ValueError: by the head: another number of labels, as under sequence parallelism; as
-            linear_kept_logprobs raises, for an empty set too.
+        ValueError: kept or cu_kept that are no integers; by the head: another number of labels, as
+            under sequence parallelism; as linear_kept_logprobs raises, for an empty set too.
         RuntimeError: at the end of a block in which none of the heads was called, since nothing
             has been renormalised.
     """
+    is_indices("kept", kept)
+    is_indices("cu_kept", cu_kept)
     held = _Held(KeptSets(kept, cu_kept))
     _held.append(held)
     try:
