@@ -72,6 +72,30 @@ def of_verl_outside(rank: int, world: int) -> str:
     return "nothing"
 
 
+def of_verl_kept(rank: int, world: int) -> list[float]:
+    """Log-probs renormalised over kept sets; the fifth is the whole vocabulary."""
+    hidden, weight, labels, own_hidden, own = drawn(rank, world)
+    sets = [torch.tensor(sorted({int(i), n, 11 - n})) for n, i in enumerate(labels)]
+    sets[4] = torch.tensor([-1])
+    given = torch.cat(sets), torch.tensor([0, *map(len, sets)]).cumsum(0)
+    with verl.kept_sets(*given):
+        exact = verl.linear_cross_entropy(hidden, weight, labels, 0.7)
+    objective(*exact).backward()
+    own_hidden.requires_grad_()
+    with verl.kept_sets(*given):
+        found = verl.linear_cross_entropy(
+            own_hidden[:, None], own, labels[None], 0.7, "none", dist.group.WORLD
+        )
+    objective(*found).backward()
+    dhidden = own_hidden.grad
+    dist.all_reduce(dhidden)
+    return [
+        *(relative(a, b) for a, b in zip(found, exact, strict=True)),
+        relative(dhidden, hidden.grad),
+        relative(own.grad, weight.grad[rank * ROWS : (rank + 1) * ROWS]),
+    ]
+
+
 def of_liger(rank: int, world: int, *, with_group: bool) -> list[float]:
     def call(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         function = liger.LigerFusedLinearScaledCrossEntropyTPFunction

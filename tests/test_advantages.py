@@ -21,7 +21,7 @@ from fused_rl.advantages import (
     reinforce_plus_plus_advantages,
     reinforce_plus_plus_baseline_advantages,
 )
-from fused_rl.rewards import Moments
+from fused_rl.rewards import Moments, length_rewards, whiten
 
 
 def length_weighted(rewards, group_size):
@@ -117,6 +117,79 @@ def test_mistakes_are_named():
     for k in (1, 5):
         with pytest.raises(ValueError, match=f"k must be 2 to group_size = 4, got {k}"):
             pass_at_k_advantages(torch.zeros(4), 4, k)
+
+
+OF_ANY_GROUPS = [
+    *OF_GROUPS,
+    partial(pass_at_k_advantages, k=2),
+    partial(group_zscore_advantages, eps=1e-6, ddof=0),
+    lambda rewards, group_size: length_rewards(rewards.abs(), rewards > 0, group_size),
+]
+
+
+def weighted_by(lengths):
+    return lambda rewards, groups: length_weighted_advantages(rewards, lengths, groups)
+
+
+@pytest.mark.parametrize("advantages", OF_ANY_GROUPS)
+def test_groups_of_one_size_are_the_same_numbers_by_their_names(advantages):
+    rewards = torch.randn(12)
+    expected = advantages(rewards, 4)
+    names = torch.tensor([7, -3, 7000]).repeat_interleave(4)
+    assert torch.equal(advantages(rewards, names), expected)
+    assert torch.equal(advantages(rewards, names.int()), expected)
+
+
+@pytest.mark.parametrize("advantages", [a for a in OF_ANY_GROUPS if a is not length_weighted])
+def test_groups_of_several_sizes_in_any_order(advantages):
+    """Each group has what it has alone, wherever its samples stand."""
+    names = torch.tensor([5, 2, 9, 5, 5, 2, 9, 5, 2, 5])
+    rewards = torch.randn(10, dtype=torch.float64)
+    got = advantages(rewards, names)
+    assert got.dtype == torch.float64
+    for name in (2, 5, 9):
+        mine = names == name
+        torch.testing.assert_close(got[mine], advantages(rewards[mine], int(mine.sum())))
+
+
+def test_lengths_of_groups_of_several_sizes():
+    names = torch.tensor([1, 0, 1, 1, 0])
+    rewards, lengths = torch.randn(5), torch.tensor([10, 20, 30, 7, 5])
+    got = weighted_by(lengths)(rewards, names)
+    for name, size in ((0, 2), (1, 3)):
+        mine = names == name
+        expected = weighted_by(lengths[mine])(rewards[mine], size)
+        torch.testing.assert_close(got[mine], expected)
+
+
+@pytest.mark.parametrize("advantages", OF_GROUPS)
+def test_a_sample_alone_and_equal_rewards_among_larger_groups_say_nothing(advantages):
+    got = advantages(torch.tensor([0.3, 0.1, 5.0, 0.1, 0.1, 7.0]), torch.tensor([4, 1, 2, 1, 1, 2]))
+    assert (got[[0, 1, 3, 4]] == 0).all()
+    assert (got[[2, 5]] != 0).all()
+
+
+@pytest.mark.parametrize("advantages", OF_ANY_GROUPS)
+def test_no_samples_in_no_groups(advantages):
+    assert advantages(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_a_baseline_of_groups_of_several_sizes():
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+    rewards, names = torch.tensor([1.0, 5.0, 3.0]), torch.tensor([0, 1, 0])
+    got = reinforce_plus_plus_baseline_advantages(rewards, names, mask)
+    centred = torch.tensor([[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0]])
+    torch.testing.assert_close(got, whiten(centred, mask))
+
+
+def test_mistakes_in_groups_are_named():
+    said = r"which group each of rewards \[4\] is of, got a tensor \[2\] of torch.int64"
+    with pytest.raises(ValueError, match=said):
+        group_mean_advantages(torch.zeros(4), torch.tensor([1, 3]))
+    with pytest.raises(ValueError, match="group_size must be an int64 or int32 tensor"):
+        leave_one_out_advantages(torch.zeros(4), torch.zeros(4))
+    with pytest.raises(ValueError, match="k must be 2 to the smallest group = 1, got 2"):
+        pass_at_k_advantages(torch.zeros(4), torch.tensor([1, 1, 1, 2]), 2)
 
 
 def naive_gae(rewards, values, mask, gamma, lam):

@@ -318,7 +318,8 @@ MISTAKES = {
     ),
     "groups of several sizes": (
         lambda: fused_rl.advantages.group_mean_advantages(torch.ones(5), torch.tensor([2, 3])),
-        "group_size must be a 64-bit integer, got a tensor [2] of torch.int64",
+        "group_size must be a 64-bit integer, or [B] integers that say which group each of rewards "
+        "[5] is of, got a tensor [2] of torch.int64",
     ),
     "bytes in floating point": (
         lambda: fused_rl.linear_policy_loss(

@@ -399,11 +399,67 @@ def test_scaled_cross_entropy_of_a_split_vocabulary(ranks, with_group):
         assert max(differences) < 1e-12
 
 
-def test_scaled_cross_entropy_without_further_ids():
-    given = (torch.randn(3, 8), torch.randn(11, 8), torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="selected_token_ids is not there yet"):
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+@pytest.mark.parametrize("return_entropy", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_scaled_cross_entropy_with_selected_ids(count, return_entropy, ignore_index):
+    """Every output and the gradients of all, beside theirs; ids stand in any order and twice."""
+    ids = torch.tensor([10, 3, 0, 3, 7])[:count]
+    target = torch.randint(0, 11, (21,))
+    target[::4] = ignore_index
+    hidden = torch.randn(21, 8, requires_grad=True)
+    weight = torch.randn(11, 8, requires_grad=True)
+    found = []
+    for function in (LigerFusedLinearScaledCrossEntropyFunction, TheirCrossEntropy):
+        every = function.apply(hidden, weight, target, 0.7, ignore_index, 1, return_entropy, ids)
+        assert [t.shape for t in every] == [(21,)] * (1 + return_entropy) + [(21, count)]
+        assert not any(t[target == ignore_index].any() for t in every)
+        slopes = [torch.linspace(-1, 1, t.numel()).reshape(t.shape) for t in every]
+        found.append((*every, *torch.autograd.grad(every, (hidden, weight), slopes)))
+    torch.testing.assert_close(*found)
+
+
+def test_selected_ids_in_float64_and_compiled():
+    function = LigerFusedLinearScaledCrossEntropyFunction
+    hidden, weight = (torch.randn(n, 8, dtype=torch.float64) for n in (6, 11))
+    target, ids = torch.tensor([0, 10, -100, 4, 4, 1]), torch.tensor([4, 0])
+    given = (hidden, weight, target, 0.7, -100, 1, True, ids)
+    logp = torch.log_softmax(hidden @ weight.T / 0.7, -1)
+    counted = target != -100
+    expected = (
+        -logp.gather(1, target.where(counted, 0)[:, None])[:, 0] * counted,
+        -(logp.exp() * logp).sum(-1) * counted,
+        logp[:, ids] * counted[:, None],
+    )
+    torch.testing.assert_close(function.apply(*given), expected)
+    compiled = torch.compile(function.apply, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*given), expected)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([0], "selected_token_ids must be an int64 or int32 tensor, got list"),
+        (torch.tensor([0.0]), "selected_token_ids must be an int64 or int32 tensor"),
+        (torch.tensor([[0]]), r"selected_token_ids must have shape \[K\], got \[1, 1\]"),
+        (
+            torch.tensor([0, -100]),
+            r"selected_token_ids must be in \[0, 11\), got -100 at index \[1\]",
+        ),
+        (torch.tensor([11]), r"selected_token_ids must be in \[0, 11\), got 11 at index \[0\]"),
+    ],
+)
+def test_selected_ids_that_are_none(ids, message):
+    given = (torch.randn(3, 8), torch.randn(11, 8), torch.tensor([0, -100, 1]))
+    with pytest.raises(ValueError, match=message):
+        LigerFusedLinearScaledCrossEntropyFunction.apply(*given, selected_token_ids=ids)
+
+
+def test_a_target_beside_selected_ids_that_is_none():
+    given = (torch.randn(2, 8), torch.randn(11, 8), torch.tensor([0, 12]))
+    with pytest.raises(ValueError, match=r"target must be in \[0, 11\), got 12 at index \[1\]"):
         LigerFusedLinearScaledCrossEntropyFunction.apply(
-            *given, selected_token_ids=torch.tensor([1, 2])
+            *given, selected_token_ids=torch.tensor([1])
         )
 
 

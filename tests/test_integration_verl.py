@@ -548,6 +548,8 @@ def test_a_verl_that_moved_is_an_error_and_stays_as_it_is(a_verl):
 
 
 def test_without_verl_patch_is_an_error(monkeypatch):
+    for name in [n for n in sys.modules if n.partition(".")[0] == "verl"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "verl", None)
     with pytest.raises(RuntimeError, match="is verl installed"):
         verl.patch()

@@ -10,11 +10,13 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import qwen2
 from torch import Tensor
 
+from fused_rl import advantages
 from fused_rl.integrations import verl as ours
 
 pytest.importorskip("verl", reason="verl is not installed")
@@ -353,6 +355,22 @@ def test_the_workers_module_is_imported_by_the_environment():
 
 
 @pytest.mark.slow
+def test_the_module_that_replays_is_imported_by_the_configuration(tmp_path):
+    """The engine of a language model replays; a critic's, which inherits the step, does not."""
+    qwen2(37, seed=3).save_pretrained(tmp_path)
+    code = (
+        "from verl.workers.config import HFModelConfig\n"
+        "from verl.workers.engine.fsdp import transformer_impl as fsdp\n"
+        "before = fsdp.FSDPEngineWithLMHead.forward_step\n"
+        f"HFModelConfig(path={str(tmp_path)!r}, load_tokenizer=False,\n"
+        "  external_lib='fused_rl.integrations.verl.replay')\n"
+        "assert fsdp.FSDPEngineWithLMHead.forward_step.__wrapped__ is before\n"
+        "assert fsdp.FSDPEngineWithValueHead.forward_step is before\n"
+    )
+    assert run(code + WHICH).strip().endswith(OURS)
+
+
+@pytest.mark.slow
 def test_a_worker_of_ray_is_patched_and_the_driver_is_not(tmp_path):
     """A remote actor that builds its model's configuration, as verl's do."""
     qwen2(37, seed=3).save_pretrained(tmp_path)
@@ -388,6 +406,38 @@ def test_groups_of_one_rank_and_shapes_of_megatron(tmp_path):
     logp = torch.log_softmax(hidden[:, 0] @ weight.T, -1)
     torch.testing.assert_close(logprobs, logp.gather(-1, labels.T)[:, 0])
     torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1))
+
+
+# verl's estimators of groups -> ours, of rewards [B], groups and the mask.
+OF_GROUPS = {
+    "compute_grpo_outcome_advantage": lambda r, groups, mask: advantages.group_zscore_advantages(
+        r, groups, eps=1e-6
+    ),
+    "compute_rloo_outcome_advantage": lambda r, groups, mask: advantages.leave_one_out_advantages(
+        r, groups
+    ),
+    "compute_opo_outcome_advantage": lambda r, groups, mask: advantages.length_weighted_advantages(
+        r, mask.sum(-1), groups
+    ),
+    "compute_reinforce_plus_plus_baseline_outcome_advantage": lambda r, groups, mask: (
+        advantages.reinforce_plus_plus_baseline_advantages(r, groups, mask.bool())
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_GROUPS)
+def test_groups_by_the_index_of_verl(algos, name):
+    """Names of prompts in any order, of 2, 3 and 4 samples."""
+    index = np.array(list("babccabab"), dtype=object)
+    groups = torch.from_numpy(np.unique(index, return_inverse=True)[1])
+    mask = (torch.arange(T) < torch.randint(1, T + 1, (9, 1))).float()
+    rewards = torch.randn(9)
+    of_tokens = torch.zeros(9, T)
+    of_tokens[:, 0] = rewards
+    theirs, _ = getattr(algos, name)(of_tokens, mask, index=index)
+    found = OF_GROUPS[name](rewards, groups, mask)
+    found = found if found.dim() == 2 else found[:, None] * mask
+    torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_the_configuration_stands_for_verls() -> None:

@@ -1,7 +1,9 @@
 """Advantages: how much better a sample, or one of its tokens, was than expected.
 
-Groups: rewards are [B] with the `group_size` samples of a prompt next to each other. A group
-without differences, or of one sample, says nothing: its advantages are exactly 0.
+Groups: rewards are [B] with the `group_size` samples of a prompt next to each other; or, for groups
+of several sizes or in another order, a tensor [B] in the place of group_size says which group each
+sample is of (groups.py). A group without differences, or of one sample, says nothing: its
+advantages are exactly 0.
 
 Tokens: rewards and values are [B, T], or packed [N] with cu_seqlens. Tokens outside loss_mask are
 no steps: a counted token is followed by the next counted token of its sequence, and after the last
@@ -20,6 +22,7 @@ from torch import Tensor
 from fused_rl import checks
 from fused_rl.losses.sequences import has_next, sequence_ids, suffix_scan
 from fused_rl.reference import acc_dtype, promoted
+from fused_rl.rollouts.groups import Groups
 from fused_rl.rollouts.rewards import Moments, is_finite, whiten
 
 __all__ = [
@@ -38,36 +41,43 @@ __all__ = [
 
 
 def group_zscore_advantages(
-    rewards: Tensor, group_size: int, *, eps: float = 1e-4, ddof: int = 1
+    rewards: Tensor, group_size: int | Tensor, *, eps: float = 1e-4, ddof: int = 1
 ) -> Tensor:
     """(reward - mean of the group) / (standard deviation of the group + eps).
 
-    GRPO (arXiv 2402.03300, section 4.1.2). ddof: 1 for a sample's deviation, 0 for a population's.
+    GRPO (arXiv 2402.03300, section 4.1.2).
+
+    Args:
+        rewards: [B].
+        group_size: samples of each prompt, next to each other; or [B] int64 or int32, the group of
+            each sample, for groups of any size in any order.
+        ddof: 1 for a sample's deviation, 0 for a population's.
 
     Raises:
-        ValueError: rewards that are not finite, or not [B] floats with B a multiple of group_size.
+        ValueError: rewards that are not finite, or not [B] floats with B a multiple of group_size;
+            a tensor of groups that is not [B] integers.
     """
     checks.is_not_negative("eps", eps)
     checks.is_integer("ddof", ddof)
     checks.at_least("ddof", ddof, 0)
-    groups = _groups(rewards, group_size)
-    centred = groups - groups.mean(-1, keepdim=True)
-    degrees = max(group_size - ddof, 1)
+    groups, rows = _groups(rewards, group_size)
+    centred = _centred(groups, rows)
+    degrees = (groups.sizes - ddof).clamp(min=1)
     deviation = (centred.square().sum(-1, keepdim=True) / degrees).sqrt()
-    return _without_rounding(groups, centred / (deviation + eps)).reshape(-1)
+    return groups.samples(centred / (deviation + eps))
 
 
-def group_mean_advantages(rewards: Tensor, group_size: int) -> Tensor:
+def group_mean_advantages(rewards: Tensor, group_size: int | Tensor) -> Tensor:
     """reward - mean of the group: no bias by difficulty (Dr. GRPO, arXiv 2503.20783).
 
     Raises:
         ValueError: as group_zscore_advantages.
     """
-    groups = _groups(rewards, group_size)
-    return _without_rounding(groups, groups - groups.mean(-1, keepdim=True)).reshape(-1)
+    groups, rows = _groups(rewards, group_size)
+    return groups.samples(_centred(groups, rows))
 
 
-def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
+def leave_one_out_advantages(rewards: Tensor, group_size: int | Tensor) -> Tensor:
     """reward - mean of the others in the group: RLOO (arXiv 2402.14740).
 
     It is G / (G - 1) times group_mean_advantages: a baseline that the sample itself has no part in.
@@ -75,10 +85,14 @@ def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
     Raises:
         ValueError: as group_zscore_advantages.
     """
-    return group_mean_advantages(rewards, group_size) * (group_size / max(group_size - 1, 1))
+    groups, rows = _groups(rewards, group_size)
+    size = groups.sizes.to(rows.dtype)
+    return groups.samples(_centred(groups, rows) * (size / (size - 1).clamp(min=1)))
 
 
-def length_weighted_advantages(rewards: Tensor, lengths: Tensor, group_size: int) -> Tensor:
+def length_weighted_advantages(
+    rewards: Tensor, lengths: Tensor, group_size: int | Tensor
+) -> Tensor:
     """reward - sum(length * reward) / sum(length) over the group: OPO (arXiv 2505.23585).
 
     The baseline of least variance if a sample's squared gradient grows with its length.
@@ -90,18 +104,18 @@ def length_weighted_advantages(rewards: Tensor, lengths: Tensor, group_size: int
     Raises:
         ValueError: as group_zscore_advantages; lengths that are not [B].
     """
-    groups = _groups(rewards, group_size)
+    groups, rows = _groups(rewards, group_size)
     checks.is_tensor("lengths", lengths)
     checks.same_shape("lengths", lengths, "rewards", rewards)
-    weight = lengths.to(groups.dtype).reshape(-1, group_size)
+    weight = groups.rows(lengths.to(rows.dtype))
     total = weight.sum(-1, keepdim=True)
-    baseline = (weight * groups).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1)
-    return _without_rounding(groups, groups - baseline).reshape(-1)
+    baseline = (weight * rows).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1)
+    return groups.samples(_without_rounding(groups, rows, rows - baseline))
 
 
-def pass_at_k_advantages(rewards: Tensor, group_size: int, k: int) -> Tensor:
+def pass_at_k_advantages(rewards: Tensor, group_size: int | Tensor, k: int) -> Tensor:
     """sum over the subsets S of k samples that hold this one of max(S) - max(S without it),
-    divided by the number C(G, k) of subsets.
+    divided by the number C(G, k) of subsets, G being the size of the sample's group.
 
     The sum over a group of advantage * grad log-probability is an unbiased gradient of E[max of k
     rewards], which for rewards of 0 and 1 is pass@k (PKPO, arXiv 2505.15201, with each subset's own
@@ -111,19 +125,28 @@ def pass_at_k_advantages(rewards: Tensor, group_size: int, k: int) -> Tensor:
         sum over j < i of C(j, k - 2) / C(G, k) * (r[i] - r[j])
 
     Raises:
-        ValueError: as group_zscore_advantages; k outside 2 to group_size.
+        ValueError: as group_zscore_advantages; k outside 2 to group_size, or to the size
+            of the smallest group.
     """
-    groups = _groups(rewards, group_size)
+    groups, rows = _groups(rewards, group_size)
     checks.is_integer("k", k)
-    checks.require(
-        2 <= k <= group_size, lambda: f"k must be 2 to group_size = {group_size}, got {k}"
-    )
-    subsets = math.comb(group_size, k)
-    shares = [math.comb(j, k - 2) / subsets for j in range(group_size)]
-    ordered, order = groups.sort(-1)
+    sizes, which = groups.sizes[:, 0].unique(return_inverse=True)
+    every, G = sizes.tolist(), groups.shape[1]
+    whose, least = "group_size", group_size
+    if isinstance(group_size, Tensor):
+        whose, least = "the smallest group", min(every, default=k)
+    checks.require(2 <= k <= least, lambda: f"k must be 2 to {whose} = {least}, got {k}")
+    shares = [[_share(j, size, k) for j in range(G)] for size in every]
+    order = groups.rows(rewards.to(rows.dtype), torch.inf).argsort(-1)
+    ordered = rows.gather(-1, order)
     lead = (ordered[:, :, None] - ordered[:, None, :]).tril()
-    advantages = (lead * lead.new_tensor(shares)).sum(-1)
-    return torch.zeros_like(groups).scatter(-1, order, advantages).reshape(-1)
+    weights = lead.new_tensor(shares).reshape(len(every), 1, G)[which]
+    return groups.samples(torch.zeros_like(rows).scatter(-1, order, (lead * weights).sum(-1)))
+
+
+def _share(j: int, size: int, k: int) -> float:
+    """C(j, k - 2) / C(size, k); 0 where there is no j-th sample."""
+    return math.comb(j, k - 2) / math.comb(size, k) if j < size else 0.0
 
 
 @torch.no_grad()
@@ -211,7 +234,7 @@ def reinforce_plus_plus_advantages(
 
 def reinforce_plus_plus_baseline_advantages(
     rewards: Tensor,
-    group_size: int,
+    group_size: int | Tensor,
     loss_mask: Tensor,
     *,
     statistics: Moments | None = None,
@@ -270,24 +293,25 @@ def clipped_value_loss(
     return 0.5 * torch.maximum((values - target).square(), (near - target).square())
 
 
-def _groups(rewards: Tensor, group_size: int) -> Tensor:
+def _groups(rewards: Tensor, group_size: int | Tensor) -> tuple[Groups, Tensor]:
+    """The groups, and rewards as their rows [P, G]."""
     checks.is_floating("rewards", rewards)
-    checks.is_integer("group_size", group_size)
-    checks.require(
-        rewards.dim() == 1 and group_size > 0 and len(rewards) % group_size == 0,
-        lambda: (
-            f"rewards must be [B] with B a multiple of group_size = {group_size}, "
-            f"got {list(rewards.shape)}"
-        ),
-    )
+    groups = Groups.of("rewards", rewards, group_size)
     is_finite("rewards", rewards)
-    return rewards.to(acc_dtype(rewards)).reshape(-1, group_size)
+    return groups, groups.rows(rewards.to(acc_dtype(rewards)))
 
 
-def _without_rounding(groups: Tensor, advantages: Tensor) -> Tensor:
+def _centred(groups: Groups, rows: Tensor) -> Tensor:
+    """rows - mean of the group: [P, G], 0 where filled up."""
+    mean = rows.sum(-1, keepdim=True) / groups.sizes
+    return _without_rounding(groups, rows, rows - mean)
+
+
+def _without_rounding(groups: Groups, rows: Tensor, advantages: Tensor) -> Tensor:
     """0.1 + 0.1 + 0.1 divided by 3 is not 0.1: equal rewards still have advantages of exactly 0."""
-    equal = (groups == groups[:, :1]).all(-1, keepdim=True)
-    return advantages.masked_fill(equal, 0.0)
+    filled = ~groups.counted
+    equal = ((rows == rows[:, :1]) | filled).all(-1, keepdim=True)
+    return advantages.masked_fill(equal | filled, 0.0)
 
 
 def _steps(

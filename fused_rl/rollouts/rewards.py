@@ -18,6 +18,7 @@ from fused_rl.kl.estimators import KL, kl_penalty
 from fused_rl.kl.log_ratios import log_ratio
 from fused_rl.losses.sequences import Level, has_next, segment_sum, sequence_ids
 from fused_rl.reference import acc_dtype, promoted
+from fused_rl.rollouts.groups import Groups
 
 __all__ = [
     "Moments",
@@ -210,7 +211,7 @@ def whiten(
     return counted.to(acc_dtype(values))
 
 
-def length_rewards(lengths: Tensor, correct: Tensor, group_size: int) -> Tensor:
+def length_rewards(lengths: Tensor, correct: Tensor, group_size: int | Tensor) -> Tensor:
     """0.5 - (length - shortest) / (longest - shortest) within the group; at most 0 where wrong.
 
     Kimi k1.5 (arXiv 2501.12599, section 2.3.3): to be added to the reward, times a weight. Short
@@ -218,27 +219,23 @@ def length_rewards(lengths: Tensor, correct: Tensor, group_size: int) -> Tensor:
     length gets 0.
 
     Args:
-        lengths: [B] numbers, the group_size samples of a prompt next to each other.
+        lengths: [B] numbers.
         correct: [B] bool.
+        group_size: samples of each prompt, next to each other; or [B] int64 or int32, the group of
+            each sample.
 
     Raises:
         ValueError: lengths and correct that do not fit each other or the groups.
     """
     checks.is_tensor("lengths", lengths)
     checks.is_tensor("correct", correct)
-    checks.is_integer("group_size", group_size)
+    groups = Groups.of("lengths", lengths, group_size)
     checks.same_shape("correct", correct, "lengths", lengths)
-    checks.require(
-        lengths.dim() == 1 and group_size > 0 and len(lengths) % group_size == 0,
-        lambda: (
-            f"lengths must be [B] with B a multiple of group_size = {group_size}, "
-            f"got {list(lengths.shape)}"
-        ),
-    )
-    groups = lengths.to(acc_dtype(lengths)).reshape(-1, group_size)
-    shortest, longest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    length = lengths.to(acc_dtype(lengths))
+    shortest = groups.samples(groups.rows(length, torch.inf).amin(-1, keepdim=True))
+    longest = groups.samples(groups.rows(length, -torch.inf).amax(-1, keepdim=True))
     spread = longest - shortest
-    bonus = (0.5 - (groups - shortest) / spread).where(spread > 0, 0.0).reshape(-1)
+    bonus = (0.5 - (length - shortest) / spread).where(spread > 0, 0.0)
     return bonus.where(correct.bool(), bonus.clamp(max=0.0))
 
 

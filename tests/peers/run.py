@@ -83,6 +83,16 @@ SUITES = {
         ("test/transformers/test_fused_linear_scaled_cross_entropy.py",),
         select="test_frontend_fallback",
     ),
+    "Liger: log-probs of selected ids": Suite(
+        "liger-kernel",
+        "ours_in_liger",
+        ("test/transformers/test_fused_linear_selected_log_probs.py",),
+        select="not frontend_forwards",
+        expected={
+            r"test_invalid_selection\[.*-TypeError-.*": "ids of another type: a ValueError here",
+            r"test_selection_device_mismatch": "the text of an error",
+        },
+    ),
     "Liger: JSD, hard and soft": Suite(
         "liger-kernel",
         "ours_in_liger",

@@ -28,7 +28,7 @@ formula's. What differs:
     logits              are never written to: `inplace` is accepted and means nothing, as are
                         `compiled` and `chunk_size`
     gradients           reach every output that requires one, per_token_kl among them
-    selected_token_ids  of the scaled cross-entropy are a ValueError
+    scaled CE           entropies are float32, of half precision too
     mistakes            a label outside the vocabulary, a delta that no ratio would meet, are
                         ValueErrors
 

@@ -21,7 +21,11 @@ and its gradient where log(ref / policy) exceeds 2.6, where verl's clamp at 10 h
 a log-ratio of 20; a log-ratio beyond 20 keeps its gradient, and GSPO's beyond 10 its value too; a
 batch without a counted token has loss 0, not NaN; a masked token may be anything; a NaN among old
 log-probs or rollout weights is a token of ratio 1 or weight 1. kl_penalty "full", which verl names
-and does not have, is the exact KL of logits [B, T, V].
+and does not have, is the exact KL of logits [B, T, V]; another name that is none is a ValueError,
+where verl raises NotImplementedError.
+
+A rollout's sampling masks are replayed: `kept_sets` holds the sets that log-probs are renormalised
+over, and `fused_rl.integrations.verl.replay` has verl's FSDP engine take them from its batches.
 
 A vocabulary that is split over tensor-parallel ranks works by verl's contract: a dist_process_group
 to linear_cross_entropy, labels of the whole vocabulary, as many rows on every rank, and a gradient
@@ -40,6 +44,7 @@ from fused_rl.integrations.verl.heads import (
     linear_cross_entropy,
     log_probs_from_logits,
 )
+from fused_rl.integrations.verl.kept import kept_sets
 from fused_rl.integrations.verl.kl_penalties import kl_penalty
 from fused_rl.integrations.verl.losses import (
     PolicyLossFn,
@@ -52,6 +57,7 @@ __all__ = [
     "FusedLinearForPPO",
     "FusedOutputLinear",
     "PolicyLossFn",
+    "kept_sets",
     "kl_penalty",
     "linear_cross_entropy",
     "log_probs_from_logits",

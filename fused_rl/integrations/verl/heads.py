@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fused_rl.checks import require
+from fused_rl.integrations.verl import kept
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import linear_logprobs, logprobs_from_logits
+from fused_rl.linear.logprobs import logprobs_from_logits
 from fused_rl.parallel.states import Hidden
 from fused_rl.stats import TokenStats
 
@@ -38,7 +39,7 @@ def linear_cross_entropy(
             summand, as verl leaves it: what Megatron gathered hidden states with sums it.
 
     Returns:
-        (logprobs [N] or [], entropy [N]), float32.
+        (logprobs [N] or [], entropy [N]), float32; in a block of kept_sets renormalised ones.
 
     Raises:
         ValueError: another reduction; numbers of states and labels that differ; several sequences
@@ -68,7 +69,7 @@ def linear_cross_entropy(
     if isinstance(temperature, Tensor):
         temperature = temperature.broadcast_to(labels.shape).reshape(-1)
     head = _head(weight, dist_process_group)
-    logprobs, entropy = linear_logprobs(states, head, labels.reshape(-1), temperature=temperature)
+    logprobs, entropy = kept.statistics(states, head, labels.reshape(-1), temperature=temperature)
     return reductions[reduction](logprobs), entropy
 
 
@@ -106,15 +107,15 @@ class FusedLinearForPPO(torch.nn.Module):
         input_ids: Tensor,  # [T] or [B, T]: the labels
         temperature: float | Tensor = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """(log_probs, entropy), float32 in the shape of input_ids."""
+        """(log_probs, entropy), float32 in the shape of input_ids; see kept_sets."""
         return _by_tokens(hidden_states, vocab_weights, input_ids, temperature, self.chunk_size)
 
 
 def _by_tokens(
     hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float | Tensor, tokens: int
 ) -> TokenStats:
-    """linear_logprobs with its buffer given in tokens."""
-    return linear_logprobs(
+    """linear_logprobs with its buffer given in tokens; in a block of kept_sets, renormalised."""
+    return kept.statistics(
         hidden, weight, labels, temperature=temperature, chunk_bytes=tokens * weight.shape[0] * 4
     )
 
