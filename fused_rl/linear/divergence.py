@@ -131,9 +131,7 @@ class Side(NamedTuple):
                 f"{vocabulary!r}, and {self.whose}weight has {V} entries"
             ),
         )
-        entries = slice(vocabulary.start, vocabulary.stop)
-        bias = None if head.bias is None else head.bias[entries]
-        return self._replace(head=LMHead(head.weight[entries], bias, head.scale, head.softcap))
+        return self._replace(head=head.of_rows(slice(vocabulary.start, vocabulary.stop)))
 
 
 def counted_from(vocabulary: range, labels: Tensor, ignore_index: int) -> Tensor:

@@ -15,6 +15,7 @@ def mean_logits(hidden: Tensor, head: LMHead) -> Tensor:
     A head with a softcap has no such mean: its logits are no linear function of hidden.
     """
     with torch.autocast(hidden.device.type, enabled=False):
+        hidden, head = head.joined(hidden)
         dtype = acc_dtype(hidden)
         mean = hidden.to(dtype) @ head.weight.mean(0, dtype=dtype)
     return head.scale * (mean if head.bias is None else mean + head.bias.mean(dtype=dtype))

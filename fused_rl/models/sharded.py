@@ -64,9 +64,19 @@ def runs(model: Any) -> Any:
     return model
 
 
-def linear_of(layer: object) -> object:
-    """The torch.nn.Linear that FSDP has wrapped, or made one of its own; else the layer itself."""
-    return layer.module if is_fsdp1(layer) else layer
+def linear_of(layer: Any) -> Any:
+    """The layer that FSDP1, torch.compile or PEFT's modules_to_save has wrapped, with adapters that
+    are on it; else the layer itself.
+    """
+    if is_fsdp1(layer):
+        return linear_of(layer.module)
+    if isinstance(getattr(layer, "_orig_mod", None), nn.Module):
+        return linear_of(layer._orig_mod)
+    if _is_of(layer, "peft.", "ModulesToSaveWrapper"):
+        active = () if layer.disable_adapters else layer.active_adapters
+        saved = active and layer.modules_to_save[active[0]]
+        return linear_of(saved or layer.original_module)
+    return layer
 
 
 def is_linear(layer: object) -> bool:

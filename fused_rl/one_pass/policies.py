@@ -2,6 +2,7 @@
 
                           NHV in one pass: logits, gradient      statistics
     Alone                 2, 4                                   TokenStats
+    Adapted               2, 2                                   TokenStats
     Spread                2, 4 over all ranks                    TokenStats
     OwnTokens             2, 4, N the mean over ranks            TokenStats
     BesideReference       4, 4                                   DivergenceStats
@@ -21,14 +22,14 @@ from fused_rl import checks, ops
 from fused_rl.kl.divergences import Divergence
 from fused_rl.linear.divergence import Side, flat_divergence, two_heads
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import flat_top_logprobs, spread_arguments
+from fused_rl.linear.logprobs import flat_top_logprobs, own_arguments, spread_arguments
 from fused_rl.one_pass.evaluation import Counted
 from fused_rl.parallel import own_tokens, spread, visits
 from fused_rl.parallel.collectives import ranks_of
 from fused_rl.parallel.states import Hidden
 from fused_rl.stats import IGNORE_INDEX, DivergenceStats, TokenStats
 
-Heads = ops.Head | ops.TwoHeads
+Heads = ops.Head | ops.AdaptedHead | ops.TwoHeads
 """What a pass is formed of. Either begins with the policy's hidden, weight and bias."""
 
 Backward = Callable[[tuple[Tensor, ...], ops.Sums], Tensor]
@@ -111,6 +112,22 @@ class Alone(Here):
         """The statistics of all tokens, [N], for any loss."""
         logprobs, entropy, _ = flat_top_logprobs(head, IGNORE_INDEX, chunk_bytes, grad_filter)
         return TokenStats(logprobs, entropy)
+
+
+@dataclass(frozen=True)
+class Adapted(Alone):
+    """A policy's head of which adapters alone are trained: dweight is of their columns."""
+
+    heads: ClassVar = ops.AdaptedHead
+
+    def chunk_tokens(self, head: ops.AdaptedHead, chunk_bytes: int | None) -> int:
+        """As of Alone."""
+        return super().chunk_tokens(head.head(), chunk_bytes)
+
+    def chunk(self, head: ops.AdaptedHead, i: int) -> tuple[TokenStats, Backward]:
+        """As of Alone."""
+        stats, backward = super().chunk(head.head(), i)
+        return stats, lambda gradients, sums: backward(gradients, head.sums(sums))
 
 
 @dataclass(frozen=True)
@@ -242,7 +259,7 @@ def has_entropy(loss: object) -> bool:
     return bool(getattr(loss, "entropy_coef", True))
 
 
-Policies = Alone | BesideReference | Spread | OwnTokens
+Policies = Alone | Adapted | BesideReference | Spread | OwnTokens
 
 
 def flattened(
@@ -252,12 +269,16 @@ def flattened(
     temperature: float | Tensor,
     reference: tuple[Tensor, object] | None,
     loss: object,
+    grad_filter: float | None,
 ) -> tuple[Heads, Policies]:
     """linear_policy_loss's arguments, checked and flat [N, ...]; the reference without gradient."""
     if reference is None:
-        flat, how = spread_arguments(hidden, head, labels, temperature)
+        # A filter is known where all of the weight is trained.
+        arguments = own_arguments if grad_filter is None else spread_arguments
+        flat, how = arguments(hidden, head, labels, temperature)
         if how is None:
-            return flat, Alone(ops.Given(has_entropy(loss)))
+            kind = Adapted if isinstance(flat, ops.AdaptedHead) else Alone
+            return flat, kind(ops.Given(has_entropy(loss)))
         return flat, OwnTokens(how) if how.hidden is Hidden.OWN_TOKENS else Spread(how)
     head.is_here("linear_policy_loss with a reference")
     checks.require(
@@ -275,9 +296,7 @@ def flattened(
             f"first {min(V, of_reference)} alone if these are the same tokens"
         ),
     )
-    bias = None if ref_head.bias is None else ref_head.bias.detach()
-    untrained = LMHead(ref_head.weight.detach(), bias, ref_head.scale, ref_head.softcap)
     policy = Side(hidden, head, temperature, "")
-    beside = Side(ref_hidden.detach(), untrained, temperature, "ref_")
+    beside = Side(ref_hidden.detach(), ref_head.detached(), temperature, "ref_")
     divergence = getattr(loss, "divergence", Divergence.REVERSE)
     return two_heads(policy, beside, labels), BesideReference(divergence)

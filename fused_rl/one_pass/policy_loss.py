@@ -91,7 +91,9 @@ def linear_policy_loss(
         checks.grad_filter_is_possible(grad_filter, hidden.device, head.group)
         _can_have(reference, batch, grad_filter)
         labels = batch.labels.reshape(batch.shape)
-        heads, policies = flattened(hidden, head, labels, temperature, reference, loss)
+        heads, policies = flattened(
+            *(hidden, head, labels, temperature, reference, loss, grad_filter)
+        )
     policies = _named(policies.agreed, heads, chunk_bytes, shape=batch.shape)
     trained = torch.is_grad_enabled() and any(needs(heads))
     separable = getattr(loss, "token_separable", False) and not torch.compiler.is_compiling()
