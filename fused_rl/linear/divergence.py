@@ -90,7 +90,8 @@ def linear_divergence(
         side.head.is_here("linear_divergence")
     if vocabulary is not None:
         student, teacher = student.over(vocabulary), teacher.over(vocabulary)
-        labels, ignore_index = counted_from(vocabulary, labels, ignore_index), OUTSIDE
+        if given is not None:
+            labels, ignore_index = counted_from(vocabulary, labels, ignore_index), OUTSIDE
     heads = two_heads(student, teacher, labels)
     limits = ops.Limits(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes))
     stats = named(flat_divergence, heads, divergence, limits, shape=labels.shape)

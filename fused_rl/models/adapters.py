@@ -88,15 +88,15 @@ def names_in(layer: nn.Module) -> tuple[str, ...]:
             ),
         )
         return ()
-    hooks = (getattr(hook, "func", hook) for hook in layer._forward_pre_hooks.values())
-    given = [name for h in hooks if (name := getattr(h, "__name__", "")) in _GIVEN]
-    require(
-        not given,
-        lambda: (
-            f"PEFT gives {_GIVEN[given[0]]} to the adapters of the output embeddings, by which "
-            "they differ from token to token: call the model without, once for each adapter"
-        ),
-    )
+    for hook in layer._forward_pre_hooks.values():
+        given = _GIVEN.get(getattr(getattr(hook, "func", hook), "__name__", ""))
+        require(
+            given is None,
+            lambda given=given: (
+                f"PEFT gives {given} to the adapters of the output embeddings, by which they "
+                "differ from token to token: call the model without, once for each adapter"
+            ),
+        )
     if layer.merged_adapters:
         return ()
     names = tuple(name for name in layer.active_adapters if name in layer.lora_A)
