@@ -75,6 +75,7 @@ class LMHead:
 
     def __post_init__(self) -> None:
         self._place()
+        parts.is_plain("weight", self.weight)
         checks.is_floating("weight", self.weight)
         parts.is_whole("weight", self.weight)
         if self.group is None and not torch.compiler.is_compiling():
@@ -250,11 +251,11 @@ class LMHead:
             sharded.is_linear(head) or is_adapted(head),
             lambda: (
                 "head must be an LMHead, a weight [V, H] or a torch.nn.Linear, "
-                f"got {type(given).__module__}.{type(given).__qualname__}"
+                f"got {parts.name_of(given)}{parts.or_else(head)}"
             ),
         )
         checks.require(
-            not sharded.has_hooks(head),
+            not sharded.has_hooks(given),
             lambda: (
                 "head is a torch.nn.Linear with forward hooks or a forward of its own, so that its "
                 "weight need not tell what it does: give LMHead(weight, bias) if it does"

@@ -116,12 +116,13 @@ def _depends_on(inner: Any, layer: nn.Linear) -> tuple:
     """What an answer depends on: quickly made, quickly compared, and no reference to the model."""
     config = inner.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    modules = {layer: None, adapters.base_of(layer): None, inner: None}
     forwards = (vars(layer).get("forward"), own_forward(inner), type(inner).forward)
     return (
         weakref.ref(layer),
         *(_size(layer), layer.bias is None, *adapters.state_of(layer)),
-        *(tuple(m._forward_hooks) for m in (layer, inner)),
-        *(tuple(m._forward_pre_hooks) for m in (layer, inner)),
+        *(tuple(m._forward_hooks) for m in modules),
+        *(tuple(m._forward_pre_hooks) for m in modules),
         *(id(forward) for forward in forwards),
         *(_numbers(thing) for thing in (config, text, inner)),
     )

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_rl.checks import require
-from fused_rl.models import adapters, sharded
+from fused_rl.models import adapters, quantised, sharded
 from fused_rl.models.placed import is_placed
 from fused_rl.models.recipes import Recipe
 
@@ -88,6 +88,7 @@ def output_layer(model: Any) -> nn.Linear:
     if sharded.is_tensor_parallel(model, layer):
         return layer
     name = f"the output embeddings' weight of {type(model).__name__}"
+    is_plain(name, layer.weight)
     is_whole(name, layer.weight)
     require(
         layer.weight.dim() == 2 and layer.weight.numel() > 0,
@@ -148,14 +149,35 @@ def output_linear(model: Any) -> nn.Linear:
 
 
 def _way_out(layer: object) -> str:
-    room = type(layer).__module__.partition(".")[0]
     if layer is None:
         return "a model without a language-model head, such as a base model, has no logits"
-    if room == "peft":
+    if quantised.room_of(layer) == "peft":
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else None
+        if quantised.is_quantised(base):
+            return f"its base layer is a {name_of(base)}, which is quantised: {quantised.SKIP}"
         return adapters.WAY_OUT
-    if room in {"bitsandbytes", "torchao", "optimum", "hqq", "auto_gptq", "awq", "gptqmodel"}:
-        return "leave lm_head out of the quantisation, or dequantise it"
-    return "its product is not hidden @ weight.T, or not that alone"
+    return or_else(layer).removeprefix(": ") or (
+        "its product is not hidden @ weight.T, or not that alone"
+    )
+
+
+def or_else(layer: object) -> str:
+    """What to do about a quantised layer, behind a colon; nothing for others."""
+    weight = getattr(layer, "weight", None)
+    return f": {quantised.way_out(weight)}" if quantised.is_quantised(layer) else ""
+
+
+def is_plain(name: str, tensor: object) -> None:
+    """ValueError for a weight whose elements are codes: their dtype would say less."""
+    if isinstance(tensor, Tensor) and tensor.is_floating_point():
+        return
+    require(
+        quantised.room_of(tensor) != "bitsandbytes",
+        lambda: (
+            f"{name} is a {name_of(tensor)} {list(tensor.shape)}, quantised: "
+            f"{quantised.way_out(tensor)}"
+        ),
+    )
 
 
 _SHARDS = (
@@ -190,8 +212,7 @@ def is_whole(name: str, tensor: Tensor) -> None:
             f"({tensor.placements}): {_SHARDS}"
         )
     raise ValueError(
-        f"{name} is a {kind.__module__}.{kind.__qualname__}, not a plain tensor: dequantise it, or "
-        "leave it out of the quantisation"
+        f"{name} is a {name_of(tensor)}, not a plain tensor: {quantised.way_out(tensor)}"
     )
 
 
