@@ -261,7 +261,7 @@ class LMHead:
                 "weight need not tell what it does: give LMHead(weight, bias) if it does"
             ),
         )
-        return cls.of_layer(Recipe(), head)
+        return cls(head.weight, bias_of(head), adapters=adapters_of(head))
 
     @classmethod
     def from_model(cls, model: Any, *, ask: bool = True) -> LMHead:
