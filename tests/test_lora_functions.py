@@ -1,5 +1,7 @@
 """LoRA on the head in every function that takes a head."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lora_models import LABELS, V, adapted, hidden_of, of_logits, theirs, trained
@@ -16,6 +18,7 @@ from fused_rl import (
     linear_preference_loss,
     linear_top_logprobs,
 )
+from fused_rl.integrations.trl.logprobs import mean_of_logits
 from fused_rl.linear.at import linear_logits_at, linear_logprobs_at
 from fused_rl.linear.kept import linear_kept_logprobs
 from fused_rl.linear.mean_logits import mean_logits
@@ -146,9 +149,15 @@ def test_a_preference_loss(dropout):
 
 
 def test_the_mean_of_logits(case):
-    _, hidden, head, _ = case
-    head = LMHead(head.weight, adapters=head.adapters)
-    torch.testing.assert_close(mean_logits(hidden, head), head.logits(hidden).mean(-1).detach())
+    """With the softcap, too, as TRL logs it; without, by the means of the rows."""
+    _, hidden, head, logits = case
+    torch.testing.assert_close(mean_of_logits(hidden, head), logits.mean(-1).detach())
+    (adapter,) = head.adapters
+    head = LMHead(head.weight, adapters=(adapter,))
+    before = head.logits(hidden).mean(-1).detach()
+    torch.testing.assert_close(mean_logits(hidden, head), before)
+    dropping = LMHead(head.weight, adapters=(replace(adapter, dropout=0.5),))
+    torch.testing.assert_close(mean_logits(hidden, dropping), before)
 
 
 def test_without_gradient(case):
