@@ -6,10 +6,11 @@
     z           = softcap(scale * (hidden . weight^T + bias)) / temperature
 
 The cost in multiples of N * H * V multiply-adds, a product counting 2: 2 without gradients; 8 with
-them (the backward pass recomputes the logits); 4 where the head is not trained; 6 where the loss is
-known in the forward pass (`linear_policy_loss`), and for any loss where chunk_bytes has room for
-all exponentials (bfloat16, on sm_90; on other GPUs after `trust_kernels(unproven=True)`; on CPUs
-without softcap, and 8 again for a gradient of the entropy).
+them (the backward pass recomputes the logits); 4 where the head is not trained; 6 where adapters on
+it are all that is, or the loss is known in the forward pass (`linear_policy_loss`: 4 with both),
+and for any loss where chunk_bytes has room for all exponentials (bfloat16, on sm_90; on other GPUs
+after `trust_kernels(unproven=True)`; on CPUs without softcap, and 8 again for a gradient of the
+entropy).
 """
 
 from collections.abc import Callable

@@ -42,12 +42,12 @@ def linear_policy_loss(
     """A policy loss straight from hidden states, with the gradients of hidden, weight and bias.
 
     Where the loss is token-separable, one pass forms it with its gradients, chunk by chunk: 6 NHV,
-    or 4 NHV if the head is not trained; tokens outside loss_mask cost nothing, those whose gradient
-    is 0 (clipped, zero advantage) only their logits. Otherwise it takes two passes through
-    linear_logprobs, 8 NHV, with the same values and gradients: for a loss that is not separable,
-    inside torch.compile or torch.func, without values (the device meta, FakeTensorMode), and where
-    a trained head would need several chunks whose dweight costs more to add up than the logits to
-    form again (on CPUs: several chunks of fewer than 1024 tokens).
+    or 4 NHV if the head is not trained, or its adapters alone are; tokens outside loss_mask cost
+    nothing, those whose gradient is 0 (clipped, zero advantage) only their logits. Otherwise it
+    takes two passes through linear_logprobs, 8 NHV, with the same values and gradients: for a loss
+    that is not separable, inside torch.compile or torch.func, without values (the device meta,
+    FakeTensorMode), and where a trained head would need several chunks whose dweight costs more to
+    add up than the logits to form again (on CPUs: several chunks of fewer than 1024 tokens).
 
     With a reference, or a teacher, the loss gets the exact divergence of the policy from it at each
     token: 8 NHV in one pass, 12 in the two of linear_divergence, 6 if the head is not trained.
