@@ -22,6 +22,7 @@ from fused_rl.integrations.trl.logprobs import mean_of_logits
 from fused_rl.linear.at import linear_logits_at, linear_logprobs_at
 from fused_rl.linear.kept import linear_kept_logprobs
 from fused_rl.linear.mean_logits import mean_logits
+from fused_rl.linear.statistics import Statistic, linear_statistics
 from fused_rl.preference import PreferenceBatch
 
 D = torch.float64
@@ -51,6 +52,30 @@ def test_top_log_probs(case):
     found = linear_top_logprobs(hidden, head, LABELS)
     torch.testing.assert_close(found.top_logprobs, logits.log_softmax(-1).amax(-1))
     same_gradients(found.logprobs, of_logits(logits)[0], case)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_statistics(case, frozen):
+    """Of a head that is trained, or not, where the states are."""
+    _, hidden, head, logits = case
+    if frozen:
+        head = head.detached()
+    found = linear_statistics(hidden, head, LABELS, Statistic.COLLISION, top=2)
+    logp = logits.log_softmax(-1)
+    torch.testing.assert_close(found.collision, (2 * logp).exp().sum(-1).detach())
+    torch.testing.assert_close(found.top_ids, logits.topk(2).indices)
+    torch.testing.assert_close(found.lse, logits.logsumexp(-1))
+    if not frozen:
+        same_gradients(found.logprobs, of_logits(logits)[0], case)
+        return
+    detached, adapter = logits.detach(), head.adapters[0]
+    (ours,) = torch.autograd.grad(found.logprobs.sum(), hidden)
+    states = hidden.detach().requires_grad_()
+    raw = states @ head.weight.T + adapter.product(states)
+    own = head.softcap * torch.tanh(raw / head.softcap)
+    torch.testing.assert_close(own.detach(), detached)
+    (right,) = torch.autograd.grad(of_logits(own)[0].sum(), states)
+    torch.testing.assert_close(ours, right)
 
 
 def test_a_filter(case):

@@ -228,8 +228,9 @@ class LMHead:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether weight or bias is trained."""
-        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        """Whether weight or bias is trained, or what adapters add to the weight."""
+        trained = (self.weight, *(adapter.up for adapter in self.adapters))
+        return any(t.requires_grad for t in (*trained, self.bias) if t is not None)
 
     @classmethod
     def of(cls, head: LMHead | Tensor | torch.nn.Linear) -> LMHead:

@@ -21,7 +21,7 @@ from fused_rl.losses.named import NAMES
 from fused_rl.losses.policy import Loss, LossOutput
 from fused_rl.losses.statistics import with_reference
 from fused_rl.one_pass.chunks import Way, needs, one_pass
-from fused_rl.one_pass.policies import Alone, Heads, Policies, flattened
+from fused_rl.one_pass.policies import Adapted, Alone, Heads, Policies, flattened
 from fused_rl.parallel.visits import told
 from fused_rl.stats import IGNORE_INDEX
 
@@ -101,7 +101,9 @@ def linear_policy_loss(
     if in_one and checks.has_values(hidden) and not _walks_once(policies, heads, loss):
         most = policies.chunk_tokens(heads, chunk_bytes)
         formed = policies.tokens(heads)
-        if ops.one_pass_pays(formed, most, hidden.device, head.requires_grad):
+        # The sums of adapters' columns are small.
+        adds_up = head.requires_grad and not isinstance(policies, Adapted)
+        if ops.one_pass_pays(formed, most, hidden.device, adds_up):
             V = len(heads.weight) if head.vocabulary is None else head.vocabulary
             tokens = (heads.labels, heads.temperature, V, IGNORE_INDEX)
             _named(ops.check_tokens, *tokens, shape=batch.shape)
