@@ -26,7 +26,7 @@ class Pass : public SuperBlocks<T> {
   Pass(const Problem<T>& problem, Upstream<A> upstream, const StoredTiles<A>* stored,
        const ExponentialsOf* exponentials, Gradients& gradients, const Picks* chosen = nullptr,
        const A* chosen_terms = nullptr, const Teacher<A>* other = nullptr)
-      : Walk(problem, {gradients.dhidden.defined(), gradients.dweight.defined(),
+      : Walk(problem, {gradients.dhidden.defined(), gradients.weight_columns(),
                        gradients.dbias.defined(), !stored && !exponentials}),
         up(upstream),
         stored(stored),
@@ -172,7 +172,8 @@ class Pass : public SuperBlocks<T> {
 
   void write_weight(int64_t v0, const A* from, int64_t rows, int64_t h0, int64_t columns) override {
     for (int64_t v = 0; v < rows; ++v) {
-      write_row(from + v * panel_columns, columns, out.dweight, (v0 + v) * p.H + h0, out.accumulate);
+      const int64_t at = (v0 + v) * out.weight_columns() + h0;
+      write_row(from + v * panel_columns, columns, out.dweight, at, out.accumulate);
     }
   }
 

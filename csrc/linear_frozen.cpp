@@ -37,7 +37,7 @@ class FrozenPass : public SuperBlocks<T> {
   }
 
   FrozenPass(const Problem<T>& problem, AskedOf<T>* what)
-      : Walk(problem, {true, false, false, true}),
+      : Walk(problem, {true, 0, false, true}),
         asked(what),
         softmax(problem),
         at_label(p.padded, A(0)),

@@ -309,9 +309,11 @@ void write_row(const A* from, int64_t n, const at::Tensor& tensor, int64_t offse
 // Gradients of one pass. Undefined tensors are not wanted.
 struct Gradients {
   at::Tensor dhidden;  // [N, H], contiguous, any floating dtype: the tokens of the problem
-  at::Tensor dweight;  // [V, H], contiguous
+  at::Tensor dweight;  // [V, H], or its last columns alone, contiguous
   at::Tensor dbias;    // [V], contiguous, the dtype of dweight
   bool accumulate;     // add to dweight and dbias rather than overwrite
+
+  int64_t weight_columns() const { return dweight.defined() ? dweight.size(1) : 0; }
 };
 
 // Logits that forward() stored for a chunk of tokens, of which a problem of N has those at `rows`.

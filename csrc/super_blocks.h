@@ -29,7 +29,9 @@ class SuperBlocks {
  public:
   using A = Acc<T>;
   struct Wanted {
-    bool dhidden, dweight, dbias;
+    bool dhidden;
+    int64_t dweight;  // so many of its last columns
+    bool dbias;
     bool logits;  // to be formed here
   };
 
@@ -38,7 +40,7 @@ class SuperBlocks {
     if (wanted.dweight) pack_hidden();
     for (int64_t i = 0; i < std::min(slots_of_steps, steps()); ++i) make_slots(i);
     if (wanted.dweight && chunks > 1) {
-      dweight_rows = Buffer<A>(round_up(rows_max, p.block) * panels * panel_columns);
+      dweight_rows = Buffer<A>(round_up(rows_max, p.block) * weight_panels * panel_columns);
     }
     threads.resize(members());
   }
@@ -73,7 +75,8 @@ class SuperBlocks {
   virtual void add_hidden(const Step&, const A* part, A* sums, int64_t, int64_t tokens, int64_t) {
     loops<A>().add_scaled(part, tokens * panel_columns, A(1), sums);
   }
-  // Rows of dweight that are finished, [rows, columns] with 64 columns to a line.
+  // Rows of dweight that are finished, [rows, columns] with 64 columns to a line, from the h0-th of those
+  // that are wanted on.
   virtual void write_weight(int64_t, const A*, int64_t, int64_t, int64_t) {}
   virtual void bias(const Step&) {}
 
@@ -153,10 +156,11 @@ class SuperBlocks {
   const int64_t tokens_max = std::min(chunk_tokens, p.padded);
   const int64_t chunks = (p.padded + chunk_tokens - 1) / chunk_tokens;
   const int64_t panels = (p.H + panel_columns - 1) / panel_columns;
+  const int64_t weight_panels = (wanted.dweight + panel_columns - 1) / panel_columns;
   std::optional<HiddenPanels<T>> hidden_panels;
-  Buffer<T> hidden_columns;  // [panels][padded, 64], the right operand of dweight
+  Buffer<T> hidden_columns;  // [weight_panels][padded, 64], the right operand of dweight
   Buffer<A> sums;            // of dhidden, [panels][padded, 64]
-  Buffer<A> dweight_rows;    // [blocks, panels][block, 64], where there are chunks
+  Buffer<A> dweight_rows;    // [blocks, weight_panels][block, 64], where there are chunks
   std::array<WeightSlot, slots_of_steps> weight_slots;  // by super-block
   std::array<DrawSlot, slots_of_steps> slots;           // by step
   std::vector<std::unique_ptr<OfThread>> threads;
@@ -192,11 +196,12 @@ class SuperBlocks {
   }
 
   void pack_hidden() {
-    hidden_columns = Buffer<T>(panels * round_up(p.padded, depth) * panel_columns);
+    hidden_columns = Buffer<T>(weight_panels * round_up(p.padded, depth) * panel_columns);
+    const T* const from = p.hidden.template const_data_ptr<T>() + p.H - wanted.dweight;
     parallel_tasks(p.tiles(), [&](int64_t t, int64_t) {
       const int64_t n0 = t * tile_tokens;
-      pack_right<T>(p.hidden.template const_data_ptr<T>() + n0 * p.wide, p.wide, p.N - n0, n0,
-                    p.tile_width(t), p.H, hidden_columns.data(), columns_at(1, 0));
+      pack_right<T>(from + n0 * p.wide, p.wide, p.N - n0, n0, p.tile_width(t), wanted.dweight,
+                    hidden_columns.data(), columns_at(1, 0));
     });
   }
   int64_t columns_at(int64_t panel, int64_t n0) const {
@@ -282,10 +287,11 @@ class SuperBlocks {
     const Stages before = i > 0 ? of_step[i - 1] : Stages{};
     if (wanted.dweight) {
       const int64_t needs = chunks > 1 ? std::max(stages.tiles, before.weight) : stages.tiles;
-      const int64_t cut = parts(blocks(step), panels);
+      const int64_t cut = parts(blocks(step), weight_panels);
       stages.last = stages.weight =
           team.add(blocks(step) * cut, needs, [=, this](int64_t task, int64_t member) {
-            for (int64_t j = panels * (task % cut) / cut; j < panels * (task % cut + 1) / cut; ++j) {
+            const int64_t part = task % cut;
+            for (int64_t j = weight_panels * part / cut; j < weight_panels * (part + 1) / cut; ++j) {
               weight_product(step, task / cut, j, of(member));
             }
           });
@@ -311,13 +317,16 @@ class SuperBlocks {
     const int64_t first = block * p.block, rows = std::min(p.block, step.rows - first);
     const bool last = step.chunk == chunks - 1;
     A* total = own.sum.data();
-    if (chunks > 1) total = dweight_rows.data() + (block * panels + j) * p.block * panel_columns;
+    if (chunks > 1) {
+      total = dweight_rows.data() + (block * weight_panels + j) * p.block * panel_columns;
+    }
     matmul<T>(rows, panel_columns, step.tokens,
               {slots[step.slot].by_v.data() + first * depth, rows_max * depth},
               hidden_columns.data() + columns_at(j, step.n0), total, panel_columns,
               step.chunk > 0);
     const int64_t h0 = j * panel_columns;
-    if (last) write_weight(step.v0 + first, total, rows, h0, std::min(panel_columns, p.H - h0));
+    const int64_t columns = std::min(panel_columns, wanted.dweight - h0);
+    if (last) write_weight(step.v0 + first, total, rows, h0, columns);
   }
 
   void hidden_product(const Step& step, int64_t n, int64_t j, OfThread& own) {

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear_gradients import add_product_, logits_room, product, write_product
+from .linear_gradients import add_product_, beside, logits_room, product, write_product
 
 BLOCK_V, NUM_WARPS = 4096, 8
 
@@ -202,7 +202,7 @@ def bwd(
     weight: Tensor,  # [V, H] bf16
     transform: Transform,
     known: Known,
-    dweight: Tensor | None,  # [V, H], written or added to
+    dweight: Tensor | None,  # [V, H] or its last columns, written or added to
     dbias: Tensor | None,  # [V], written or added to
     accumulate: bool,
 ) -> Tensor:  # [N, H] fp32
@@ -214,9 +214,9 @@ def bwd(
     scaled = None if dweight is None else torch.empty_like(hidden)
     factor = form(upstream, e, e, hidden, transform, known, scaled)
     if dweight is not None and accumulate:
-        add_product_(dweight, e.T, scaled)
+        add_product_(dweight, e.T, beside(dweight, scaled))
     elif dweight is not None:
-        write_product(e.T, scaled, dweight)
+        write_product(e.T, beside(dweight, scaled), dweight)
     if dbias is not None:
         share = _times(e, factor)
         dbias.copy_(dbias + share if accumulate else share)

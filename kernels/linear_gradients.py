@@ -200,7 +200,7 @@ def chunk_bwd(
     weight: Tensor,  # [V, H]
     transform: tuple[Tensor | None, Tensor, Tensor, float, float, int],
     known: tuple[int, Tensor, Tensor],
-    dweight: Tensor | None,  # [V, H], written or added to
+    dweight: Tensor | None,  # [V, H] or its last columns, written or added to
     dbias: Tensor | None,  # [V], written or added to
     accumulate: bool,
     final: torch.dtype,  # what dhidden is rounded to in the end
@@ -211,20 +211,25 @@ def chunk_bwd(
     return products(draw, hidden, weight, dweight, dbias, accumulate, final)
 
 
+def beside(dweight: Tensor, hidden: Tensor) -> Tensor:
+    """The columns of hidden [N, H] whose product dweight is: the last ones, perhaps all."""
+    return hidden[:, hidden.shape[1] - dweight.shape[1] :]
+
+
 def products(
     draw: Tensor,  # [N, V]
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
-    dweight: Tensor | None,  # [V, H], written or added to
+    dweight: Tensor | None,  # [V, H] or its last columns, written or added to
     dbias: Tensor | None,  # [V], written or added to
     accumulate: bool,
     final: torch.dtype,  # what dhidden is rounded to in the end
 ) -> Tensor:  # [N, H] fp32
     """dhidden from the gradient of a chunk's raw logits; its share of dweight and dbias."""
     if dweight is not None and accumulate:
-        add_product_(dweight, draw.T, hidden, weight.dtype)
+        add_product_(dweight, draw.T, beside(dweight, hidden), weight.dtype)
     elif dweight is not None:
-        write_product(draw.T, hidden, dweight, weight.dtype)
+        write_product(draw.T, beside(dweight, hidden), dweight, weight.dtype)
     if dbias is not None:
         share = torch.sum(draw, 0, dtype=torch.float32)
         dbias.copy_(dbias + share if accumulate else share)

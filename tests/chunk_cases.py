@@ -80,14 +80,16 @@ def formed(
     known: Known | None = None,
     labels: Tensor | None = None,
     partial: bool = False,
+    columns: int | None = None,
 ) -> Formed:
     """The gradients of a chunk; known and labels: what the backward half is given in the place of
-    what the forward half found and was given.
+    what the forward half found and was given; columns: of dweight, the last ones.
     """
     stats = way.forward(head, way.given)
     known = known or Known(stats.lse, stats.entropy)
     of_labels = head if labels is None else head._replace(labels=labels)
     V, H = head.weight.shape
+    H = H if columns is None else columns
     sums = torch.full((V, H), torch.nan, dtype=head.dtype), torch.full((V,), torch.nan).to(up[0])
     args = (ChunkLogits(stats.z), up, of_labels, known, Sums(*sums, False, partial))
     return Formed(way.backward(*args), *sums)
@@ -125,6 +127,23 @@ def part_of(head: Head, entries: slice) -> tuple[Head, Tensor]:
     bias = None if head.bias is None else head.bias[entries]
     part = head._replace(weight=weight, bias=bias, labels=labels.where(here, 0))
     return part, labels.where(here, len(weight))
+
+
+# What each implementation must do where a part of dweight is wanted
+
+
+def check_last_columns(way: Way, head: Head, columns: int, budget: float) -> None:
+    """dweight of few columns is the end of dweight, written and added to, with the same dhidden."""
+    up = random_upstream(head)
+    whole, found = (formed(way, head, up, columns=c) for c in (None, columns))
+    right = exact(head, draw_of(head, up)).dweight[:, -columns:]
+    assert found.dweight.shape == right.shape and relative(found.dweight, right) < budget
+    assert torch.equal(found.dhidden, whole.dhidden) and torch.equal(found.dbias, whole.dbias)
+    stats = way.forward(head, way.given)
+    known = Known(stats.lse, stats.entropy)
+    sums = Sums(found.dweight.clone(), found.dbias.clone(), True)
+    way.backward(ChunkLogits(stats.z), up, head, known, sums)
+    assert relative(sums.dweight, 2 * right) < budget
 
 
 # What each implementation must do with part of a vocabulary

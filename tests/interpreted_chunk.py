@@ -62,6 +62,12 @@ def cut_off(draw):
     return (draw.float().view(torch.int32) & -0x10000).view(FP32).double()
 
 
+@pytest.mark.parametrize("columns", [1, 8])
+def test_dweight_of_its_last_columns(kind, columns):
+    head = cases.random_head(9, 19, 70, kind[0], transform=True)
+    cases.check_last_columns(WAY, head, columns, kind[1])
+
+
 @pytest.mark.parametrize("transform", [False, True])
 def test_parts_of_a_vocabulary_have_the_gradients_of_the_whole(kind, transform):
     head = cases.random_head(9, 19, 80, kind[0], transform)

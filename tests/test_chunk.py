@@ -103,6 +103,16 @@ BUDGET = {
 each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
+@pytest.mark.parametrize("columns", [1, 3, 64, 70])
+@each_dtype
+@each_way
+def test_dweight_of_its_last_columns(way, dtype, columns):
+    """Of more tokens than one step of the walk has, too."""
+    for N in (37, 2100):
+        head = cases.random_head(N, 83, 130, dtype, transform=True)
+        cases.check_last_columns(way, head, columns, BUDGET[dtype])
+
+
 @pytest.mark.parametrize("transform", [False, True])
 @each_dtype
 @each_way

@@ -26,7 +26,17 @@ from fused_rl import (
     ops,
     reference,
 )
-from fused_rl.ops import chunk, divergence, divergence_chunk, frozen, linear, logits, stored, terms
+from fused_rl.ops import (
+    adapted,
+    chunk,
+    divergence,
+    divergence_chunk,
+    frozen,
+    linear,
+    logits,
+    stored,
+    terms,
+)
 from fused_rl.ops.kl import kl, kl_backward
 from fused_rl.ops.record import Operator
 
@@ -91,6 +101,28 @@ def _of_linear_logprobs_frozen_backward(dtype):
     for dentropy in (torch.randn_like(entropy), torch.zeros_like(entropy)):
         for has_dentropy in (True, False):
             yield (g, dentropy, *args, lse, entropy, unit, has_dentropy)
+
+
+def _adapted_args(dtype, bias=True):
+    hidden, weight, *rest = _linear_args(dtype, bias)
+    up = weight[:, -2:].to(dtype if dtype == torch.float64 else torch.float32)
+    wide = hidden.to(up.dtype)
+    return (wide, up, *rest, hidden, weight)
+
+
+@samples_of(adapted.linear_logprobs_adapted)
+def _of_linear_logprobs_adapted(dtype):
+    yield (*_require_grad(_adapted_args(dtype), 3), IGNORED, 2**20)
+    yield (*_require_grad(_adapted_args(dtype, bias=False), 2), IGNORED, 100)
+
+
+@samples_of(adapted.linear_logprobs_adapted_backward)
+def _of_linear_logprobs_adapted_backward(dtype):
+    up = torch.randn(2, 7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for needs in itertools.product([False, True], repeat=3):
+        for chunk_bytes, has_dentropy in ((2**20, True), (100, False)):
+            args = (*up, *_adapted_args(dtype), IGNORED, chunk_bytes)
+            yield (*args, has_dentropy, *needs)
 
 
 def _chunk_args(dtype):
@@ -302,6 +334,7 @@ def test_opcheck(op, dtype):
     "op",
     [
         *(linear.linear_logprobs, frozen.linear_logprobs_frozen, logits.logits_logprobs, kl),
+        adapted.linear_logprobs_adapted,
         *(divergence.linear_divergence, divergence_chunk.linear_divergence_frozen),
     ],
     ids=lambda op: op.__name__,

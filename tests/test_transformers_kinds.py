@@ -202,8 +202,8 @@ def test_prompt_learning_is_refused(kind):
 
 def test_an_adapter_on_the_head_is_named_with_its_module():
     peft = pytest.importorskip("peft")
-    model = adapted(peft.LoraConfig(r=2, target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match=r"peft\.tuners\.lora\.layer\.Linear .*merge the adapter"):
+    model = adapted(peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match=r"peft\.tuners\.ia3\.layer\.Linear .*merge the adapter"):
         LMHead.from_model(model)
 
 

@@ -145,7 +145,7 @@ def _logprobs(
         temperature = pad(temperature, (0, 1), value=1.0)
 
     def formed(linear: torch.nn.Linear, hidden: Tensor) -> TokenStats:
-        head = LMHead(*answer.recipe.parts(linear.weight, linear.bias))
+        head = LMHead.of_layer(answer.recipe, linear)
         stats = linear_logprobs(hidden, head, targets, temperature=temperature)
         # No views: FSDP2 hooks its backward pass onto what a forward returns, which views may lose.
         return TokenStats(*(t[:, :-1].clone() for t in stats))

@@ -10,7 +10,6 @@ reference).
 """
 
 import re
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -91,7 +90,8 @@ def linear_divergence(
         side.head.is_here("linear_divergence")
     if vocabulary is not None:
         student, teacher = student.over(vocabulary), teacher.over(vocabulary)
-        labels, ignore_index = counted_from(vocabulary, labels, ignore_index), OUTSIDE
+        if given is not None:
+            labels, ignore_index = counted_from(vocabulary, labels, ignore_index), OUTSIDE
     heads = two_heads(student, teacher, labels)
     limits = ops.Limits(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes))
     stats = named(flat_divergence, heads, divergence, limits, shape=labels.shape)
@@ -132,9 +132,7 @@ class Side(NamedTuple):
                 f"{vocabulary!r}, and {self.whose}weight has {V} entries"
             ),
         )
-        entries = slice(vocabulary.start, vocabulary.stop)
-        bias = None if head.bias is None else head.bias[entries]
-        return self._replace(head=replace(head, weight=head.weight[entries], bias=bias))
+        return self._replace(head=head.of_rows(slice(vocabulary.start, vocabulary.stop)))
 
 
 def counted_from(vocabulary: range, labels: Tensor, ignore_index: int) -> Tensor:

@@ -6,14 +6,16 @@ z = softcap(scale * rounded(hidden . weight^T + bias))        softcap(x) = c * t
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_rl import checks, reference
+from fused_rl.linear.adapted import are_adapters, joined
 from fused_rl.models import asked, parts, sharded
+from fused_rl.models.adapters import Adapter, adapters_of, bias_of, is_adapted
 from fused_rl.models.placed import is_placed, rows_of, states_of
 from fused_rl.models.recipes import Recipe
 from fused_rl.ops import in_full
@@ -56,13 +58,17 @@ class LMHead:
         vocabulary: V, entries of all ranks; rows beyond it, with which Megatron fills the last
             ranks up, take no part. None: the rows of all ranks, where start is None.
         hidden: how hidden states lie on the ranks. Those that are a DTensor say it themselves.
+        adapters: low-rank products that are added, fused_rl.models.adapters.Adapter (LoRA). Where
+            they alone are trained, linear_logprobs takes 6 NHV, linear_policy_loss 4, and no
+            gradient of the weight is formed; a copy of the weight, with r columns more, is in
+            memory from the call to the end of its backward pass.
 
     Raises:
         ValueError: a shape, dtype or value that is not as above; a weight without elements or
             memory, as sharded training leaves it where the parameter is not gathered; a DTensor
             without a group, or what full_tensor() or to_local() makes of a trained one, whose
             gradient would be one rank's; a quantised tensor; a start without a vocabulary, or any
-            option of a group without one.
+            option of a group without one; adapters beside a group, or of other sizes.
     """
 
     weight: Tensor
@@ -75,9 +81,11 @@ class LMHead:
     start: int | None = None
     vocabulary: int | None = None
     hidden: Hidden = Hidden.REPLICATED
+    adapters: tuple[Adapter, ...] = ()
 
     def __post_init__(self) -> None:
         self._place()
+        parts.is_plain("weight", self.weight)
         checks.is_floating("weight", self.weight)
         parts.is_whole("weight", self.weight)
         if self.group is None and not torch.compiler.is_compiling():
@@ -116,6 +124,14 @@ class LMHead:
                 ),
             )
             checks.same_device(weight=self.weight, bias=self.bias)
+        are_adapters(self.adapters, self.weight)
+        checks.require(
+            self.group is None or not self.adapters,
+            lambda: (
+                "a head that is spread over ranks takes no adapters: merge them into the weight, "
+                "or give the weight [weight, up] and hidden [hidden, scaling * hidden @ down.T]"
+            ),
+        )
 
     def _place(self) -> None:
         """This rank's rows, cut to the vocabulary, with start and vocabulary found."""
@@ -208,10 +224,30 @@ class LMHead:
             ),
         )
 
+    def joined(self, hidden: Tensor) -> tuple[Tensor, LMHead]:
+        """States and a head without adapters that have the same logits; a copy of the weight."""
+        if not self.adapters:
+            return hidden, self
+        states, weight, *_ = joined(hidden, self.weight, self.adapters)
+        return states, replace(self, weight=weight, adapters=())
+
+    def of_rows(self, entries: slice) -> LMHead:
+        """The same of some entries of the vocabulary."""
+        bias = None if self.bias is None else self.bias[entries]
+        adapters = tuple(adapter.of_rows(entries) for adapter in self.adapters)
+        return replace(self, weight=self.weight[entries], bias=bias, adapters=adapters)
+
+    def detached(self) -> LMHead:
+        """The same without gradient."""
+        bias = None if self.bias is None else self.bias.detach()
+        adapters = tuple(adapter.detached() for adapter in self.adapters)
+        return replace(self, weight=self.weight.detach(), bias=bias, adapters=adapters)
+
     @property
     def requires_grad(self) -> bool:
-        """Whether weight or bias is trained."""
-        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        """Whether weight or bias is trained, or what adapters add to the weight."""
+        trained = (self.weight, *(adapter.up for adapter in self.adapters))
+        return any(t.requires_grad for t in (*trained, self.bias) if t is not None)
 
     @property
     def transform(self) -> tuple[float, float, int]:
@@ -221,12 +257,12 @@ class LMHead:
 
     @classmethod
     def of(cls, head: LMHead | Tensor | torch.nn.Linear) -> LMHead:
-        """head itself, a head of that weight alone, or of that layer's weight and bias.
+        """head itself, a head of that weight alone, or of that layer's weight, bias and adapters.
 
         Raises:
-            ValueError: a layer that is no plain torch.nn.Linear, or that has forward hooks other
-                than FSDP's or a forward of its own: its output need not be hidden @ weight.T +
-                bias; one whose weight FSDP has not gathered.
+            ValueError: a layer that is no plain torch.nn.Linear, with or without PEFT's LoRA, or
+                that has forward hooks other than FSDP's or a forward of its own: its output need
+                not be hidden @ weight.T + bias; one whose weight FSDP has not gathered.
         """
         if isinstance(head, LMHead):
             # It may have been formed in another step.
@@ -236,20 +272,20 @@ class LMHead:
             return cls(head)
         given, head = head, sharded.linear_of(head)
         checks.require(
-            sharded.is_linear(head),
+            sharded.is_linear(head) or is_adapted(head),
             lambda: (
                 "head must be an LMHead, a weight [V, H] or a torch.nn.Linear, "
-                f"got {type(given).__module__}.{type(given).__qualname__}"
+                f"got {parts.name_of(given)}{parts.or_else(head)}"
             ),
         )
         checks.require(
-            not sharded.has_hooks(head),
+            not sharded.has_hooks(given),
             lambda: (
                 "head is a torch.nn.Linear with forward hooks or a forward of its own, so that its "
                 "weight need not tell what it does: give LMHead(weight, bias) if it does"
             ),
         )
-        return cls(head.weight, head.bias)
+        return cls(head.weight, bias_of(head), adapters=adapters_of(head))
 
     @classmethod
     def from_model(
@@ -260,7 +296,9 @@ class LMHead:
         The hidden states it fits are those that the model's own output embeddings receive:
         `integrations.transformers.backbone(model)(...).last_hidden_state`, for nearly every model
         `model.base_model(...).last_hidden_state`. Of a PeftModel it is the head of the model
-        inside, whose adapters stay in place.
+        inside, whose adapters stay in place. LoRA on the head itself is a part of it, as it is when
+        the head is formed: active, merged or disabled, and with dropout in training mode alone.
+        modules_to_save is the copy that is active.
 
         The model is asked: the first call runs it three times on ten tokens, without gradient and
         without a trace, and compares its own logits with this head's. The answer is remembered as
@@ -277,9 +315,9 @@ class LMHead:
         Raises:
             ValueError: the model's logits are not those of any such head, by how much, in nats; an
                 encoder-decoder, prompt learning, a wrapper such as DistributedDataParallel; output
-                embeddings that are not a plain linear layer with a plain weight (an adapter on
-                them, quantised, offloaded), or whose weight an engine keeps in shards:
-                model_policy_loss has the engine gather it.
+                embeddings that are not a plain linear layer with a plain weight (an adapter of
+                another kind on them, quantised, offloaded), or whose weight an engine keeps in
+                shards: model_policy_loss has the engine gather it.
         """
         layer = parts.output_layer(parts.unwrap(model))
         recipe = asked.answer(model, ask=ask).recipe
@@ -287,7 +325,7 @@ class LMHead:
 
     @classmethod
     def of_layer(
-        cls, recipe: Recipe, layer: nn.Linear, logits_dtype: torch.dtype | None = None
+        cls, recipe: Recipe, layer: nn.Module, logits_dtype: torch.dtype | None = None
     ) -> LMHead:
         """The head of an output layer; of a tensor-parallel one this rank's part."""
         checks.require(
@@ -298,13 +336,18 @@ class LMHead:
                 "states, with LMHead(weight, bias, logits_dtype=...) of the parts"
             ),
         )
+        layer = sharded.linear_of(layer)
+        adapters, bias = adapters_of(layer), bias_of(layer)
         if not is_placed(layer.weight):
-            return cls(*recipe.parts(layer.weight, layer.bias), logits_dtype=logits_dtype)
+            if recipe.tokens is not None:
+                adapters = tuple(a.of_rows(slice(recipe.tokens)) for a in adapters)
+            options = {"adapters": adapters, "logits_dtype": logits_dtype}
+            return cls(*recipe.parts(layer.weight, bias), **options)
         rows = rows_of("weight", layer.weight)
         bias = None if layer.bias is None else rows_of("bias", layer.bias).local
         local, bias, scale, softcap = recipe.of_rows(rows.local, bias, rows.start)
         options = {"group": rows.group, "start": rows.start, "vocabulary": rows.size}
-        options["logits_dtype"] = logits_dtype
+        options |= {"logits_dtype": logits_dtype, "adapters": adapters}
         if recipe.tokens is not None:
             options["vocabulary"] = recipe.tokens
         return cls(local, bias, scale, softcap, **options)
@@ -319,7 +362,8 @@ class LMHead:
             ValueError: a head whose vocabulary is spread over ranks.
         """
         self.is_here("logits")
+        hidden, head = self.joined(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
         ones = torch.ones(flat.shape[0], dtype=torch.float64, device=flat.device)
-        z = in_full(reference.logits)(flat, self.weight, self.bias, ones, *self.transform)
+        z = in_full(reference.logits)(flat, head.weight, head.bias, ones, *head.transform)
         return z.reshape(*hidden.shape[:-1], self.weight.shape[0])

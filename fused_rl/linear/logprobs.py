@@ -6,10 +6,11 @@
     z           = softcap(scale * (hidden . weight^T + bias)) / temperature
 
 The cost in multiples of N * H * V multiply-adds, a product counting 2: 2 without gradients; 8 with
-them (the backward pass recomputes the logits); 4 where the head is not trained; 6 where the loss is
-known in the forward pass (`linear_policy_loss`), and for any loss where chunk_bytes has room for
-all exponentials (bfloat16, on sm_90; on other GPUs after `trust_kernels(unproven=True)`; on CPUs
-without softcap, and 8 again for a gradient of the entropy).
+them (the backward pass recomputes the logits); 4 where the head is not trained; 6 where adapters on
+it are all that is, or the loss is known in the forward pass (`linear_policy_loss`: 4 with both),
+and for any loss where chunk_bytes has room for all exponentials (bfloat16, on sm_90; on other GPUs
+after `trust_kernels(unproven=True)`; on CPUs without softcap, and 8 again for a gradient of the
+entropy).
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from fused_rl import checks, ops
 from fused_rl.derivatives import transformed
+from fused_rl.linear.adapted import Joined, joined
 from fused_rl.linear.head import LMHead
 from fused_rl.models.placed import is_placed
 from fused_rl.parallel import own_tokens, two_passes
@@ -120,7 +122,9 @@ def linear_top_logprobs(
     """
     head = LMHead.of(head)
     with told(head.group, head.hidden, head.weight.device):
-        flat, spread = spread_arguments(hidden, head, labels, temperature)
+        # A filter is known where all of the weight is trained.
+        arguments = own_arguments if grad_filter is None else spread_arguments
+        flat, spread = arguments(hidden, head, labels, temperature)
         checks.is_integer("ignore_index", ignore_index)
         checks.chunk_bytes_is_positive(chunk_bytes)
         checks.grad_filter_is_possible(grad_filter, hidden.device, head.group)
@@ -174,6 +178,11 @@ def flat_arguments(
 
     whose: what the arguments' names begin with, for the errors.
     """
+    _are_here(hidden, head, labels, whose)
+    return _flattened(hidden, head, labels, temperature, whose)[0]
+
+
+def _are_here(hidden: Tensor, head: LMHead, labels: Tensor, whose: str) -> None:
     head.is_here("this function")
     checks.is_floating(f"{whose}hidden", hidden)
     checks.require(
@@ -186,7 +195,6 @@ def flat_arguments(
     )
     checks.is_labels(labels)
     checks.leading_shape(f"{whose}hidden", hidden, labels)
-    return _flattened(hidden, head, labels, temperature, whose)
 
 
 def spread_arguments(
@@ -200,12 +208,29 @@ def spread_arguments(
     hidden, spread = head.spread(hidden, labels)
     if spread.hidden is not Hidden.SEQUENCE_SHARDED:
         checks.leading_shape("hidden", hidden, labels)
-    return _flattened(hidden, head, labels, temperature, ""), spread
+    return _flattened(hidden, head, labels, temperature, "")[0], spread
+
+
+def own_arguments(
+    hidden: Tensor, head: LMHead, labels: Tensor, temperature: float | Tensor
+) -> tuple[ops.Head | ops.AdaptedHead, Spread | None]:
+    """spread_arguments, for what knows heads of which adapters alone are trained."""
+    if not head.adapters:
+        return spread_arguments(hidden, head, labels, temperature)
+    _are_here(hidden, head, labels, "")
+    flat, of = _flattened(hidden, head, labels, temperature, "")
+    alone = of.up.requires_grad and not head.weight.requires_grad
+    if not alone or not torch.is_grad_enabled() or transformed():
+        return flat, None
+    states, weight, *rest = flat
+    own = of.hidden.reshape(states.shape)
+    return ops.AdaptedHead(own, of.up, *rest, states.detach(), weight.detach()), None
 
 
 def _flattened(
     hidden: Tensor, head: LMHead, labels: Tensor, temperature: float | Tensor, whose: str
-) -> ops.Head:
+) -> tuple[ops.Head, Joined | None]:
+    """The head; and what it is made of, where it has adapters."""
     name = f"{whose}hidden"
     checks.require(
         hidden.shape[-1] == head.weight.shape[1],
@@ -215,26 +240,35 @@ def _flattened(
         ),
     )
     checks.same_device(**{name: hidden, f"{whose}weight": head.weight, "labels": labels})
-    weight = head.weight
+    states, weight, of, autocast = hidden, head.weight, None, None
     kind = hidden.device.type
     if ops.autocasts(kind):
-        hidden, weight = (_autocast(t, torch.get_autocast_dtype(kind)) for t in (hidden, weight))
+        autocast = torch.get_autocast_dtype(kind)
+        states, weight = (_autocast(t, autocast) for t in (hidden, weight))
+    if head.adapters:
+        # Their dropout is of the states as they are given.
+        of = joined(hidden, weight, head.adapters, autocast)
+        states, weight, *_ = of
+    hidden = states
     flat = hidden.reshape(-1, hidden.shape[-1])
     t = flat_temperature(temperature, labels, acc_dtype(hidden, weight), whose)
-    return ops.Head(flat, weight, head.bias, labels.reshape(-1).long(), t, *head.transform)
+    return ops.Head(flat, weight, head.bias, labels.reshape(-1).long(), t, *head.transform), of
 
 
 def flat_top_logprobs(
-    head: ops.Head,
+    head: ops.Head | ops.AdaptedHead,
     ignore_index: int,
     chunk_bytes: int | None,
     grad_filter: float | None,
     spread: Spread | None = None,
 ) -> TopStats:
-    """linear_top_logprobs of what spread_arguments returns, [N] each."""
+    """linear_top_logprobs of what own_arguments returns, [N] each."""
+    limits = ops.Limits(ignore_index, ops.scratch_bytes(head.hidden.device, chunk_bytes))
+    if isinstance(head, ops.AdaptedHead):
+        stats = ops.linear_logprobs_adapted(head, limits)
+        return TopStats(stats.logprobs, stats.entropy, stats.top)
     hidden, weight, bias, *_ = head
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    limits = ops.Limits(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes))
     if spread is not None and spread.hidden is Hidden.OWN_TOKENS:
         journey = Journey.met(head, ignore_index, spread, chunk_bytes)
         return TopStats(*own_tokens.statistics(head, limits, journey))

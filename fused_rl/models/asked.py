@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.functional import linear
 
-from fused_rl.models import parts, recipes, sharded
+from fused_rl.models import adapters, parts, recipes, sharded
 from fused_rl.models.placed import is_placed, whole
 from fused_rl.models.recipes import Recipe
 from fused_rl.models.watched import Reads, Seen, at_least_float, undisturbed, watched
@@ -116,12 +116,13 @@ def _depends_on(inner: Any, layer: nn.Linear) -> tuple:
     """What an answer depends on: quickly made, quickly compared, and no reference to the model."""
     config = inner.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    modules = {layer: None, adapters.base_of(layer): None, inner: None}
     forwards = (vars(layer).get("forward"), own_forward(inner), type(inner).forward)
     return (
         weakref.ref(layer),
-        *(_size(layer), layer.bias is None),
-        *(tuple(m._forward_hooks) for m in (layer, inner)),
-        *(tuple(m._forward_pre_hooks) for m in (layer, inner)),
+        *(_size(layer), layer.bias is None, *adapters.state_of(layer)),
+        *(tuple(m._forward_hooks) for m in modules),
+        *(tuple(m._forward_pre_hooks) for m in modules),
         *(id(forward) for forward in forwards),
         *(_numbers(thing) for thing in (config, text, inner)),
     )
@@ -181,7 +182,8 @@ def _ask(model: Any, inner: Any, layer: nn.Linear, within: bool) -> Answer:
                 y = plain.product
                 if alone:
                     y = (recipe.before * hidden).to(layer.weight.dtype)
-                    y = product(y, layer.weight, layer.bias)
+                    added = [adapter.product(y) for adapter in adapters.adapters_of(layer)]
+                    y = sum(added, product(y, layer.weight, adapters.bias_of(layer)))
             gap, allowed = recipes.difference(recipe.logits(at_least_float(y)), plain.logits)
     except Exception as error:
         raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_rl.checks import require
-from fused_rl.models import sharded
+from fused_rl.models import adapters, quantised, sharded
 from fused_rl.models.placed import is_placed
 from fused_rl.models.recipes import Recipe
 
@@ -78,8 +78,8 @@ def _learns_prompts(peft: Any) -> bool:
 
 
 def output_layer(model: Any) -> nn.Linear:
-    """The linear layer that gives the logits, if its weight is all there is to it, and is here:
-    all of it, or this rank's rows by a tensor-parallel plan.
+    """The linear layer that gives the logits, with or without adapters, if its weight is here: all
+    of it, or this rank's rows by a tensor-parallel plan.
 
     Raises:
         ValueError: as output_linear; a weight that is sharded over ranks or quantised.
@@ -88,6 +88,7 @@ def output_layer(model: Any) -> nn.Linear:
     if sharded.is_tensor_parallel(model, layer):
         return layer
     name = f"the output embeddings' weight of {type(model).__name__}"
+    is_plain(name, layer.weight)
     is_whole(name, layer.weight)
     require(
         layer.weight.dim() == 2 and layer.weight.numel() > 0,
@@ -114,21 +115,23 @@ def is_gathered(model: Any, layer: nn.Linear) -> None:
 
 
 def output_linear(model: Any) -> nn.Linear:
-    """The linear layer that gives the logits, its weight perhaps sharded over ranks.
+    """The linear layer that gives the logits, its weight perhaps sharded over ranks; where it has
+    adapters, PEFT's layer of both.
 
     Raises:
         ValueError: no such layer; one of another class; a weight that a hook renews before every
             forward; a weight that is offloaded.
     """
     layer = sharded.linear_of(model.get_output_embeddings())
-    if not sharded.is_linear(layer):
+    if not (sharded.is_linear(layer) or adapters.is_adapted(layer)):
         raise ValueError(
             "LMHead.from_model needs a model whose output embeddings are a torch.nn.Linear, got "
             f"{type(layer).__name__} from {type(model).__name__} ({name_of(layer)} from "
             f"{name_of(model)}): {_way_out(layer)}"
         )
+    plain = adapters.base_of(layer)
     require(
-        "weight" in layer._parameters or not layer._forward_pre_hooks or sharded.is_fsdp2(layer),
+        "weight" in plain._parameters or not plain._forward_pre_hooks or sharded.is_fsdp2(plain),
         lambda: (
             f"the weight of {type(model).__name__}'s output embeddings is formed anew by a hook "
             "before every forward (weight_norm, prune): its value here may be an old one. Make it "
@@ -136,7 +139,7 @@ def output_linear(model: Any) -> nn.Linear:
         ),
     )
     require(
-        not (layer.weight.is_meta and hasattr(layer, "_hf_hook")),
+        not (layer.weight.is_meta and hasattr(plain, "_hf_hook")),
         lambda: (
             f"the weight of {type(model).__name__}'s output embeddings is offloaded (on the meta "
             "device): keep that layer on a device, by device_map"
@@ -146,14 +149,35 @@ def output_linear(model: Any) -> nn.Linear:
 
 
 def _way_out(layer: object) -> str:
-    room = type(layer).__module__.partition(".")[0]
     if layer is None:
         return "a model without a language-model head, such as a base model, has no logits"
-    if room == "peft":
-        return "merge the adapter, or leave lm_head out of target_modules and modules_to_save"
-    if room in {"bitsandbytes", "torchao", "optimum", "hqq", "auto_gptq", "awq", "gptqmodel"}:
-        return "leave lm_head out of the quantisation, or dequantise it"
-    return "its product is not hidden @ weight.T, or not that alone"
+    if quantised.room_of(layer) == "peft":
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else None
+        if quantised.is_quantised(base):
+            return f"its base layer is a {name_of(base)}, which is quantised: {quantised.SKIP}"
+        return adapters.WAY_OUT
+    return or_else(layer).removeprefix(": ") or (
+        "its product is not hidden @ weight.T, or not that alone"
+    )
+
+
+def or_else(layer: object) -> str:
+    """What to do about a quantised layer, behind a colon; nothing for others."""
+    weight = getattr(layer, "weight", None)
+    return f": {quantised.way_out(weight)}" if quantised.is_quantised(layer) else ""
+
+
+def is_plain(name: str, tensor: object) -> None:
+    """ValueError for a weight whose elements are codes: their dtype would say less."""
+    if isinstance(tensor, Tensor) and tensor.is_floating_point():
+        return
+    require(
+        quantised.room_of(tensor) != "bitsandbytes",
+        lambda: (
+            f"{name} is a {name_of(tensor)} {list(tensor.shape)}, quantised: "
+            f"{quantised.way_out(tensor)}"
+        ),
+    )
 
 
 _SHARDS = (
@@ -188,8 +212,7 @@ def is_whole(name: str, tensor: Tensor) -> None:
             f"({tensor.placements}): {_SHARDS}"
         )
     raise ValueError(
-        f"{name} is a {kind.__module__}.{kind.__qualname__}, not a plain tensor: dequantise it, or "
-        "leave it out of the quantisation"
+        f"{name} is a {name_of(tensor)}, not a plain tensor: {quantised.way_out(tensor)}"
     )
 
 

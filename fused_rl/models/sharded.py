@@ -52,7 +52,7 @@ def inside(model: Any) -> Any:
 
 def _peeled(model: Any) -> Any:
     """Without the outermost of them, if there is one."""
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+    if _is_compiled(model):
         return model._orig_mod
     return model.module if is_fsdp1(model) or is_ddp(model) or is_deepspeed(model) else model
 
@@ -64,9 +64,29 @@ def runs(model: Any) -> Any:
     return model
 
 
-def linear_of(layer: object) -> object:
-    """The torch.nn.Linear that FSDP has wrapped, or made one of its own; else the layer itself."""
-    return layer.module if is_fsdp1(layer) else layer
+def linear_of(layer: Any) -> Any:
+    """The layer that FSDP1, torch.compile or PEFT's modules_to_save has wrapped, with adapters that
+    are on it; else the layer itself.
+    """
+    while (inner := _unwrapped(layer)) is not layer:
+        layer = inner
+    return layer
+
+
+def _unwrapped(layer: Any) -> Any:
+    """Without the outermost of them, if there is one."""
+    if is_fsdp1(layer):
+        return layer.module
+    if _is_compiled(layer):
+        return layer._orig_mod
+    if _is_of(layer, "peft.", "ModulesToSaveWrapper"):
+        active = () if layer.disable_adapters else layer.active_adapters
+        return layer.modules_to_save[active[0]] if active else layer.original_module
+    return layer
+
+
+def _is_compiled(module: object) -> bool:
+    return isinstance(getattr(module, "_orig_mod", None), nn.Module)
 
 
 def is_linear(layer: object) -> bool:
@@ -76,11 +96,18 @@ def is_linear(layer: object) -> bool:
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether it has forward hooks, or a forward of its own; those of engines gather its weight."""
+    """Whether it, what it wraps, or a layer beneath its adapters, has forward hooks or a forward of
+    its own; those of engines gather its weight.
+    """
+    if (inner := _unwrapped(layer)) is layer:
+        inner = getattr(layer, "base_layer", layer)
+    if inner is not layer and has_hooks(inner):
+        return True
     hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
     rooms = [getattr(hook, "__module__", None) or "" for hook in hooks]
     foreign = [r for r in rooms if not r.startswith(("torch.distributed.fsdp", "deepspeed."))]
-    return bool(foreign or "forward" in vars(layer))
+    # torch.compile's forward is that of what it wraps.
+    return bool(foreign or ("forward" in vars(layer) and not _is_compiled(layer)))
 
 
 def is_here(tensor: Tensor) -> bool:

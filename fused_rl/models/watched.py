@@ -97,7 +97,8 @@ class Reads(TorchFunctionMode):
         # FSDP1 gathers a unit's parameters into one, of which the layer's are views.
         named = [(n, t) for n, t in self.tensors if not n.endswith("_flat_param")]
         self.names = {id(t): name for name, t in named if t.is_floating_point()}
-        for own in (self.layer.weight, self.layer.bias):
+        # With those of its adapters.
+        for own in self.layer.parameters():
             self.names.pop(id(own), None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

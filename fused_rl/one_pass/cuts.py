@@ -9,7 +9,7 @@ from fused_rl import ops
 from fused_rl.one_pass.evaluation import Counted
 from fused_rl.stats import IGNORE_INDEX
 
-Heads = ops.Head | ops.KeptHead | ops.TwoHeads
+Heads = ops.Head | ops.AdaptedHead | ops.KeptHead | ops.TwoHeads
 """What a pass is formed of. Either begins with the policy's hidden, weight and bias."""
 
 Backward = Callable[[tuple[Tensor, ...], ops.Sums], Tensor]

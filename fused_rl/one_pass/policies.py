@@ -2,6 +2,7 @@
 
                           NHV in one pass: logits, gradient      statistics
     Alone                 2, 4                                   TokenStats
+    Adapted               2, 2                                   TokenStats
     Spread                2, 4 over all ranks                    TokenStats
     OwnTokens             2, 4, N the mean over ranks            TokenStats
     BesideReference       4, 4                                   DivergenceStats
@@ -12,7 +13,7 @@ A frozen head alone on a CPU goes another way, 4 NHV for any loss: ops/frozen.py
 Each says how a chunk of tokens is formed and how its gradient is; the rest of the pass is one code.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from fused_rl import checks, ops
 from fused_rl.kl.divergences import Divergence
 from fused_rl.linear.divergence import Side, flat_divergence, two_heads
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import flat_top_logprobs, spread_arguments
+from fused_rl.linear.logprobs import flat_top_logprobs, own_arguments, spread_arguments
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.one_pass.cuts import Backward, Cut, Heads, Here
 from fused_rl.one_pass.evaluation import Counted
@@ -63,6 +64,22 @@ class Alone(Here):
         """The statistics of all tokens, [N], for any loss."""
         logprobs, entropy, _ = flat_top_logprobs(head, IGNORE_INDEX, chunk_bytes, grad_filter)
         return TokenStats(logprobs, entropy)
+
+
+@dataclass(frozen=True)
+class Adapted(Alone):
+    """A policy's head of which adapters alone are trained: dweight is of their columns."""
+
+    heads: ClassVar = ops.AdaptedHead
+
+    def chunk_tokens(self, head: ops.AdaptedHead, chunk_bytes: int | None) -> int:
+        """As of Alone."""
+        return super().chunk_tokens(head.head(), chunk_bytes)
+
+    def chunk(self, head: ops.AdaptedHead, i: int) -> tuple[TokenStats, Backward]:
+        """As of Alone."""
+        stats, backward = super().chunk(head.head(), i)
+        return stats, lambda gradients, sums: backward(gradients, head.sums(sums))
 
 
 @dataclass(frozen=True)
@@ -196,7 +213,7 @@ def has_entropy(loss: object) -> bool:
     return bool(getattr(loss, "entropy_coef", True))
 
 
-Policies = Alone | BesideReference | Kept | Spread | OwnTokens
+Policies = Alone | Adapted | BesideReference | Kept | Spread | OwnTokens
 
 
 def flattened(
@@ -206,6 +223,7 @@ def flattened(
     temperature: float | Tensor,
     reference: tuple[Tensor, object] | None,
     loss: object,
+    grad_filter: float | None,
 ) -> tuple[Heads, Policies]:
     """linear_policy_loss's arguments, checked and flat [N, ...]; the reference without gradient."""
     labels = batch.labels.reshape(batch.shape)
@@ -213,9 +231,12 @@ def flattened(
         flat, how = spread_arguments(hidden, head, labels, temperature)
         return ops.KeptHead.of(flat, ops.Sets(batch.kept, batch.cu_kept)), Kept(how)
     if reference is None:
-        flat, how = spread_arguments(hidden, head, labels, temperature)
+        # A filter is known where all of the weight is trained.
+        arguments = own_arguments if grad_filter is None else spread_arguments
+        flat, how = arguments(hidden, head, labels, temperature)
         if how is None:
-            return flat, Alone(ops.Given(has_entropy(loss)))
+            kind = Adapted if isinstance(flat, ops.AdaptedHead) else Alone
+            return flat, kind(ops.Given(has_entropy(loss)))
         return flat, OwnTokens(how) if how.hidden is Hidden.OWN_TOKENS else Spread(how)
     head.is_here("linear_policy_loss with a reference")
     checks.require(
@@ -233,9 +254,7 @@ def flattened(
             f"first {min(V, of_reference)} alone if these are the same tokens"
         ),
     )
-    bias = None if ref_head.bias is None else ref_head.bias.detach()
-    untrained = replace(ref_head, weight=ref_head.weight.detach(), bias=bias)
     policy = Side(hidden, head, temperature, "")
-    beside = Side(ref_hidden.detach(), untrained, temperature, "ref_")
+    beside = Side(ref_hidden.detach(), ref_head.detached(), temperature, "ref_")
     divergence = getattr(loss, "divergence", Divergence.REVERSE)
     return two_heads(policy, beside, labels), BesideReference(divergence)

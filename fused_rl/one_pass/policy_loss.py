@@ -23,7 +23,7 @@ from fused_rl.losses.statistics import with_reference
 from fused_rl.one_pass.chunks import Way, needs, one_pass
 from fused_rl.one_pass.cuts import Heads
 from fused_rl.one_pass.kept import Kept
-from fused_rl.one_pass.policies import Alone, Policies, flattened, has_entropy
+from fused_rl.one_pass.policies import Adapted, Alone, Policies, flattened, has_entropy
 from fused_rl.parallel.states import Hidden
 from fused_rl.parallel.visits import told
 
@@ -44,12 +44,12 @@ def linear_policy_loss(
     """A policy loss straight from hidden states, with the gradients of hidden, weight and bias.
 
     Where the loss is token-separable, one pass forms it with its gradients, chunk by chunk: 6 NHV,
-    or 4 NHV if the head is not trained; tokens outside loss_mask cost nothing, those whose gradient
-    is 0 (clipped, zero advantage) only their logits. Otherwise it takes two passes through
-    linear_logprobs, 8 NHV, with the same values and gradients: for a loss that is not separable,
-    inside torch.compile or torch.func, without values (the device meta, FakeTensorMode), and where
-    a trained head would need several chunks whose dweight costs more to add up than the logits to
-    form again (on CPUs: several chunks of fewer than 1024 tokens).
+    or 4 NHV if the head is not trained, or its adapters alone are; tokens outside loss_mask cost
+    nothing, those whose gradient is 0 (clipped, zero advantage) only their logits. Otherwise it
+    takes two passes through linear_logprobs, 8 NHV, with the same values and gradients: for a loss
+    that is not separable, inside torch.compile or torch.func, without values (the device meta,
+    FakeTensorMode), and where a trained head would need several chunks whose dweight costs more to
+    add up than the logits to form again (on CPUs: several chunks of fewer than 1024 tokens).
 
     A batch with kept sets (TokenBatch.with_kept) has the loss of log-probs renormalised over them,
     beside the entropy of the whole distribution: 2 NHV and a backward pass that looks at the kept
@@ -99,7 +99,7 @@ def linear_policy_loss(
         checks.grad_filter_is_possible(grad_filter, hidden.device, head.group)
         _can_have(reference, batch, grad_filter)
         _can_have_sets(head, batch, grad_filter, reference)
-        heads, policies = flattened(hidden, head, batch, temperature, reference, loss)
+        heads, policies = flattened(hidden, head, batch, temperature, reference, loss, grad_filter)
     policies = _named(policies.agreed, heads, chunk_bytes, shape=batch.shape)
     trained = torch.is_grad_enabled() and any(needs(heads))
     separable = getattr(loss, "token_separable", False) and not torch.compiler.is_compiling()
@@ -107,7 +107,9 @@ def linear_policy_loss(
     if in_one and checks.has_values(hidden) and not _takes_two(policies, heads, loss):
         most = policies.chunk_tokens(heads, chunk_bytes)
         formed = policies.tokens(heads)
-        if ops.one_pass_pays(formed, most, hidden.device, head.requires_grad):
+        # The sums of adapters' columns are small.
+        adds_up = head.requires_grad and not isinstance(policies, Adapted)
+        if ops.one_pass_pays(formed, most, hidden.device, adds_up):
             V = len(heads.weight) if head.vocabulary is None else head.vocabulary
             _named(policies.check, heads, V, shape=batch.shape)
             return one_pass(heads, batch, Way(loss, policies, most))

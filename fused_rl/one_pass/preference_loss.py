@@ -111,4 +111,7 @@ def _sharp(hidden: Tensor, head: LMHead, labels: Tensor, options: dict) -> Tenso
     if not isinstance(options["temperature"], Tensor):
         checks.is_positive("temperature", options["temperature"])
     half = {**options, "temperature": options["temperature"] / 2}
-    return linear_logprobs(hidden, head, labels, **half).logprobs.reshape(-1)
+    devices = [hidden.device] if hidden.is_cuda else []
+    # Adapters draw the same dropout again for the loss.
+    with torch.random.fork_rng(devices, enabled=any(a.dropout for a in head.adapters)):
+        return linear_logprobs(hidden, head, labels, **half).logprobs.reshape(-1)

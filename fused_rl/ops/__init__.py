@@ -6,6 +6,7 @@ native.py loads, those for CUDA (kernels/) in triton.py, triton_chunk.py and two
 """
 
 from fused_rl.ops import triton, triton_chunk, trust, two_heads_triton
+from fused_rl.ops.adapted import AdaptedHead, linear_logprobs_adapted
 from fused_rl.ops.at import AtHead, linear_logits_at, linear_logprobs_at
 from fused_rl.ops.autocast import autocasts, in_full
 from fused_rl.ops.checkout import find_kernels
@@ -56,6 +57,7 @@ __all__ = [
     "FILTER_ROWS",
     "HAS_TRITON",
     "ONE_PASS_TOKENS",
+    "AdaptedHead",
     "Asked",
     "AtHead",
     "ChunkLogits",
@@ -99,6 +101,7 @@ __all__ = [
     "linear_kept_logprobs",
     "linear_logits_at",
     "linear_logprobs",
+    "linear_logprobs_adapted",
     "linear_logprobs_at",
     "linear_logprobs_backward",
     "linear_logprobs_chunk",

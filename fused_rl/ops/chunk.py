@@ -47,7 +47,8 @@ class ChunkLogits(NamedTuple):
 class Sums(NamedTuple):
     """What is written, or added to; an empty one is skipped. And what dhidden is part of."""
 
-    dweight: Written  # [V, H], contiguous, in any floating dtype
+    # [V, H], contiguous, in any floating dtype; of fewer columns: those of the last ones of weight.
+    dweight: Written
     dbias: Written  # [V], in any floating dtype
     accumulate: bool
     # Whether dhidden is one of several summands: those are rounded once, after their sum.

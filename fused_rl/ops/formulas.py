@@ -109,9 +109,10 @@ def add_gradients(
 
 
 def add_products(draw: Tensor, head: Head, dweight: Tensor, dbias: Tensor) -> Tensor:
-    """dhidden from draw [N, V]; adds to dweight and dbias, unless those are empty."""
+    """dhidden from draw [N, V]; adds to dweight, or its last columns, and dbias, unless empty."""
     if dweight.numel():
-        dweight += draw.T @ head.hidden.to(draw.dtype)
+        beside = head.hidden[:, head.hidden.shape[1] - dweight.shape[1] :]
+        dweight += draw.T @ beside.to(draw.dtype)
     if dbias.numel():
         dbias += draw.sum(0)
     return draw @ head.weight.to(draw.dtype)

@@ -45,7 +45,7 @@ class FusedDivergence:
         same_vocabulary(*heads)
         hidden, of_teacher = given["student_hidden"], given["teacher_hidden"].detach()
         stats = linear_divergence(
-            *(hidden, heads[0], of_teacher, detached(heads[1])),
+            *(hidden, heads[0], of_teacher, heads[1].detached()),
             divergence=Divergence.JSD(given["beta"]),
             temperature=given.get("temperature", 1.0),
         )
@@ -57,12 +57,6 @@ def _head(given: dict[str, Any], side: str) -> LMHead:
     scale = 1.0 if scale is None else scale
     weight, bias = (averaged(given[f"{side}_{name}"]) for name in ("weight", "bias"))
     return LMHead(weight, bias, scale, softcap)
-
-
-def detached(head: LMHead) -> LMHead:
-    """The head, without gradients."""
-    bias = None if head.bias is None else head.bias.detach()
-    return LMHead(head.weight.detach(), bias, head.scale, head.softcap)
 
 
 def same_vocabulary(student: LMHead, teacher: LMHead) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rl.integrations.trl.divergence import detached, same_vocabulary
+from fused_rl.integrations.trl.divergence import same_vocabulary
 from fused_rl.integrations.trl.logprobs import in_head
 from fused_rl.kl.divergences import Divergence
 from fused_rl.linear.divergence import linear_divergence
@@ -63,7 +63,7 @@ def _divergences(
     teacher.eval()
     with torch.no_grad():
         of_teacher = backbone(teacher)(**given, use_cache=False).last_hidden_state[:, :-1]
-    teacher_head = detached(LMHead.from_model(teacher))
+    teacher_head = LMHead.from_model(teacher).detached()
 
     def divergences(hidden: Tensor, head: LMHead, temperature: float) -> Tensor:
         # Of all tokens, or of those that count, by the device.
