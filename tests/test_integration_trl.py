@@ -234,6 +234,36 @@ SIGNATURES = {
 }
 
 
+def computes(self, model, inputs):
+    pass
+
+
+def asks(self, model):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "said"),
+    [
+        ("GRPOTrainer", (asks,), "GRPOTrainer has no _compute_loss"),
+        ("GRPOTrainer", (computes,), "GRPOTrainer has no _get_per_token_logps_and_entropies"),
+        (
+            "GRPOTrainer",
+            (lambda self, model, inputs, scale: None, asks),
+            "_compute_loss takes model, inputs, scale",
+        ),
+        ("NewTrainer", (computes, asks), "NewTrainer has no trl.GRPOTrainer or trl.RLOOTrainer"),
+    ],
+)
+def test_a_trainer_with_another_seam_is_an_error_that_names_it(monkeypatch, name, parts, said):
+    a_trl(monkeypatch, *SIGNATURES["1.14"])
+    names = ["_get_per_token_logps_and_entropies" if p is asks else "_compute_loss" for p in parts]
+    theirs = type(name, (), dict(zip(names, parts, strict=True)))
+    mine = type("Mine", (integration.FusedLoss, theirs), {})
+    with pytest.raises(RuntimeError, match=f"TRL 9.9.9 is not one .* its {re.escape(said)}"):
+        mine(policy_loss=OURS)
+
+
 @pytest.mark.parametrize("version", SIGNATURES)
 def test_the_seam_of_every_known_version(monkeypatch, version):
     """Softcap, scale, temperature and bias arrive, and two or five values are returned."""
