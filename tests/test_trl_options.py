@@ -448,6 +448,22 @@ def test_a_seam_that_moved_is_an_error_that_names_it(trl, arguments, monkeypatch
         integration.FusedGRPOTrainer(**arguments()).train()
 
 
+def test_only_what_must_be_the_same_is_compared(trl, arguments, monkeypatch):
+    """Not a log-ratio that ours holds at 20 nats; nor do advantages of 0 prove anything."""
+    trainer = integration.FusedGRPOTrainer(**arguments(beta=0.04))
+    inputs = batch_of(trainer)
+    far = inputs | {"ref_per_token_logps": inputs["ref_per_token_logps"] + 25.0}
+    nothing = inputs | {"advantages": torch.zeros(6), "ref_per_token_logps": None}
+    trainer.compute_loss(trainer.model, far)
+    assert not trainer._proved
+    trainer.beta = 0.0
+    trainer.policy_loss = trainer._of_config = dataclasses.replace(trainer.policy_loss, kl=None)
+    trainer.compute_loss(trainer.model, nothing)
+    assert not trainer._proved
+    trainer.compute_loss(trainer.model, inputs)
+    assert trainer._proved
+
+
 def test_an_attribute_or_a_part_of_the_batch_that_moved_is_named(trl, arguments, monkeypatch):
     trainer = integration.FusedGRPOTrainer(**arguments())
     inputs = batch_of(trainer)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_rl.integrations.trl.options import Masks
+from fused_rl.kl.log_ratios import BOUND, difference
 from fused_rl.linear.head import LMHead
 from fused_rl.losses.batch import TokenBatch, divisor
 from fused_rl.losses.policy import Loss, LossOutput, PolicyLoss
@@ -117,6 +118,14 @@ class Forming:
     def values(self) -> tuple[Tensor, Tensor]:
         """The log-probs and entropies, [B, T], without gradient; 0 where no token counts."""
         return self.loss.grid(self.loss.seen[0])
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a log-ratio is so large that ours is held where TRL's is not."""
+        stats, batch, *_ = self.loss.seen
+        others = (batch.old_logprobs, batch.ref_logprobs)
+        gaps = [difference(stats.logprobs.flatten(), t) for t in others if t is not None]
+        return any(bool((gap.where(batch.loss_mask, 0.0).abs() > BOUND).any()) for gap in gaps)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Of the loss with respect to values(), [B, T] each."""

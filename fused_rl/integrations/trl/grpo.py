@@ -137,7 +137,7 @@ class FusedLoss:
             self._forming = None
         if forming.carried is None:
             raise _called("_get_per_token_logps_and_entropies", 0, "for its loss")
-        if forming.given[0].requires_grad:
+        if forming.given[0].requires_grad and not forming.is_held:
             self._prove(theirs, forming)
         if self._is_trls:
             logged.beside_theirs(self, loss, batch.num_tokens)
