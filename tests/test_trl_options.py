@@ -216,6 +216,21 @@ def test_evaluation_logs_the_same(trl, arguments):
         assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.parametrize("coef", [0.0, 0.2])
+def test_an_adapter_takes_trls_steps(trl, arguments, coef):
+    """A frozen head, and the reference is the model without the adapter."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+
+    def build(owner: type):
+        torch.manual_seed(0)
+        given = arguments(beta=0.04, entropy_coef=coef, top_entropy_quantile=0.6)
+        return owner(**given, peft_config=lora)
+
+    owners = (integration.FusedGRPOTrainer, trl.GRPOTrainer)
+    same_way(*(lambda owner=owner: build(owner) for owner in owners))
+
+
 def test_rloo_takes_trls_steps(trl, arguments):
     """Its ratios are of whole completions, its KL is in the reward; transformers accumulates."""
     log = both(trl, arguments, "RLOOTrainer", steps=6, beta=0.05, **ACCUMULATED)

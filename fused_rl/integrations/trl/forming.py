@@ -8,8 +8,8 @@ Where masks are asked for, all log-probs and entropies come before the loss: two
 vocabulary, 2 NHV and, of the tokens that have a gradient, 6.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,17 @@ from fused_rl.one_pass.policy_loss import linear_policy_loss
 _LOGPROBS = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")
 
 
+class Seen(NamedTuple):
+    """What a StepLoss was given, detached, and what it made of it."""
+
+    stats: Stats
+    batch: TokenBatch  # its weights are 0 where no surrogate counts
+    counted: Tensor  # bool: the entropies in the bonus
+    tokens: Tensor  # []: how many of them the micro-batch has
+    value: Tensor  # []: the policy loss
+    metrics: dict[str, Tensor]
+
+
 @dataclass(eq=False)
 class StepLoss:
     """A policy loss, with what TRL's config adds to it, of a part of a micro-batch.
@@ -36,7 +47,7 @@ class StepLoss:
     masks: which surrogates and entropies count; they cannot be formed of a part of the tokens.
     rows: [n] int64: where the tokens are in the micro-batch, [B * T].
     shape: (B, T).
-    seen: what the last call was given, and what its policy loss was.
+    seen: of the last call; where a micro-batch is formed in parts, the last one is of all of it.
     """
 
     policy: Loss
@@ -45,7 +56,7 @@ class StepLoss:
     masks: Masks
     rows: Tensor
     shape: tuple[int, int]
-    seen: list[Any] = field(default_factory=list)
+    seen: Seen | None = None
 
     @property
     def token_separable(self) -> bool:
@@ -57,25 +68,39 @@ class StepLoss:
         return self.bonus or getattr(self.policy, "entropy_coef", 0.0)
 
     def __call__(self, stats: Stats, batch: TokenBatch) -> LossOutput:
-        counted = batch.loss_mask
-        tokens = batch.num_tokens
+        counted, tokens = batch.loss_mask, batch.num_tokens
         if self.masks:
             masks = self.masks(*self.grid(stats))
             keep, counted = (mask.flatten()[self.rows] & batch.loss_mask for mask in masks)
             tokens = counted.sum()
             weights = torch.ones_like(stats.logprobs) if batch.weights is None else batch.weights
             batch = batch.with_weights(weights.where(keep, 0.0))
+        value, metrics = self._of_policy(stats, batch)
+        given = type(stats)(*(t.detach() for t in stats))
+        self.seen = Seen(given, batch, counted, tokens, value.detach(), metrics)
+        return LossOutput(self._whole(value, stats), metrics)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Of the last call's log-probs and entropies, [B, T] each. No rank waits for another."""
+        with torch.enable_grad():
+            leaves = type(self.seen.stats)(*(t.clone().requires_grad_() for t in self.seen.stats))
+            loss = self._whole(self._of_policy(leaves, self.seen.batch)[0], leaves)
+            found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        return self.grid(type(leaves)(*found))
+
+    def _of_policy(self, stats: Stats, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         if isinstance(self.policy, PolicyLoss):
             # Its metrics are formed once, when all tokens are there.
-            loss, metrics = self.policy.objective(stats, batch), {}
-        else:
-            loss, metrics = self.policy(stats, batch)
-        self.seen[:] = [type(stats)(*(t.detach() for t in stats)), batch, loss.detach(), metrics]
-        loss = loss / self.divisor
-        if self.bonus:
-            entropy = stats.entropy.where(counted, 0.0).sum() / divisor(tokens)
-            loss = loss - self.bonus * entropy
-        return LossOutput(loss, metrics)
+            return self.policy.objective(stats, batch), {}
+        return tuple(self.policy(stats, batch))
+
+    def _whole(self, value: Tensor, stats: Stats) -> Tensor:
+        """The loss, of the policy loss of the same call."""
+        loss = value / self.divisor
+        if not self.bonus:
+            return loss
+        entropy = stats.entropy.where(self.seen.counted, 0.0).sum() / divisor(self.seen.tokens)
+        return loss - self.bonus * entropy
 
     def grid(self, stats: Stats) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [B, T] of those at rows, 0 elsewhere; without gradient."""
@@ -86,8 +111,9 @@ class StepLoss:
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
         """What the policy loss reports of the micro-batch."""
-        stats, batch, _, metrics = self.seen
-        return self.policy(stats, batch).metrics if isinstance(self.policy, PolicyLoss) else metrics
+        if isinstance(self.policy, PolicyLoss):
+            return self.policy(self.seen.stats, self.seen.batch).metrics
+        return self.seen.metrics
 
 
 class Forming:
@@ -117,7 +143,7 @@ class Forming:
 
     def values(self) -> tuple[Tensor, Tensor]:
         """The log-probs and entropies, [B, T], without gradient; 0 where no token counts."""
-        return self.loss.grid(self.loss.seen[0])
+        return self.loss.grid(self.loss.seen.stats)
 
     @property
     def is_held(self) -> bool:
@@ -126,15 +152,6 @@ class Forming:
         others = (batch.old_logprobs, batch.ref_logprobs)
         gaps = [difference(stats.logprobs.flatten(), t) for t in others if t is not None]
         return any(bool((gap.where(batch.loss_mask, 0.0).abs() > BOUND).any()) for gap in gaps)
-
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """Of the loss with respect to values(), [B, T] each."""
-        stats, *_ = self.loss.seen
-        with torch.enable_grad():
-            leaves = type(stats)(*(t.detach().requires_grad_() for t in stats))
-            loss = self.loss(leaves, self.batch).loss
-            found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        return self.loss.grid(type(stats)(*found))
 
 
 def batch_of(inputs: dict[str, Any], with_old: bool) -> TokenBatch:

@@ -56,9 +56,8 @@ def in_place_of_theirs(trainer: Any, loss: StepLoss, count: Tensor, before: dict
             del log[name][before.get(name, 0) :]
             if not log[name]:
                 del log[name]
-    stats, batch, value, _ = loss.seen
     if len(log.get("policy_loss", ())) > before.get("policy_loss", 0):
-        log["policy_loss"][-1] = trainer.accelerator.gather(value).nanmean().item()
+        log["policy_loss"][-1] = trainer.accelerator.gather(loss.seen.value).nanmean().item()
     means = _means(trainer, loss.metrics(), count)
     # The entropy is TRL's already.
     means.pop("entropy", None)
@@ -67,7 +66,8 @@ def in_place_of_theirs(trainer: Any, loss: StepLoss, count: Tensor, before: dict
     if _LOGGED_AS.keys() <= means.keys():
         log["clip_ratio/region_mean"].append(sum(means[name] for name in _LOGGED_AS))
     if isinstance(loss.policy, PolicyLoss):
-        low, high, dual = loss.policy.clipped(stats, batch)
+        batch = loss.seen.batch
+        low, high, dual = loss.policy.clipped(loss.seen.stats, batch)
         # NaN for a sequence without tokens; at least one of all is none.
         shares = [_shares(flags, batch) for flags in (low, high & ~dual)]
         least, most = (trainer.accelerator.gather(share) for share in shares)
