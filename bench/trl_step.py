@@ -36,7 +36,7 @@ from fused_rl.bench.clock import process_bytes
 from fused_rl.bench.records import MIB, Record
 from fused_rl.bench.tasks import environment
 from fused_rl.integrations import trl as integration
-from fused_rl.integrations.trl import grpo, logprobs
+from fused_rl.integrations.trl import forming, logprobs
 from fused_rl.system.outputs import try_folder, write_json
 
 WAYS = ("TRL", "TRL, patched()", "FusedGRPOTrainer")
@@ -143,7 +143,7 @@ def count_ours() -> list[str]:
         function = getattr(module, name)
         return lambda *args, **options: calls.append(name) or function(*args, **options)
 
-    for module in (grpo, logprobs):
+    for module in (forming, logprobs):
         for name in [name for name in vars(module) if name.startswith("linear_")]:
             setattr(module, name, counted(module, name))
     return calls

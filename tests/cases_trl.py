@@ -132,7 +132,9 @@ def trainer_of(name: str, way: str, paths: list[str], **options: Any) -> Any:
     else:
         args = trl.GRPOConfig(**(defaults | {"num_generations": 4} | options))
         given |= {"reward_funcs": reward, "args": args}
-        if way == "fused":
+        if way == "config":
+            trainer = integration.FusedGRPOTrainer(**given)
+        elif way == "fused":
             beta = options.get("beta", 0.0)
             kl = fused_rl.KLPenalty(beta, importance=fused_rl.Level.TOKEN) if beta else None
             loss = dataclasses.replace(fused_rl.dapo(clip_high=0.2), kl=kl)
@@ -184,7 +186,9 @@ def steps(
     count: int = 3,
     **options: Any,
 ) -> dict[str, Any]:
-    """Steps of a trainer by one way, "trl", "patched" or "fused": what was logged, and the head."""
+    """Steps of a trainer by one way, "trl", "patched", "fused" or "config" (fused, with the loss of
+    its config): what was logged, and the head.
+    """
     options |= KINDS[kind]
     if "deepspeed" in options:
         options["deepspeed"] = _ZERO | options["deepspeed"]

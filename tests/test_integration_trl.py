@@ -18,7 +18,7 @@ from torch import Tensor
 import fused_rl
 from fused_rl import KLPenalty, Level, LMHead, TokenStats, linear_logprobs, ops
 from fused_rl.integrations import trl as integration
-from fused_rl.integrations.trl import grpo, logprobs
+from fused_rl.integrations.trl import forming, logged, logprobs, options
 from fused_rl.linear.mean_logits import mean_logits
 
 V, H, T = 23, 16, 7
@@ -156,35 +156,52 @@ def fused(arguments: dict, policy_loss=OURS):
 def test_where_the_completions_are():
     """Two completions of 3 and 1 tokens in 3 columns, after prompts of 2."""
     completion = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    at, rows = grpo._scored(4, completion)
-    assert at.tolist() == [0, 1, 2, 3] and rows.tolist() == [0, 1, 2, 3]
-    at, rows = grpo._scored(8, completion)
-    assert at.tolist() == [1, 2, 3, 5] and rows.tolist() == [0, 1, 2, 3]
+    assert forming.rows_of(completion).tolist() == [0, 1, 2, 3]
+    assert forming.scored(4, completion).tolist() == [0, 1, 2, 3]
+    assert forming.scored(8, completion).tolist() == [1, 2, 3, 5]
     with pytest.raises(RuntimeError, match="gave its head 7 tokens for 2 completions of 3"):
-        grpo._scored(7, completion)
+        forming.scored(7, completion)
 
 
 def test_what_is_logged_of_a_clip():
-    """TRL counts the upper bound where A > 0 alone: a dual-clipped token is none of it."""
-    old = torch.zeros(1, 4)
-    new = torch.tensor([[1.5, 0.5, 1.0, 4.0]]).log()
+    """TRL counts the upper bound where A > 0 alone: a dual-clipped token is none of it. A
+    completion without tokens has no share of them.
+    """
+    old = torch.zeros(3, 4)
+    new = torch.tensor([[1.5, 0.5, 1.0, 4.0], [1.0, 0.5, 0.5, 1.0], [9.0] * 4]).log()
+    mask = torch.tensor([[1], [1], [0]]).expand(3, 4) == 1
     batch = fused_rl.TokenBatch.padded(
-        torch.zeros(1, 4, dtype=torch.int64),
-        torch.ones(1, 4, dtype=torch.bool),
-        torch.tensor([[1.0, -1.0, 1.0, -1.0]]),
+        torch.zeros(3, 4, dtype=torch.int64),
+        mask,
+        torch.tensor([[1.0, -1.0, 1.0, -1.0], [-1.0, -1.0, -1.0, 1.0], [1.0] * 4]),
         old_logprobs=old,
     )
-    metrics = fused_rl.ppo(dual=3.0)(TokenStats(new, old), batch).metrics
-    log = defaultdict(list)
+    loss = forming.StepLoss(
+        policy=fused_rl.ppo(dual=3.0),
+        divisor=1,
+        bonus=0.0,
+        masks=options.Masks(SimpleNamespace(), {}, mask),
+        rows=torch.arange(12),
+        shape=(3, 4),
+    )
+    value = loss(TokenStats(new, old), batch).loss
+    log = defaultdict(list, {"kl": [9.0], "clip_ratio/low_mean": [8.0, 9.0], "reward": [9.0]})
+    log["policy_loss"] = [9.0]
     trainer = SimpleNamespace(
         _metrics={"train": log},
         model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(reduce=lambda t, reduction: t, gather=lambda t: t[None]),
+        accelerator=SimpleNamespace(
+            reduce=lambda t, reduction: t, gather=lambda t: t if t.dim() else t[None]
+        ),
     )
-    integration.FusedLoss._log_metrics(trainer, metrics, batch.num_tokens)
-    found = {name: values[0] for name, values in log.items()}
-    assert found["clip_ratio/low_mean"] == found["clip_ratio/high_mean"] == 0.25
-    assert found["clip_fraction_dual"] == 0.25 and found["clip_ratio/region_mean"] == 0.5
+    logged.in_place_of_theirs(trainer, loss, batch.num_tokens, {"clip_ratio/low_mean": 1})
+    assert log["reward"] == [9.0] and "kl" not in log
+    assert log["clip_ratio/low_mean"] == [8.0, 3 / 8]
+    assert log["policy_loss"] == [value.item()]
+    found = {name: values[-1] for name, values in log.items()}
+    assert found["clip_ratio/high_mean"] == found["clip_fraction_dual"] == 1 / 8
+    assert found["clip_ratio/region_mean"] == 4 / 8
+    assert found["clip_ratio/low_min"] == found["clip_ratio/high_max"] == 1 / 4
 
 
 def a_trl(monkeypatch, *names: str) -> tuple[type, ModuleType, ModuleType]:
@@ -215,6 +232,36 @@ SIGNATURES = {
     "1.14": ("last_hidden", "weight", "bias", *OPTIONS),
     "1.16": ("hidden", "weight", "bias", *OPTIONS, "outputs"),
 }
+
+
+def computes(self, model, inputs):
+    pass
+
+
+def asks(self, model):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "said"),
+    [
+        ("GRPOTrainer", (asks,), "GRPOTrainer has no _compute_loss"),
+        ("GRPOTrainer", (computes,), "GRPOTrainer has no _get_per_token_logps_and_entropies"),
+        (
+            "GRPOTrainer",
+            (lambda self, model, inputs, scale: None, asks),
+            "_compute_loss takes model, inputs, scale",
+        ),
+        ("NewTrainer", (computes, asks), "NewTrainer has no trl.GRPOTrainer or trl.RLOOTrainer"),
+    ],
+)
+def test_a_trainer_with_another_seam_is_an_error_that_names_it(monkeypatch, name, parts, said):
+    a_trl(monkeypatch, *SIGNATURES["1.14"])
+    names = ["_get_per_token_logps_and_entropies" if p is asks else "_compute_loss" for p in parts]
+    theirs = type(name, (), dict(zip(names, parts, strict=True)))
+    mine = type("Mine", (integration.FusedLoss, theirs), {})
+    with pytest.raises(RuntimeError, match=f"TRL 9.9.9 is not one .* its {re.escape(said)}"):
+        mine(policy_loss=OURS)
 
 
 @pytest.mark.parametrize("version", SIGNATURES)
@@ -615,31 +662,9 @@ def test_the_head_is_given_all_columns_or_the_scored_tokens_alone(
 
 
 @slow
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("entropy_coef", 0.1),
-        ("top_entropy_quantile", 0.5),
-        ("off_policy_mask_threshold", 0.1),
-    ],
-)
-def test_options_that_would_be_lost_are_errors(arguments, option, value):
-    with pytest.raises(ValueError, match=option):
-        fused(arguments(**{option: value}))
-
-
-@slow
 def test_a_penalty_without_a_reference_model_is_an_error(arguments):
     with pytest.raises(ValueError, match=r"GRPOConfig\.beta is 0"):
         fused(arguments(), fused_rl.dapo(beta=0.1))
-
-
-@slow
-def test_a_trainer_that_passes_the_head_by_is_an_error(trl, arguments):
-    trainer = fused(arguments())
-    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (torch.zeros(2, T), None, None)
-    with pytest.raises(RuntimeError, match=f"TRL {trl.__version__} called its fused head 0 times"):
-        trainer.compute_loss(trainer.model, batch_of(trainer))
 
 
 # What a trainer logs, and how often in a step its head is ours.

@@ -205,8 +205,11 @@ def share(completions: list[str], **_: object) -> list[float]:
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("coef", [None, 0.3, 0.0])
-def test_a_mixture_of_experts_keeps_its_balance(saved, tmp_path, coef, accumulated):
-    """Every step: TRL's gradients and loss; None is the model's own weight of the loss."""
+@pytest.mark.parametrize("policy_loss", [None, fused_rl.dapo(clip_high=0.2)])
+def test_a_mixture_of_experts_keeps_its_balance(saved, tmp_path, policy_loss, coef, accumulated):
+    """Every step: TRL's gradients and loss; None is the model's own weight of the loss, and the
+    config's policy loss.
+    """
     import trl
     from datasets import Dataset
 
@@ -218,7 +221,7 @@ def test_a_mixture_of_experts_keeps_its_balance(saved, tmp_path, coef, accumulat
         args=trl.GRPOConfig(**options(tmp_path, **more)),
         train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 5}" for i in range(8)]}),
         processing_class=word_tokenizer(V),
-        policy_loss=fused_rl.dapo(clip_high=0.2),
+        policy_loss=policy_loss,
     )
     ours, base = trainer._compute_loss, trl.GRPOTrainer
     name = "_get_per_token_logps_and_entropies"

@@ -21,6 +21,16 @@ SCENARIOS = {
         "steps_per_generation": 2,
     },
     "tied": {},
+    # The tokens of highest entropy are those of all ranks.
+    "masked": {
+        "beta": 0.04,
+        "num_iterations": 2,
+        "top_entropy_quantile": 0.4,
+        "off_policy_mask_threshold": 0.01,
+        "use_adaptive_entropy": True,
+        "entropy_coef": 0.1,
+        "entropy_target": 9.0,
+    },
 }
 
 
@@ -113,14 +123,14 @@ def is_the_same(found: dict, expected: dict) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_grpo_takes_the_same_steps(sharded, of_ddp, paths, scenario):
-    """Three steps of TRL's trainer, of it with our head, and of ours."""
+    """Three steps of TRL's trainer, of it with our head, and of ours, by its config and without."""
     kind, apart = sharded
     if (kind, scenario) == ("fsdp2_own_unit", "tied"):
         pytest.skip("a weight of two units is an error of torch")
     given = {"paths": paths[scenario == "tied"], **SCENARIOS[scenario]}
     expected = of_ddp(**given)
     assert len(expected["logged"]["loss"]) == 3 and min(expected["logged"]["grad_norm"]) > 0.1
-    for way in ("trl", "patched", "fused"):
+    for way in ("trl", "patched", "fused", "config"):
         # Of a head that is a unit of its own, TRL's gradient is of each rank's tokens alone.
         if (kind, way) != ("fsdp2_own_unit", "trl"):
             is_the_same(ran(apart, kind=kind, way=way, **given), expected)

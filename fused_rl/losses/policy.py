@@ -132,6 +132,16 @@ class PolicyLoss:
             loss, terms, gradients = differentiated(self.evaluate, flat, batch)
         return LossOutput(loss, self.metrics(terms, batch, gradients))
 
+    def clipped(self, stats: Stats, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Which tokens the metrics clip_fraction_low, _high and _dual count, [N] bool each; of
+        tokens outside loss_mask they say nothing.
+
+        Args and errors: as __call__.
+        """
+        logprobs = flattened(stats, batch).logprobs.detach()
+        log_ratio = self.ratio(batch.log_ratio(logprobs), batch)
+        return self._clipped(log_ratio, logprobs, batch)
+
     def evaluate(self, flat: Stats, batch: TokenBatch) -> tuple[Tensor, Terms]:
         """The loss, and the terms that its metrics are formed of too.
 

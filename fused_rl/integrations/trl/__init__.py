@@ -74,8 +74,9 @@ loss below -104; after one such step all weights were NaN, while a loss of 0.0 w
 fused_rl.preference.alphapo is of means, and bounded. TRL 1.16 has no BCOTrainer: that loss is
 fused_rl.preference.bco, or, for pairs and without its shift, loss_type="bco_pair" of DPOTrainer.
 
-`FusedGRPOTrainer` is TRL's GRPOTrainer with any of our losses, formed with its gradients in one
-pass, inside the model's forward:
+`FusedGRPOTrainer` is TRL's GRPOTrainer with its loss formed in one pass with its gradients, inside
+the model's forward: the one that GRPOConfig describes, or any of ours. `FusedRLOOTrainer` is its
+RLOOTrainer. FusedLoss says what each option of their configs does:
 
 ```python
 import fused_rl
@@ -87,22 +88,38 @@ trainer = FusedGRPOTrainer(
     args=config,
     train_dataset=dataset,
     processing_class=tokenizer,
-    policy_loss=fused_rl.dapo(),
+    policy_loss=fused_rl.dapo(),  # without it: the loss of config
 )
 trainer.train()
 ```
+
+Without policy_loss its steps and all that it logs are TRL's, for every loss_type and option of
+TRL 1.16. What differs:
+
+    a log-ratio beyond +-20 nats      its exp is held there
+    a log-prob where no token counts  is not looked at; TRL's loss is NaN where its ratio overflows
+
+An asynchronous trainer is left to patch(): AsyncGRPOTrainer calls the model and forms its loss in
+one method, of tokens that several completions of a tree share. There is no seam between the two,
+and the loss of a state that is shared is known only when all of its completions are.
 """
 
 from typing import Any
 
-from fused_rl.integrations.trl.grpo import FusedLoss, fused_grpo_trainer
+from fused_rl.integrations.trl.grpo import FusedLoss, fused_grpo_trainer, fused_rloo_trainer
 from fused_rl.integrations.trl.patching import patch, patched, unpatch
 
 __all__ = ["FusedLoss", "patch", "patched", "unpatch"]
 
 
+_TRAINERS = {
+    "FusedGRPOTrainer": fused_grpo_trainer,
+    "FusedRLOOTrainer": fused_rloo_trainer,
+}
+
+
 def __getattr__(name: str) -> Any:
-    """FusedGRPOTrainer, built when it is first asked for: only then is TRL imported."""
-    if name == "FusedGRPOTrainer":
-        return fused_grpo_trainer()
+    """A trainer, built when it is first asked for: only then is TRL imported."""
+    if name in _TRAINERS:
+        return _TRAINERS[name]()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with any of our losses."""
+"""TRL's GRPOTrainer and RLOOTrainer with their own loss, or any of ours, formed in the head."""
 
 import functools
 import inspect
@@ -8,20 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_rl.integrations.trl import logged, options
+from fused_rl.integrations.trl.forming import (
+    Forming,
+    StepLoss,
+    batch_of,
+    counted,
+    for_theirs,
+    rows_of,
+)
 from fused_rl.integrations.trl.logprobs import in_head
 from fused_rl.integrations.trl.patching import patched
-from fused_rl.linear.head import LMHead
-from fused_rl.losses.batch import TokenBatch
 from fused_rl.losses.means import TokenMean
-from fused_rl.losses.policy import Loss, LossOutput
-from fused_rl.one_pass.policy_loss import linear_policy_loss
+from fused_rl.losses.policy import Loss
 
-# TRL's names for our metrics; the others keep theirs.
-_LOGGED_AS = {
-    "clip_fraction_low": "clip_ratio/low_mean",
-    "clip_fraction_high": "clip_ratio/high_mean",
-}
 _COUNTS = ("num_tokens", "num_sequences", "num_rollouts")
+_NEEDED = ("completion_ids", "completion_mask", "advantages")
+# How far a gradient may be from TRL's, of the same log-probs, as a share of it.
+_SAME = 1e-3
 
 
 class FusedLoss:
@@ -30,182 +34,205 @@ class FusedLoss:
     The loss is formed in the model's forward, where the head's weight is whole, and leaves it as
     the log-prob of one token, 0 at the others: what wraps the model sees it among its outputs. On
     two processes it takes the steps of TRL's own trainer under DDP, FSDP2, ZeRO-2 and ZeRO-3.
+    TRL's own _compute_loss is then called with the log-probs and entropies, without gradient, for
+    what it logs and keeps.
 
-    Counts of the loss's mean that are given are those of the whole step. TokenMean(), which dapo()
-    and bnpo() have, counts the tokens of TRL's optimizer step over all its micro-batches and
-    processes, as TRL's "dapo" does. Every other mean is of the micro-batch, and the loss divided by
-    the number of micro-batches.
+    Without policy_loss the loss is the one that GRPOConfig describes, and the steps are TRL's:
+    loss_type, epsilon, epsilon_high, delta, importance_sampling_level, beta,
+    use_bias_correction_kl, the temperatures of sapo and the k and lambda of vespo. At the first
+    step its gradient with respect to log-probs and entropies is compared with TRL's own.
 
-    Of GRPOConfig, `loss_type`, `epsilon`, `epsilon_high`, `delta`, `importance_sampling_level`,
-    `use_bias_correction_kl` and the parameters of single losses have no effect: policy_loss says
-    all that. `beta` decides only whether there is a reference model. vLLM's importance ratios
-    become the weights of the tokens.
+    With policy_loss those have no effect; `beta` decides whether there is a reference model. Counts
+    of the loss's mean that are given are those of the whole step. TokenMean(), which dapo() and
+    bnpo() have, counts the tokens of TRL's optimizer step over all its micro-batches and processes,
+    as TRL's "dapo" does. Every other mean is of the micro-batch, and the loss divided by the number
+    of micro-batches.
 
-    Logged are `entropy`, `kl`, `clip_ratio/low_mean`, `clip_ratio/high_mean` and
-    `clip_ratio/region_mean`, TRL's extremes over sequences not; and `ratio_mean`, `ratio_max`,
-    `clip_fraction_dual`, `unknown_fraction` and `zero_gradient_fraction`, which TRL has not.
+    Of either are these options of GRPOConfig, as TRL has them:
 
-    The load-balancing loss of a mixture of experts is the model's, not policy_loss's: it is added,
-    and logged as `aux_loss`, as TRL does.
+        top_entropy_quantile         which surrogates count, by TRL's own methods; the KL of all
+        off_policy_mask_threshold    tokens does. A policy_loss that is a function finds them as
+                                     weights of 0
+        entropy_coef, adaptive       a bonus of the mean entropy, beside the policy loss's own
+        vLLM's importance ratios     weights of the tokens; part of the ratio in TRL's vespo
+        router_aux_loss_coef         added, and logged as `aux_loss`
+
+    Cost in multiples of N H V: 6 where the loss is a sum over tokens; 8 where ratios are of
+    sequences (importance_sampling_level="sequence", vespo, RLOO). With either mask 2, and 6 for the
+    tokens that keep a gradient: with top_entropy_quantile=0.2 and no KL 3.2. With a frozen head 4.
+
+    Without policy_loss TRL's metrics are TRL's. With one, `kl`, `clip_ratio/low_mean`, `high_mean`,
+    `region_mean` and the extremes over sequences `low_min` and `high_max` are those of policy_loss;
+    means count tokens, where TRL's count sequences if ratios are theirs. Beside them are
+    `ratio_mean`, `ratio_max`, `clip_fraction_dual`, `unknown_fraction` and
+    `zero_gradient_fraction`, which TRL has not.
+
+    RLOOTrainer has batches with the old policy's log-probs of whole completions, and its KL in the
+    reward: a policy_loss has ratio=ProductRatio() or GeometricRatio(), or is gpg(), and no KL; the
+    number of tokens of the step is not known, and TokenMean() is of the micro-batch.
 
     Args:
-        policy_loss: a PolicyLoss, or any function (TokenStats, TokenBatch) -> LossOutput.
+        policy_loss: a PolicyLoss, or any function (TokenStats, TokenBatch) -> LossOutput; None: the
+            loss of the trainer's config.
         *args, **kwargs: as for trl.GRPOTrainer.
 
     Raises:
-        ValueError: a KL penalty without a reference model; an option of GRPOConfig that adds to
-            the loss or masks it (entropy bonus, top_entropy_quantile, off_policy_mask_threshold):
-            those would be lost.
-        RuntimeError: at the first step, a GRPOTrainer that does not call its fused head (TRL before
-            1.15).
+        ValueError: a loss_type that is not known; no policy_loss for a trainer with a loss of its
+            own (GMPOTrainer); a KL penalty without a reference model; a policy_loss that needs what
+            RLOOTrainer has not.
+        RuntimeError: a TRL whose trainer does not form its loss in the known way: what has moved is
+            named. At the first step: one that does not call its fused head (TRL before 1.15); one
+            whose loss, of the same config, has another gradient than ours.
     """
 
-    def __init__(self, *args: Any, policy_loss: Loss, **kwargs: Any) -> None:
+    _forming: Forming | None = None
+
+    def __init__(self, *args: Any, policy_loss: Loss | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.policy_loss = policy_loss
-        unsupported = {
-            "entropy_coef": getattr(self, "_entropy_bonus_enabled", False),
-            "top_entropy_quantile": self.top_entropy_quantile < 1,
-            "off_policy_mask_threshold": self.off_policy_mask_threshold is not None,
-        }
-        if lost := [name for name, is_set in unsupported.items() if is_set]:
-            raise ValueError(f"FusedGRPOTrainer takes its loss from policy_loss, without {lost}")
-        weight = getattr(getattr(policy_loss, "kl", None), "beta", 0)
-        if self.beta == 0 and (isinstance(weight, Tensor) or weight != 0):
+        self._kind, its_own = options.kind_of(self, FusedLoss)
+        takes = tuple(inspect.signature(super()._compute_loss).parameters)
+        if takes != ("model", "inputs"):
+            raise options.moved(f"_compute_loss takes {', '.join(takes)}")
+        if policy_loss is None and not its_own:
             raise ValueError(
-                "policy_loss has a KL penalty, but GRPOConfig.beta is 0 and there is no reference "
-                "model: set it to anything else, the weight is that of policy_loss"
+                f"{type(self).__name__} has a loss of its own, which its config does not say: give "
+                "policy_loss"
             )
+        self._of_config = self._kind.loss(self) if policy_loss is None else None
+        # Whether its gradient was found to be TRL's.
+        self._proved = False
+        self.policy_loss = self._of_config if policy_loss is None else policy_loss
+        options.is_possible(self.policy_loss, self, self._kind)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
+        forming = self._forming
         with patched():
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            if forming is None:
+                return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            reset = in_head.set(forming.in_head)
+            try:
+                found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            finally:
+                in_head.reset(reset)
+        if forming.calls != 1:
+            raise _called("its fused head", forming.calls, "in one forward")
+        forming.carried, forming.rest = found[0], found[2:]
+        values = forming.values()
+        if self._is_trls and not self._proved and torch.is_grad_enabled():
+            values = tuple(value.requires_grad_() for value in values)
+        forming.given = values
+        return (*values, *found[2:])
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        batch = _batch(inputs)
-        loss, divisor = self._of_step(inputs)
-        formed: list[LossOutput] = []
-
-        def formed_here(hidden: Tensor, head: LMHead, temperature: float) -> Tensor:
-            at, rows = _scored(len(hidden), inputs["completion_mask"])
-            part = batch.select(rows)
-            output = linear_policy_loss(hidden[at], head, part, loss, temperature=temperature)
-            formed.append(output)
-            one = at[:1]
-            value = output.loss.expand(len(one))
-            return output.loss.new_zeros(len(hidden)).index_put((one,), value)
-
-        reset = in_head.set(formed_here)
+        if lacking := [name for name in _NEEDED if name not in inputs]:
+            raise options.moved(f"batches have no {', '.join(lacking)}")
+        batch = batch_of(inputs, with_old=not options.without_ratio(self.policy_loss))
+        loss, batch = self._of_step(inputs, batch)
+        log = logged.log_of(self)
+        before = logged.lengths(log)
+        self._forming = forming = Forming(inputs, batch, loss)
         try:
-            carried, balance = self._logprobs_of(model, inputs)
+            theirs = super()._compute_loss(model, for_theirs(inputs))
         finally:
-            in_head.reset(reset)
-        if len(formed) != 1:
-            import trl
+            self._forming = None
+        if forming.carried is None:
+            raise _called("_get_per_token_logps_and_entropies", 0, "for its loss")
+        if forming.given[0].requires_grad and not forming.is_held:
+            self._prove(theirs, forming)
+        if self._is_trls:
+            logged.beside_theirs(self, loss, batch.num_tokens)
+        else:
+            logged.in_place_of_theirs(self, loss, batch.num_tokens, before)
+        return forming.carried.sum() + self._balance(forming)
 
-            raise RuntimeError(
-                f"the GRPOTrainer of TRL {trl.__version__} called its fused head {len(formed)} "
-                "times in one forward, not once: FusedGRPOTrainer needs TRL 1.15 or 1.16"
-            )
-        self._log_metrics(formed[0].metrics, batch.num_tokens)
-        return carried.sum() / divisor + self._balance(balance)
-
-    def _balance(self, loss: Tensor | None) -> Tensor | float:
-        """The load-balancing loss of a mixture of experts, as TRL adds it: a mean over the
-        micro-batches.
-        """
-        if loss is None:
+    def _balance(self, forming: Forming) -> Tensor | float:
+        """The load-balancing loss of a mixture of experts, which TRL has logged."""
+        if not self.aux_loss_enabled:
             return 0.0
-        training = self.model.training
-        log = self._metrics["train" if training else "eval"]
-        log["aux_loss"].append(self.accelerator.gather_for_metrics(loss).mean().item())
-        accumulated = self.current_gradient_accumulation_steps if training else 1
-        return self.router_aux_loss_coef * loss / accumulated
+        return self.router_aux_loss_coef * forming.rest[0] / self._accumulated
 
-    def _logprobs_of(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """[B, T]: what TRL takes for the log-probs of the completions; the load-balancing loss."""
-        prompt, completion = inputs["prompt_ids"], inputs["completion_ids"]
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        # Pictures and what belongs to them go by the same names in the batch.
-        names = inspect.signature(super()._get_per_token_logps_and_entropies).parameters
-        more = {"compute_aux_loss": True} if self.aux_loss_enabled else {}
-        found = self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([prompt, completion], dim=1),
-            mask,
-            completion.shape[1],
-            compute_entropy=True,
-            **more,
-            **{name: inputs[name] for name in names if name in inputs},
+    @property
+    def _is_trls(self) -> bool:
+        """Whether the loss is that of TRL's config."""
+        return self.policy_loss is self._of_config
+
+    @property
+    def _accumulated(self) -> int:
+        """How many micro-batches _compute_loss divides by."""
+        divides = self.model.training and self._kind.accumulates
+        return self.current_gradient_accumulation_steps if divides else 1
+
+    def _of_step(self, inputs: dict[str, Any], batch: Any) -> tuple[StepLoss, Any]:
+        """The loss of a micro-batch, and the batch as it takes it."""
+        loss, divisor = self._counted(inputs)
+        if isinstance(getattr(loss, "ratio", None), options.RolloutRatio):
+            ratios = inputs.get("importance_sampling_ratio")
+            loss = replace(loss, ratio=options.RolloutRatio.of(ratios))
+            batch = replace(batch, weights=None)
+        of_step = StepLoss(
+            policy=loss,
+            divisor=divisor,
+            bonus=options.entropy_coef(self) / self._accumulated,
+            masks=options.Masks(self, inputs, counted(inputs)),
+            rows=rows_of(inputs["completion_mask"]),
+            shape=tuple(inputs["completion_mask"].shape),
         )
-        return found[0], found[2] if self.aux_loss_enabled else None
+        return of_step, batch
 
-    def _of_step(self, inputs: dict[str, Any]) -> tuple[Loss, float]:
-        """The loss of a micro-batch, and what it is divided by."""
-        training = self.model.training
-        accumulated = self.current_gradient_accumulation_steps if training else 1
+    def _counted(self, inputs: dict[str, Any]) -> tuple[Loss, float]:
+        """The policy loss with the counts of the step, and what it is divided by."""
         mean = getattr(self.policy_loss, "mean", None)
         if any(getattr(mean, count, None) is not None for count in _COUNTS):
             return self.policy_loss, 1
-        if not isinstance(mean, TokenMean):
-            return self.policy_loss, accumulated
+        of_step = isinstance(mean, TokenMean) and not isinstance(mean, options.MicroBatchMean)
+        if not of_step or "num_items_in_batch" not in inputs:
+            return self.policy_loss, self._accumulated
         # TRL counts the tokens of all that was generated, which may serve several steps.
         tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes
-        if training:
-            tokens = tokens * accumulated / self.args.steps_per_generation
+        if self.model.training:
+            tokens = tokens * self._accumulated / self.args.steps_per_generation
         return replace(self.policy_loss, mean=TokenMean(tokens)), 1
 
-    @torch.no_grad()
-    def _log_metrics(self, metrics: dict[str, Tensor], count: Tensor) -> None:
-        """Means over the tokens of all processes, with one wait for the device."""
-        log = self._metrics["train" if self.model.training else "eval"]
-        values = torch.stack([*metrics.values(), torch.ones_like(count)]).float() * count
-        totals = self.accelerator.reduce(values, reduction="sum")
-        means = dict(zip(metrics, (totals[:-1] / totals[-1].clamp(min=1)).tolist(), strict=True))
-        # TRL's upper bound is that of gaining tokens; the losing ones have a name of their own.
-        if "clip_fraction_dual" in means:
-            means["clip_fraction_high"] -= means["clip_fraction_dual"]
-        if "ratio_max" in means:
-            means["ratio_max"] = self.accelerator.gather(metrics["ratio_max"]).max().item()
-        for name, value in means.items():
-            log[_LOGGED_AS.get(name, name)].append(value)
-        if _LOGGED_AS.keys() <= means.keys():
-            log["clip_ratio/region_mean"].append(sum(means[name] for name in _LOGGED_AS))
+    def _prove(self, theirs: Tensor, forming: Forming) -> None:
+        """That TRL's loss has the gradient of ours, by the numbers of every token."""
+        expected = torch.autograd.grad(
+            theirs, forming.given, allow_unused=True, materialize_grads=True
+        )
+        both = zip(forming.loss.gradients(), expected, strict=True)
+        error = torch.stack([(ours - of_trl).norm() for ours, of_trl in both]).norm()
+        size = torch.stack([of_trl.norm() for of_trl in expected]).norm()
+        if error > _SAME * size:
+            raise options.moved(
+                f"loss has another gradient than fused_rl's of the same {self._kind.config} "
+                f"({(error / size).item():.2g} of it, by log-probs and entropies)"
+            )
+        # Advantages of 0 prove nothing.
+        self._proved = bool(size > 0)
 
 
-def _batch(inputs: dict[str, Any]) -> TokenBatch:
-    """TRL's batch of completions, [B, T], as ours."""
-    labels, mask = inputs["completion_ids"], inputs["completion_mask"]
-    weights = inputs.get("importance_sampling_ratio")
-    return TokenBatch.padded(
-        labels,
-        (mask * inputs.get("tool_mask", 1)).bool(),
-        inputs["advantages"],
-        old_logprobs=inputs.get("old_per_token_logps"),
-        ref_logprobs=inputs.get("ref_per_token_logps"),
-        weights=None if weights is None else weights.expand(labels.shape),
+def _called(what: str, times: int, when: str) -> RuntimeError:
+    import trl
+
+    return RuntimeError(
+        f"the trainer of TRL {trl.__version__} called {what} {times} times {when}, not once: "
+        "fused_rl forms the losses of TRL 1.15 and 1.16"
     )
 
 
-def _scored(length: int, completion: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the completions' tokens are: among `length` rows of the head, and in [B * T].
+def _fused(name: str) -> type:
+    import trl
 
-    TRL gives the head either these tokens alone, or, where their number must not vary, all columns
-    but the last of prompt and completion. A prompt may have become longer on the way.
-    """
-    B, T = completion.shape
-    rows = completion.flatten().nonzero()[:, 0]
-    if length == len(rows):
-        return torch.arange(length, device=rows.device), rows
-    columns, rest = divmod(length, B)
-    if rest or columns < T:
-        raise RuntimeError(f"TRL gave its head {length} tokens for {B} completions of {T}")
-    return rows // T * columns + columns - T + rows % T, rows
+    names = {"__module__": "fused_rl.integrations.trl", "__doc__": FusedLoss.__doc__}
+    return type(f"Fused{name}", (FusedLoss, getattr(trl, name)), names)
 
 
 @functools.cache
 def fused_grpo_trainer() -> type:
-    from trl import GRPOTrainer
+    """FusedLoss of TRL's GRPOTrainer."""
+    return _fused("GRPOTrainer")
 
-    names = {"__module__": "fused_rl.integrations.trl", "__doc__": FusedLoss.__doc__}
-    return type("FusedGRPOTrainer", (FusedLoss, GRPOTrainer), names)
+
+@functools.cache
+def fused_rloo_trainer() -> type:
+    """FusedLoss of TRL's RLOOTrainer."""
+    return _fused("RLOOTrainer")
