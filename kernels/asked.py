@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import linear_logprobs, logprobs
 
-
 # By the number of logprobs.rounded.
 _ROUNDED = (None, torch.bfloat16, torch.float16)
 

@@ -22,6 +22,7 @@ from fused_rl.ops.divergence import TwoNeeds
 from fused_rl.ops.divergence_chunk import known_of
 from fused_rl.ops.first_use import config_difference, exactly
 from fused_rl.ops.record import Given, Needs
+from fused_rl.ops.statistics import Asked, linear_statistics
 from fused_rl.ops.two_heads import TwoUpstream
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -108,6 +109,18 @@ def test_exponentials_in_the_place_of_logits(transform, logits_dtype, monkeypatc
     dhidden = on_cuda_chunk.linear_logprobs_chunk_backward(*args, DEVICE)
     for mine, true in zip((dhidden, *sums[:2]), right, strict=False):
         assert_near(mine, true, 1.2e-2)
+
+
+@LOGITS
+@TRANSFORM
+def test_what_else_is_asked_of_the_logits(transform, logits_dtype):
+    head, _ = case_of(FP32, logits_dtype, transform)
+    asked = Asked(True, True, 0)
+    right = linear_statistics.plain(exactly(head), asked, LIMITS)
+    for ours, true in zip(on_cuda.linear_statistics(head, asked, LIMITS, DEVICE), right,
+                          strict=True):  # fmt: skip
+        if true.numel():
+            assert_near(ours, true, 1e-5)
 
 
 @pytest.mark.parametrize("chunk_bytes", [2**15, 2**20])

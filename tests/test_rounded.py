@@ -35,6 +35,7 @@ from fused_rl.linear.at import linear_logits_at
 from fused_rl.models.recipes import Recipe
 
 LIMITS = ops.Limits(IGNORED, 2**24)
+ASKED = ops.Asked(True, True, 3)
 # Of values, and of gradients: one that does not round is further away by far, below.
 NEAR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 GRADIENTS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -55,6 +56,8 @@ WAYS = {
     "chunk": lambda head: ops.linear_logprobs_chunk(head, ops.Given(True))[:3],
     "chunk of exponentials": lambda head: ops.linear_logprobs_chunk(head, ops.Given(False))[:3],
     "stored": lambda head: ops.linear_logprobs_stored(head, LIMITS)[:3],
+    "statistics": lambda head: ops.linear_statistics(head, ASKED, LIMITS)[:3],
+    "frozen statistics": lambda head: ops.linear_statistics_frozen(head, ASKED, LIMITS)[:3],
     "plain": lambda head: ops.linear_logprobs.plain(head, LIMITS)[:3],
     "plain chunk": lambda head: ops.linear_logprobs_chunk.plain(head, ops.Given(True))[:3],
 }

@@ -359,7 +359,7 @@ def test_opcheck_of_the_backward_passes(dtype):
     args = next(_samples(dtype))
     logprobs, entropy, lse, *_, unit = statistics.linear_statistics_frozen.op(*args)
     up = (torch.randn_like(logprobs), torch.randn_like(entropy), torch.randn_like(lse))
-    rest = (*up, *args[:7], *args[-2:], logprobs, lse, entropy)
+    rest = (*up, *args[:8], *args[-2:], logprobs, lse, entropy)
     for given in ((True, True), (True, False), (False, True), (False, False)):
         backward = statistics.linear_statistics_frozen_backward.op
         torch.library.opcheck(backward, (*rest, unit, *given), test_utils=STATIC)
