@@ -11,7 +11,7 @@ import sys
 import textwrap
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import parity
 import pytest
@@ -301,6 +301,16 @@ def test_blocks_run(page):
         assert names["kept"].tolist() == [*range(11, 17), 21, 22, -1, 24, 25, 26]
         assert names["cu_kept"].tolist() == [0, 0, 2, 3, 6, 6, 6, 8, 9, 10, 12]
         assert weight.grad[[11, 99, 5]].any(1).tolist() == [True, True, True]
+        logprob = {5: SimpleNamespace(logprob=-0.5), 6: SimpleNamespace(logprob=-1.0)}
+        done = SimpleNamespace(token_ids=[6], logprobs=[logprob], sampling_mask="mask")
+        request = SimpleNamespace(prompt_token_ids=[1, 2], outputs=[done, done])
+        names |= {"engine": SimpleNamespace(generate=lambda *_: [request]), "sampling": None}
+        assert names["rollout"](["w1 w2"], None) == {
+            "prompt_ids": [[1, 2], [1, 2]],
+            "completion_ids": [[6], [6]],
+            "logprobs": [[-1.0], [-1.0]],
+            "sampling_mask": ["mask", "mask"],
+        }
     elif page == "docs/preference.md":
         assert names["model"].lm_head.weight.grad.any()
         logits = names["model"](names["input_ids"]).logits[:, :-1]

@@ -19,6 +19,7 @@ from fused_rl.integrations.trl.forming import (
 )
 from fused_rl.integrations.trl.logprobs import in_head
 from fused_rl.integrations.trl.patching import patched
+from fused_rl.integrations.trl.replay import KEY, Replay, Scoring, with_kept_sets
 from fused_rl.losses.means import TokenMean
 from fused_rl.losses.policy import Loss
 
@@ -57,6 +58,10 @@ class FusedLoss:
         vLLM's importance ratios     weights of the tokens; part of the ratio in TRL's vespo
         router_aux_loss_coef         added, and logged as `aux_loss`
 
+    A rollout_func may return "sampling_mask", the kept sets of an engine's top-k and top-p
+    (integrations/trl/replay.py): log-probs of the policy, the old policy and the reference are then
+    over these sets, as the logprobs that it returns must be.
+
     Cost in multiples of N H V: 6 where the loss is a sum over tokens; 8 where ratios are of
     sequences (importance_sampling_level="sequence", vespo, RLOO). With either mask 2, and 6 for the
     tokens that keep a gradient: with top_entropy_quantile=0.2 and no KL 3.2. With a frozen head 4.
@@ -86,6 +91,8 @@ class FusedLoss:
     """
 
     _forming: Forming | None = None
+    # Of the generation that is being scored.
+    _replay: Replay | None = None
 
     def __init__(self, *args: Any, policy_loss: Loss | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -104,16 +111,32 @@ class FusedLoss:
         self.policy_loss = self._of_config if policy_loss is None else policy_loss
         options.is_possible(self.policy_loss, self, self._kind)
 
+    def _generate(self, *args: Any, **kwargs: Any) -> tuple:
+        found = super()._generate(*args, **kwargs)
+        self._replay = Replay.taken_from(found)
+        return found
+
+    def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            output = super()._generate_and_score_completions(*args, **kwargs)
+            if self._replay is not None:
+                output[KEY] = list(self._replay.masks)
+            return output
+        finally:
+            self._replay = None
+
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
-        forming = self._forming
+        theirs, forming = super()._get_per_token_logps_and_entropies, self._forming
+        asked = inspect.signature(theirs).bind(*args, **kwargs).arguments
+        in_place = forming or (self._replay and self._scoring(asked))
         with patched():
-            if forming is None:
-                return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-            reset = in_head.set(forming.in_head)
+            reset = in_head.set(in_place.in_head if in_place else None)
             try:
-                found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+                found = theirs(*args, **kwargs)
             finally:
                 in_head.reset(reset)
+        if forming is None:
+            return found
         if forming.calls != 1:
             raise _called("its fused head", forming.calls, "in one forward")
         forming.carried, forming.rest = found[0], found[2:]
@@ -123,11 +146,17 @@ class FusedLoss:
         forming.given = values
         return (*values, *found[2:])
 
+    def _scoring(self, asked: dict[str, Any]) -> Scoring:
+        names = ("input_ids", "attention_mask", "logits_to_keep")
+        if lacking := [name for name in names if name not in asked]:
+            raise options.moved(f"_get_per_token_logps_and_entropies takes no {', '.join(lacking)}")
+        return self._replay.scoring(*(asked[name] for name in names), asked.get("batch_size"))
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if lacking := [name for name in _NEEDED if name not in inputs]:
             raise options.moved(f"batches have no {', '.join(lacking)}")
         batch = batch_of(inputs, with_old=not options.without_ratio(self.policy_loss))
-        loss, batch = self._of_step(inputs, batch)
+        loss, batch = self._of_step(inputs, with_kept_sets(batch, inputs))
         log = logged.log_of(self)
         before = logged.lengths(log)
         self._forming = forming = Forming(inputs, batch, loss)
