@@ -47,14 +47,17 @@ def test_the_errors_are_those_of_rounded_logits(dtype, temperature):
     assert (apart < 1e-5).double().mean() > 0.98 and apart.max() < 2 * expected.abs().max()
 
 
-def test_scale_and_softcap_come_before_the_rounding():
+def test_scale_and_softcap_come_after_the_rounding():
+    """As in LMHead."""
     hidden, weight, labels, logits = head_of(4.0)
     head = fused_rl.LMHead(weight, scale=0.5, softcap=6.0)
-    capped = 6 * torch.tanh(0.5 * logits / 6)
-    got = rounding_differences(hidden, head, labels, tokens=N)
-    torch.testing.assert_close(
-        got.double().abs().mean(), by_hand(capped, labels).abs().mean(), rtol=1e-3, atol=0
+    exact, rounded = (
+        (6 * torch.tanh(0.5 * z.double() / 6)).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+        for z in (logits, logits.bfloat16())
     )
+    got = rounding_differences(hidden, head, labels, tokens=N)
+    expected = (exact - rounded).abs().mean()
+    torch.testing.assert_close(got.double().abs().mean(), expected, rtol=1e-3, atol=0)
 
 
 def test_logits_that_are_not_rounded_have_no_error():
@@ -80,20 +83,26 @@ def test_some_tokens_stand_for_all_and_ignored_ones_for_none():
     assert torch.equal(rounding_differences(*shaped, tokens=100), some)
 
 
-def test_chunks_change_nothing(monkeypatch):
+def test_it_is_a_head_with_logits_of_that_dtype_beside_one_without():
     hidden, weight, labels, _ = head_of(4.0)
     temperature = torch.linspace(0.5, 2, N)
-    whole = rounding_differences(hidden, weight, labels, temperature=temperature)
-    monkeypatch.setattr("fused_rl.linear.rounding.TOGETHER", 7 * V)
-    parts = rounding_differences(hidden, weight, labels, temperature=temperature)
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4)
+    options = {"scale": 0.5, "softcap": 6.0}
+    plain, rounded = (
+        fused_rl.LMHead(weight, **options, logits_dtype=dtype) for dtype in (None, torch.bfloat16)
+    )
+    exact, engine = (
+        fused_rl.linear_logprobs(hidden, head, labels, temperature=temperature).logprobs
+        for head in (plain, rounded)
+    )
+    for head in (plain, rounded):
+        got = rounding_differences(hidden, head, labels, temperature=temperature, tokens=N)
+        assert torch.equal(got, exact - engine) and got.any()
 
 
 def test_hidden_states_some_roundings_away():
     """An error of k roundings has sqrt(k) times the size, and by linearity a known one."""
     hidden, weight, labels, logits = head_of(4.0)
-    given, fp32 = (hidden.double(), weight.double(), labels), {"logits_dtype": torch.float64}
-    # Of states that were kept in bfloat16, in a float64 that shows the model alone.
+    given, fp32 = (hidden.double(), weight.double(), labels), {"logits_dtype": torch.float32}
     rounded = [
         rounding_differences(hidden, weight, labels, hidden_roundings=k, tokens=N, **fp32).std()
         for k in (1, 4)
@@ -171,7 +180,7 @@ MISTAKES = {
     "a label": ({"labels": torch.tensor([V])}, r"labels must be in \[0, 1500\)"),
     "tokens": ({"tokens": 0}, "tokens must be at least 1"),
     "roundings": ({"hidden_roundings": -1}, "hidden_roundings must be at least 0"),
-    "a dtype": ({"logits_dtype": torch.int64}, "logits_dtype must be a floating dtype"),
+    "a dtype": ({"logits_dtype": torch.int64}, "logits_dtype must be torch.bfloat16, torch.float16"),
     "shapes": ({"labels": torch.tensor([0, 1])}, "hidden"),
     "temperature": ({"temperature": 0.0}, "temperature"),
 }

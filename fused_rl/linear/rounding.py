@@ -2,23 +2,22 @@
 
     error[n] = logprobs[n] - rounded[n]
 
-The trainer's logits are float32. The engine's are rounded where it hands them over: after scale and
-softcap, before the temperature; its log-softmax is float32. Its hidden states may be rounded
+The trainer's logits are float32. The engine's are rounded where its head gives them, as those of
+LMHead(logits_dtype=...) are; its log-softmax is float32. Its hidden states may be rounded
 differently, too: two programs that compute the same states in bfloat16 add in another order, and
 their last bits have nothing to do with each other. `mismatch.mismatch_report` takes the errors.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fused_rl import checks
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import flat_arguments
+from fused_rl.linear.logprobs import flat_arguments, linear_logprobs
 from fused_rl.reference import acc_dtype
 from fused_rl.stats import IGNORE_INDEX
-
-# Logits that are looked at together: 64 MiB of float32.
-TOGETHER = 2**24
 
 
 @torch.no_grad()
@@ -35,14 +34,14 @@ def rounding_differences(
 ) -> Tensor:
     """Errors of log-probs by rounding alone, at some of the tokens.
 
-    2 n H V of n tokens, or 4 where hidden states differ, and the logits of some of them at a time.
+    4 n H V of n tokens.
 
     Args:
         hidden: [..., H], float16, bfloat16, float32 or float64: the states that predict labels.
         head: LMHead, a weight [V, H], or a torch.nn.Linear.
         labels: [...], int64 or int32, in [0, V) or ignore_index.
         temperature: a number, or a tensor that broadcasts to labels; positive.
-        logits_dtype: of the engine's logits; float32 does not round.
+        logits_dtype: of the engine's logits: bfloat16 or float16; float32 does not round.
         hidden_roundings: how many roundings apart the engine's hidden states are, in the dtype of
             hidden: each adds an error that is uniform within half of its last bit. 0: the same.
         tokens: at most so many, evenly spaced among those that are not ignored.
@@ -54,47 +53,23 @@ def rounding_differences(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a label outside [0, V); a head
-            whose vocabulary is spread over ranks.
+            whose vocabulary is spread over ranks; another logits_dtype.
     """
     head = LMHead.of(head)
     flat = flat_arguments(hidden, head, labels, temperature)
-    checks.require(
-        isinstance(logits_dtype, torch.dtype) and logits_dtype.is_floating_point,
-        lambda: f"logits_dtype must be a floating dtype, got {checks.shown(logits_dtype)}",
-    )
     for name, count, least in (("hidden_roundings", hidden_roundings, 0), ("tokens", tokens, 1)):
         checks.is_integer(name, count)
         checks.at_least(name, count, least)
     checks.is_integer("ignore_index", ignore_index)
     counted = (labels.reshape(-1) != ignore_index).nonzero().squeeze(-1)
     at = counted[_spaced(len(counted), tokens, counted.device)]
-    labels = labels.reshape(-1)[at].long()
+    labels, options = labels.reshape(-1)[at], {"temperature": flat.temperature[at]}
     _are_entries(labels, len(head.weight))
-    rows, cooled = hidden.reshape(-1, hidden.shape[-1])[at], flat.temperature[at]
-    size = max(TOGETHER // len(head.weight), 1)
-    parts = zip(*(x.split(size) for x in (rows, labels, cooled)), strict=True)
-    found = [_errors(head, *part, logits_dtype, hidden_roundings) for part in parts]
-    return torch.cat(found)
-
-
-def _errors(
-    head: LMHead,
-    hidden: Tensor,
-    labels: Tensor,
-    temperature: Tensor,
-    logits_dtype: torch.dtype,
-    roundings: int,
-) -> Tensor:
-    """[n], of a few tokens."""
-    logits = head.logits(hidden)
-    rounded = head.logits(_nearby(hidden, roundings)) if roundings else logits
-    rounded = rounded.to(logits_dtype).to(logits.dtype)
-    cooled = temperature[:, None].to(logits.dtype)
-    exact, engine = (
-        (z / cooled).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
-        for z in (logits, rounded)
-    )
-    return exact - engine
+    states = hidden.reshape(-1, hidden.shape[-1])[at]
+    exact, engine = (replace(head, logits_dtype=dtype) for dtype in (None, logits_dtype))
+    nearby = _nearby(states, hidden_roundings) if hidden_roundings else states
+    ours = linear_logprobs(states, exact, labels, **options).logprobs
+    return ours - linear_logprobs(nearby, engine, labels, **options).logprobs
 
 
 def _nearby(hidden: Tensor, roundings: int) -> Tensor:
