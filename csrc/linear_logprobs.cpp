@@ -83,11 +83,21 @@ static Tensors4 linear_logprobs(const at::Tensor& hidden, const at::Tensor& weig
   });
 }
 
-static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
-linear_statistics(const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias,
-                  const at::Tensor& labels, const at::Tensor& temperature, double scale,
-                  double softcap, int64_t rounding, bool collision, bool mean_logit, int64_t top,
-                  int64_t ignore_index, int64_t /*chunk_bytes*/) {
+using AskedTensors = decltype(std::tuple_cat(Tensors3{}, Tensors4{}));
+
+template <class T>
+AskedTensors all_of(const TokenStatistics<T>& s, const AskedOf<T>& asked,
+                    const std::vector<int64_t>& active, int64_t N) {
+  return std::tuple_cat(Tensors3{scatter(s.logprobs, active, N), scatter(s.entropy, active, N),
+                                 scatter(s.lse, active, N)},
+                        asked.finish(s, active, N));
+}
+
+static AskedTensors linear_statistics(const at::Tensor& hidden, const at::Tensor& weight,
+                                      const Bias& bias, const at::Tensor& labels,
+                                      const at::Tensor& temperature, double scale, double softcap,
+                                      int64_t rounding, bool collision, bool mean_logit,
+                                      int64_t top, int64_t ignore_index, int64_t /*chunk_bytes*/) {
   check_labels(labels, weight.size(0), ignore_index);
   const at::Tensor y = labels.contiguous();
   const auto active = counted_rows(y, ignore_index);
@@ -98,10 +108,39 @@ linear_statistics(const at::Tensor& hidden, const at::Tensor& weight, const Bias
     AskedOf<T> asked(p, {collision, mean_logit, top}, p.super_blocks());
     TokenStatistics<T> s;
     if (p.N) s = forward<T>(p, nullptr, nullptr, nullptr, nullptr, nullptr, &asked);
-    const int64_t N = y.numel();
-    return std::tuple_cat(Tensors3{scatter(s.logprobs, active, N), scatter(s.entropy, active, N),
-                                   scatter(s.lse, active, N)},
-                          asked.finish(s, active, N));
+    return all_of(s, asked, active, y.numel());
+  });
+}
+
+// forward(), and what it keeps of the logits: exponentials where they serve, or the logits.
+template <class T>
+std::pair<TokenStatistics<T>, at::Tensor> keeping_forward(const Problem<T>& p, bool has_dentropy,
+                                                          AskedOf<T>* asked = nullptr) {
+  using A = Acc<T>;
+  if (std::is_same_v<T, c10::BFloat16> && p.transform.softcap == 0 && !has_dentropy) {
+    const at::Tensor z = kept_tensor(KeptExponentials::size(p.V, p.padded), at::kShort);
+    const KeptExponentials kept(z.mutable_data_ptr(), p.V, p.padded);
+    return {forward<T>(p, nullptr, nullptr, nullptr, nullptr, &kept, asked), z};
+  }
+  const at::Tensor z = kept_tensor(p.V * p.padded, c10::CppTypeToScalarType<A>::value);
+  return {forward<T>(p, z.mutable_data_ptr<A>(), nullptr, nullptr, nullptr, nullptr, asked), z};
+}
+
+static decltype(std::tuple_cat(AskedTensors{}, Tensors2{})) linear_statistics_stored(
+    const at::Tensor& hidden, const at::Tensor& weight, const Bias& bias, const at::Tensor& labels,
+    const at::Tensor& temperature, double scale, double softcap, int64_t rounding, bool collision,
+    bool mean_logit, int64_t top, int64_t ignore_index, int64_t /*chunk_bytes*/) {
+  check_labels(labels, weight.size(0), ignore_index);
+  const at::Tensor y = labels.contiguous();
+  const auto active = counted_rows(y, ignore_index);
+  return with_compute_type(hidden, weight, [&](auto zero) {
+    using T = decltype(zero);
+    const auto p = make_problem<T>(hidden, weight, bias, y, temperature, scale, softcap, rounding,
+                                   active);
+    AskedOf<T> asked(p, {collision, mean_logit, top}, p.super_blocks());
+    const auto [s, z] = keeping_forward<T>(p, false, &asked);
+    return std::tuple_cat(all_of(s, asked, active, y.numel()),
+                          Tensors2{index_tensor(active).clone(), z});
   });
 }
 
@@ -141,19 +180,9 @@ static Tensors5 linear_logprobs_chunk(const at::Tensor& hidden, const at::Tensor
   const auto rows = all_rows(hidden.size(0));
   return with_compute_type(hidden, weight, [&](auto zero) -> Tensors5 {
     using T = decltype(zero);
-    using A = Acc<T>;
     const auto p = make_problem<T>(hidden, weight, bias, labels, temperature, scale, softcap,
                                    rounding, rows);
-    at::Tensor z;
-    TokenStatistics<T> s;
-    if (std::is_same_v<T, c10::BFloat16> && softcap == 0 && !has_dentropy) {
-      z = kept_tensor(KeptExponentials::size(p.V, p.padded), at::kShort);
-      const KeptExponentials kept(z.mutable_data_ptr(), p.V, p.padded);
-      s = forward<T>(p, nullptr, nullptr, nullptr, nullptr, &kept);
-    } else {
-      z = kept_tensor(p.V * p.padded, c10::CppTypeToScalarType<A>::value);
-      s = forward<T>(p, z.mutable_data_ptr<A>());
-    }
+    const auto [s, z] = keeping_forward<T>(p, has_dentropy);
     return {scatter(s.logprobs, rows, p.N), scatter(s.entropy, rows, p.N),
             scatter(s.lse, rows, p.N), scatter(s.top, rows, p.N), z};
   });
@@ -234,6 +263,7 @@ TORCH_LIBRARY_IMPL(fused_rl, CPU, m) {
   m.impl("linear_logprobs", &linear_logprobs);
   m.impl("linear_logprobs_backward", &linear_logprobs_backward);
   m.impl("linear_statistics", &linear_statistics);
+  m.impl("linear_statistics_stored", &linear_statistics_stored);
   m.impl("linear_logprobs_chunk", &linear_logprobs_chunk);
   m.impl("linear_logprobs_chunk_backward", &linear_logprobs_chunk_backward);
 }

@@ -308,6 +308,8 @@ ELSEWHERE = {
     "linear_statistics_backward",
     "linear_statistics_frozen",
     "linear_statistics_frozen_backward",
+    "linear_statistics_stored",
+    "linear_statistics_stored_backward",
 }
 
 

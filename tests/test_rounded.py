@@ -57,6 +57,7 @@ WAYS = {
     "chunk of exponentials": lambda head: ops.linear_logprobs_chunk(head, ops.Given(False))[:3],
     "stored": lambda head: ops.linear_logprobs_stored(head, LIMITS)[:3],
     "statistics": lambda head: ops.linear_statistics(head, ASKED, LIMITS)[:3],
+    "stored statistics": lambda head: ops.linear_statistics_stored(head, ASKED, LIMITS)[:3],
     "frozen statistics": lambda head: ops.linear_statistics_frozen(head, ASKED, LIMITS)[:3],
     "plain": lambda head: ops.linear_logprobs.plain(head, LIMITS)[:3],
     "plain chunk": lambda head: ops.linear_logprobs_chunk.plain(head, ops.Given(True))[:3],

@@ -1,5 +1,6 @@
 """linear_statistics: against float64, by property, as operators."""
 
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -174,22 +175,30 @@ def test_the_gradient_of_the_z_loss_is_twice_lse_times_p():
     assert oracle.relative_error(w.grad, dz.T @ h) < 1e-13
 
 
+UNCAPPED = {**EVERYTHING, "softcap": None}
+with_and_without_softcap = pytest.mark.parametrize(
+    "options", [EVERYTHING, UNCAPPED], ids=["softcap", "no softcap"]
+)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@with_and_without_softcap
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_the_first_two_are_those_of_linear_logprobs_bit_by_bit(frozen, dtype):
-    case = oracle.random_case(70, 48, 3000, dtype, ignored=4, **EVERYTHING)
+def test_the_first_two_are_those_of_linear_logprobs_bit_by_bit(frozen, options, dtype):
+    case = oracle.random_case(70, 48, 3000, dtype, ignored=4, **options)
     stats, _ = of_kernel(case, frozen)
-    options = {"temperature": case.temperature}
     given = (case.hidden.clone().requires_grad_(), case.head, case.labels)
-    top = linear_top_logprobs(*given, **options)
-    for ours, theirs in zip(stats[:2], linear_logprobs(*given, **options), strict=True):
+    temperature = {"temperature": case.temperature}
+    top = linear_top_logprobs(*given, **temperature)
+    for ours, theirs in zip(stats[:2], linear_logprobs(*given, **temperature), strict=True):
         oracle.assert_same_bits(ours.detach(), theirs.detach())
     oracle.assert_same_bits(stats.top_logprobs[:, 0], top.top_logprobs)
 
 
+@with_and_without_softcap
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_the_same_bits_on_any_number_of_threads(frozen):
-    case = oracle.random_case(200, 24, 5000, torch.bfloat16, **EVERYTHING)
+def test_the_same_bits_on_any_number_of_threads(frozen, options):
+    case = oracle.random_case(200, 24, 5000, torch.bfloat16, **options)
     found, threads = [], torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -198,6 +207,75 @@ def test_the_same_bits_on_any_number_of_threads(frozen):
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+# Exponentials that are kept for the backward pass
+
+keeps_exponentials = pytest.mark.skipif(
+    "bfloat16" not in ops.native.cpu_features(), reason="this CPU has no bfloat16 products"
+)
+
+
+@keeps_exponentials
+@pytest.mark.parametrize("chunk_bytes", [None, 2**16])
+@pytest.mark.parametrize("which", UPSTREAM)
+def test_the_backward_pass_of_a_logprob_forms_no_logits_again(which, chunk_bytes):
+    """A bias that is none any more is seen where they are formed, and nowhere else."""
+    case = oracle.random_case(90, 40, 2300, torch.bfloat16, ignored=3, **UNCAPPED)
+    leaves = [t.requires_grad_() for t in (case.hidden, case.weight, case.bias)]
+    options = {"temperature": case.temperature, "chunk_bytes": chunk_bytes, "top": 1}
+    stats = linear_statistics(leaves[0], case.head, case.labels, ALL, **options)
+    value = sum((on * x).sum() for on, x in zip(UPSTREAM[which], stats, strict=False) if on)
+    first = torch.autograd.grad(value, leaves, retain_graph=True)
+    case.bias.data.fill_(torch.nan)
+    again = torch.autograd.grad(value, leaves)
+    assert all(g.isfinite().all() for g in first)
+    same = [torch.equal(a, b) for a, b in zip(first, again, strict=True)]
+    assert same == [which == "logprobs" and chunk_bytes is None] * 3
+
+
+@keeps_exponentials
+@pytest.mark.parametrize("options", [{}, UNCAPPED], ids=["bare", "no softcap"])
+@pytest.mark.parametrize("which", UPSTREAM)
+def test_gradients_of_exponentials_are_no_worse_than_torch_on_logits(which, options):
+    case = oracle.random_case(90, 40, 2300, torch.bfloat16, logit_std=2.0, ignored=3, **options)
+    up = upstream(90, which)
+    up[0][10:15] = up[1][10:15] = up[2][10:15] = 0
+    found, of_eager, of_right = (
+        of_kernel(case, False)[1](up),
+        *(by_logits(case, up, dtype)[1] for dtype in (torch.bfloat16, torch.float64)),
+    )
+    for ours, theirs, exact in zip(found, of_eager, of_right, strict=True):
+        if ours is not None:
+            oracle.assert_no_worse(ours, theirs, exact, roundings=2)
+
+
+@keeps_exponentials
+def test_gradients_of_exponentials_are_those_of_linear_logprobs_bit_by_bit():
+    case = oracle.random_case(70, 48, 3000, torch.bfloat16, ignored=4, **UNCAPPED)
+    up = upstream(70, "logprobs")
+    leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
+    options = {"temperature": case.temperature}
+    theirs = linear_logprobs(leaves[0], LMHead(*leaves[1:], case.scale), case.labels, **options)
+    of_theirs = torch.autograd.grad(theirs.logprobs, leaves, up[0].float())
+    for a, b in zip(of_kernel(case, False)[1](up), of_theirs, strict=True):
+        oracle.assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@with_and_without_softcap
+def test_what_is_stored_changes_no_value(options, dtype):
+    """In C++ and in plain torch."""
+    case = oracle.random_case(20, 9, 500, dtype, ignored=2, **options)
+    of_head = (case.hidden, case.weight, case.bias, case.labels, case.temperature.to(_wide(case)))
+    head = ops.Head(*of_head, case.scale, case.softcap or 0.0)
+    rest = (ops.Asked(True, True, 3), Limits(IGNORED, 2**20))
+    right = statistics.linear_statistics(head, *rest)
+    for way in (statistics.linear_statistics_stored, statistics.linear_statistics_stored.plain):
+        found = way(head, *rest)
+        assert found.rows.tolist() == list(range(2, 20))
+        for a, b in zip(found, right, strict=False):
+            oracle.assert_same_bits(a, b)
 
 
 def test_collision_is_that_of_half_the_temperature():
@@ -364,6 +442,24 @@ def test_opcheck_of_the_backward_passes(dtype):
         backward = statistics.linear_statistics_frozen_backward.op
         torch.library.opcheck(backward, (*rest, unit, *given), test_utils=STATIC)
         backward = statistics.linear_statistics_backward.op
+        torch.library.opcheck(backward, (*rest, *given, True, False, True), test_utils=STATIC)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_opcheck_of_what_is_stored(softcap, dtype):
+    operator = statistics.linear_statistics_stored
+    for args in _samples(dtype):
+        # All of them count: how many do is no shape that is known before.
+        args = (*args[:3], args[3].clamp_min(0), *args[4:6], softcap, *args[7:])
+        torch.library.opcheck(operator.op, args, test_utils=STATIC)
+        leaves = [t.clone().requires_grad_() for t in args[:3]]
+        torch.library.opcheck(operator.op, (*leaves, *args[3:]), test_utils=STATIC)
+    logprobs, entropy, lse, *_, rows, z = operator.op(*args)
+    up = (torch.randn_like(logprobs), torch.randn_like(entropy), torch.randn_like(lse))
+    rest = (*up, *args[:8], *args[-2:], logprobs, lse, entropy, rows, z)
+    backward = statistics.linear_statistics_stored_backward.op
+    for given in itertools.product([False, True], repeat=2):
         torch.library.opcheck(backward, (*rest, *given, True, False, True), test_utils=STATIC)
 
 

@@ -280,13 +280,13 @@ def flat_top_logprobs(
     elif torch.is_grad_enabled() and not transformed():
         if hidden.requires_grad and not trained:
             op = ops.linear_logprobs_frozen
-        elif trained and _keeps_exponentials(head, limits):
+        elif trained and keeps_exponentials(head, limits):
             op = ops.linear_logprobs_stored
     stats = op(head, limits, *options)
     return TopStats(stats.logprobs, stats.entropy, stats.top)
 
 
-def _keeps_exponentials(head: ops.Head, limits: ops.Limits) -> bool:
+def keeps_exponentials(head: ops.Head, limits: ops.Limits) -> bool:
     """Whether what there is of the logits stays for the backward pass."""
     if torch.compiler.is_compiling() or not checks.has_values(head.hidden):
         return False

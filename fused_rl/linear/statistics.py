@@ -11,7 +11,7 @@ the Renyi entropy of order 2; WPO (arXiv 2406.11827) weighs tokens by it, and th
 baseline that minimises the gradient's takes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fused_rl import checks, ops
 from fused_rl.derivatives import transformed
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import flat_arguments, named
+from fused_rl.linear.logprobs import flat_arguments, keeps_exponentials, named
 from fused_rl.stats import IGNORE_INDEX
 
 MOST_TOP = 32
@@ -64,8 +64,9 @@ def linear_statistics(
     """linear_logprobs, with lse, and more statistics of the same logits, without the [N, V] logits.
 
     All of it comes out of one pass, 2 NHV; what is asked for costs its arithmetic, and on CUDA,
-    whatever it is, the way by tiles of logits. The backward pass is that of linear_logprobs, 6 NHV,
-    but for a gradient of lse that of linear_logprobs_at; a head that is not trained takes 2 NHV for
+    whatever it is, the way by tiles of logits, which keeps no exponentials. The backward pass is
+    that of linear_logprobs: 6 NHV, or 4 on CPUs where its exponentials fit into chunk_bytes; but
+    for a gradient of lse that of linear_logprobs_at, 6. A head that is not trained takes 2 NHV for
     both passes' gradients on CPUs, where no entropy has one. Dtypes, torch.autocast, torch.compile
     and torch.func are as for linear_logprobs.
 
@@ -78,7 +79,7 @@ def linear_statistics(
             first of the vocabulary comes first; on CUDA any.
         temperature: a number, or a tensor that broadcasts to labels; positive. No gradient.
         ignore_index: tokens with this label give 0 everywhere, and no gradient.
-        chunk_bytes: bound on the buffer for logits, where a way needs one; default 256 MiB.
+        chunk_bytes: as for linear_logprobs; on CUDA a bound on the buffer for logits alone.
 
     Returns:
         LogitStats(logprobs, entropy, lse, collision, mean_logit, top_ids, top_logprobs).
@@ -97,9 +98,7 @@ def linear_statistics(
     checks.is_integer("ignore_index", ignore_index)
     checks.chunk_bytes_is_positive(chunk_bytes)
     limits = ops.Limits(ignore_index, ops.scratch_bytes(hidden.device, chunk_bytes))
-    op = ops.linear_statistics
-    if _keeps_unit(hidden, head):
-        op = ops.linear_statistics_frozen
+    op = _operator(flat, limits, trained=head.requires_grad)
     stats = named(op, flat, asked, limits, shape=labels.shape)
     lse = stats.lse.to(stats.logprobs.dtype)
     each, many = labels.shape, (*labels.shape, top)
@@ -126,7 +125,13 @@ def _asked(of: Statistic | Sequence[Statistic], top: int, head: LMHead) -> ops.A
     return ops.Asked(Statistic.COLLISION in names, Statistic.MEAN_LOGIT in names, top)
 
 
-def _keeps_unit(hidden: Tensor, head: LMHead) -> bool:
-    """Whether the gradient of the log-probs is formed with them, for the backward pass to scale."""
-    wanted = torch.is_grad_enabled() and hidden.requires_grad and not head.requires_grad
-    return wanted and not transformed() and hidden.device.type == "cpu"
+def _operator(head: ops.Head, limits: ops.Limits, *, trained: bool) -> Callable:
+    """What keeps for the backward pass what spares it the logits, where there is such a thing."""
+    on_cpu = head.hidden.device.type == "cpu"
+    if not on_cpu or not torch.is_grad_enabled() or transformed():
+        return ops.linear_statistics
+    if trained:
+        keeps = keeps_exponentials(head, limits)
+        return ops.linear_statistics_stored if keeps else ops.linear_statistics
+    # The gradient of the log-probs, formed with them, for the backward pass to scale.
+    return ops.linear_statistics_frozen if head.hidden.requires_grad else ops.linear_statistics

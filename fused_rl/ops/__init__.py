@@ -47,7 +47,12 @@ from fused_rl.ops.linear import linear_logprobs, linear_logprobs_backward
 from fused_rl.ops.logits import Rows, logits_logprobs
 from fused_rl.ops.native import empty, native_missing, release_memory
 from fused_rl.ops.record import Given, Head, Known, Limits, Needs, Statistics, Upstream
-from fused_rl.ops.statistics import Asked, linear_statistics, linear_statistics_frozen
+from fused_rl.ops.statistics import (
+    Asked,
+    linear_statistics,
+    linear_statistics_frozen,
+    linear_statistics_stored,
+)
 from fused_rl.ops.stored import linear_logprobs_stored
 from fused_rl.ops.terms import LogPair, divergence_terms
 from fused_rl.ops.triton_chunk import fits_in_half
@@ -110,6 +115,7 @@ __all__ = [
     "linear_logprobs_stored",
     "linear_statistics",
     "linear_statistics_frozen",
+    "linear_statistics_stored",
     "logits_logprobs",
     "native_missing",
     "one_pass_pays",

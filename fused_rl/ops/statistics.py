@@ -6,8 +6,8 @@
 
 Of these none has a gradient. lse has one, dz = dlse p: that of a token whose log-prob has dlogprobs
 at its label and dlogprobs - dlse at p, which is what at.py has for any number of entries. So a loss
-that leaves lse alone has the backward pass of linear_logprobs, and one that does not that of
-linear_logprobs_at.
+that leaves lse alone has the backward pass of linear_logprobs, or of linear_logprobs_stored, and
+one that does not that of linear_logprobs_at.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from fused_rl.ops.at import AtHead, AtLogits, AtUpstream, linear_logprobs_at_backward
+from fused_rl.ops.chunk import room
 from fused_rl.ops.chunks import check_tokens, chunks_of, gradients_like, statistics_like
 from fused_rl.ops.formulas import add_gradients, at, log_probabilities, of_product, statistics
 from fused_rl.ops.frozen import Unit
 from fused_rl.ops.linear import linear_logprobs_backward
-from fused_rl.ops.record import Gradients, Head, Known, Limits, Needs, Operator, Upstream
+from fused_rl.ops.record import Given, Gradients, Head, Known, Limits, Needs, Operator, Upstream
+from fused_rl.ops.stored import Stored, linear_logprobs_stored, linear_logprobs_stored_backward
 
 
 class Asked(NamedTuple):
@@ -52,6 +54,18 @@ class FrozenAskedStatistics(NamedTuple):
     top_ids: Tensor
     top_logprobs: Tensor
     unit: Tensor  # [N, H]: see frozen.py
+
+
+class StoredAskedStatistics(NamedTuple):
+    logprobs: Tensor
+    entropy: Tensor
+    lse: Tensor
+    collision: Tensor
+    mean_logit: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+    rows: Tensor  # with z: see StoredStatistics
+    z: Tensor
 
 
 class AskedUpstream(NamedTuple):
@@ -170,6 +184,48 @@ def _(upstream, head: Head, limits, known, given, needs: Needs) -> Gradients:
 
 
 linear_statistics.differentiate(linear_statistics_backward, of="linear_statistics")
+
+
+@Operator
+def linear_statistics_stored(head: Head, asked: Asked, limits: Limits) -> StoredAskedStatistics:
+    """linear_statistics, and what there is of the logits for the backward pass: 2 NHV on CPUs.
+
+    In plain torch 4 NHV, of two operators.
+    """
+    stats, stored = linear_statistics(head, asked, limits), linear_logprobs_stored(head, limits)
+    return StoredAskedStatistics(*stats, stored.rows, stored.z)
+
+
+@linear_statistics_stored.fake
+def _(head: Head, asked: Asked, limits: Limits) -> StoredAskedStatistics:
+    # As if all tokens counted.
+    rows, z = head.labels.new_empty(head.labels.shape), room(head, Given(False))
+    return StoredAskedStatistics(*asked_like(head, asked), rows, z)
+
+
+@Operator
+def linear_statistics_stored_backward(
+    upstream: AskedUpstream,
+    head: Head,
+    limits: Limits,
+    known: KnownLabels,
+    stored: Stored,
+    given: AskedGiven,
+    needs: Needs,
+) -> Gradients:
+    """With a gradient of lse, that of linear_statistics: the logits are formed again."""
+    if given.has_dlse:
+        return linear_statistics_backward(upstream, head, limits, known, given, needs)
+    of_two, has = Upstream(upstream.dlogprobs, upstream.dentropy), Given(given.has_dentropy)
+    return linear_logprobs_stored_backward(of_two, head, limits, known.known, stored, has, needs)
+
+
+@linear_statistics_stored_backward.fake
+def _(upstream, head: Head, limits, known, stored, given, needs: Needs) -> Gradients:
+    return gradients_like(head, needs)
+
+
+linear_statistics_stored.differentiate(linear_statistics_stored_backward, of="linear_statistics")
 
 
 @Operator
