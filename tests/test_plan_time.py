@@ -131,6 +131,7 @@ def test_the_model_counts_what_the_kernels_do():
                 0,
                 1.0,
                 0.0,
+                0,
             )
             for stores in (False, True):
                 ours = configs.chosen(call, device, stores=stores)

@@ -57,6 +57,10 @@ def rounding_differences(
     """
     head = LMHead.of(head)
     flat = flat_arguments(hidden, head, labels, temperature)
+    checks.require(
+        isinstance(logits_dtype, torch.dtype),
+        lambda: f"logits_dtype must be a torch.dtype, got {checks.shown(logits_dtype)}",
+    )
     for name, count, least in (("hidden_roundings", hidden_roundings, 0), ("tokens", tokens, 1)):
         checks.is_integer(name, count)
         checks.at_least(name, count, least)

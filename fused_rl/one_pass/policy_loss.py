@@ -135,7 +135,7 @@ def _named(op: Callable, *args: object, shape: torch.Size) -> Any:
         return named(op, *args, shape=shape)
     except ValueError as error:
         said = re.sub(
-            r"\b(labels\S*) is -1, (outside the vocabulary \[0, \d+\)).*",
+            r"\b(labels(?:\[[\d, ]*\])?) is -1, (outside the vocabulary \[0, \d+\)).*",
             r"\1 counts by loss_mask and is negative, \2",
             str(error),
         )

@@ -111,7 +111,8 @@ def _sharp(hidden: Tensor, head: LMHead, labels: Tensor, options: dict) -> Tenso
     if not isinstance(options["temperature"], Tensor):
         checks.is_positive("temperature", options["temperature"])
     half = {**options, "temperature": options["temperature"] / 2}
-    devices = [hidden.device] if hidden.is_cuda else []
+    if not any(adapter.dropout for adapter in head.adapters):
+        return linear_logprobs(hidden, head, labels, **half).logprobs.reshape(-1)
     # Adapters draw the same dropout again for the loss.
-    with torch.random.fork_rng(devices, enabled=any(a.dropout for a in head.adapters)):
+    with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
         return linear_logprobs(hidden, head, labels, **half).logprobs.reshape(-1)
