@@ -8,7 +8,7 @@ import torch
 from oracle import IGNORED, Case, Result
 
 from fused_rl import LMHead, linear_logprobs, logprobs_from_logits, ops, reference
-from fused_rl.linear.logprobs import flat_arguments
+from fused_rl.linear.arguments import flat_arguments
 from fused_rl.ops.linear import linear_logprobs_backward
 from fused_rl.ops.logits import logits_logprobs_backward
 from fused_rl.ops.record import Known, Needs, Upstream

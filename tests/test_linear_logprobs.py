@@ -20,7 +20,7 @@ from fused_rl import (
     ops,
     reference,
 )
-from fused_rl.linear.logprobs import flat_arguments
+from fused_rl.linear.arguments import flat_arguments
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -180,7 +180,10 @@ MISTAKES = {
     "a label": ({"labels": torch.tensor([V])}, r"labels must be in \[0, 1500\)"),
     "tokens": ({"tokens": 0}, "tokens must be at least 1"),
     "roundings": ({"hidden_roundings": -1}, "hidden_roundings must be at least 0"),
-    "a dtype": ({"logits_dtype": torch.int64}, "logits_dtype must be torch.bfloat16, torch.float16"),
+    "a dtype": (
+        {"logits_dtype": torch.int64},
+        "logits_dtype must be torch.bfloat16, torch.float16",
+    ),
     "shapes": ({"labels": torch.tensor([0, 1])}, "hidden"),
     "temperature": ({"temperature": 0.0}, "temperature"),
 }

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fused_rl import checks, ops
+from fused_rl.linear.arguments import flat_arguments, named
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import flat_arguments, named
 from fused_rl.stats import IGNORE_INDEX
 
 

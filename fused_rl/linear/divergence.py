@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fused_rl import checks, ops
 from fused_rl.derivatives import transformed
 from fused_rl.kl.divergences import Divergence
+from fused_rl.linear.arguments import flat_arguments, flat_temperature, named
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import flat_arguments, flat_temperature, named
 from fused_rl.stats import IGNORE_INDEX, DivergenceStats
 
 

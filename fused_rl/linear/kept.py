@@ -13,8 +13,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fused_rl import checks, ops
+from fused_rl.linear.arguments import named, spread_arguments
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import named, spread_arguments
 from fused_rl.parallel.kept import kept_statistics
 from fused_rl.parallel.spread import Spread
 from fused_rl.parallel.states import Hidden

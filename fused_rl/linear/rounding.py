@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_rl import checks
+from fused_rl.linear.arguments import flat_arguments
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import flat_arguments, linear_logprobs
+from fused_rl.linear.logprobs import linear_logprobs
 from fused_rl.reference import acc_dtype
 from fused_rl.stats import IGNORE_INDEX
 

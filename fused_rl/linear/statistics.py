@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from fused_rl import checks, ops
 from fused_rl.derivatives import transformed
+from fused_rl.linear.arguments import flat_arguments, named
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import flat_arguments, keeps_exponentials, named
+from fused_rl.linear.logprobs import keeps_exponentials
 from fused_rl.stats import IGNORE_INDEX
 
 MOST_TOP = 32

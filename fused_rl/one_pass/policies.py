@@ -20,9 +20,10 @@ from torch import Tensor
 
 from fused_rl import checks, ops
 from fused_rl.kl.divergences import Divergence
+from fused_rl.linear.arguments import own_arguments, spread_arguments
 from fused_rl.linear.divergence import Side, flat_divergence, two_heads
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import flat_top_logprobs, own_arguments, spread_arguments
+from fused_rl.linear.logprobs import flat_top_logprobs
 from fused_rl.losses.batch import TokenBatch
 from fused_rl.one_pass.cuts import Backward, Cut, Heads, Here
 from fused_rl.one_pass.evaluation import Counted

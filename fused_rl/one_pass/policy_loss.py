@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fused_rl import checks, ops
 from fused_rl.derivatives import transformed
+from fused_rl.linear.arguments import named
 from fused_rl.linear.head import LMHead
-from fused_rl.linear.logprobs import named
 from fused_rl.losses import distillation
 from fused_rl.losses.batch import TokenBatch, is_batch
 from fused_rl.losses.named import NAMES
