@@ -161,6 +161,8 @@ def test_measured_tables_are_those_of_the_results_they_name(monkeypatch):
     assert block(page, "gpu-divergence") == gpu.divergences(result(of), where + of)
     step, of = script("bench/trl_step.py"), "trl-epyc-turin-2c.json"
     assert block(page, "trl") == step.table(result(of), where + of)
+    asked, of = script("bench/asked.py"), "asked-epyc-turin-2c.json"
+    assert block(page, "asked") == asked.page(result(of), where + of)
     for marks, end in (("divergence-32768", ""), ("divergence-151936", "-interrupted")):
         of = f"xeon-2c-bfloat16-{marks}{end}.json"
         assert block(page, marks) == run.table(result(of), where + of)
@@ -205,6 +207,7 @@ def test_scripts_write_where_their_marks_are(monkeypatch):
         "run": ("bench", "curves"),
         "gpu_readme": ("gpu", "gpu-divergence"),
         "trl_step": ("trl",),
+        "asked": ("asked",),
         "divergence_errors": ("divergence-errors",),
         "grad_filter": ("filter",),
     }.items():
