@@ -13,6 +13,8 @@ from fused_rl import (
     logprobs_from_logits,
     ops,
 )
+from fused_rl.linear import Statistic
+from fused_rl.models.adapters import Adapter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -239,3 +241,96 @@ def test_every_way_of_the_forward_agrees(N, transform, monkeypatch):
         for a, b in zip(stats, dirty, strict=False):
             assert torch.equal(a[others], b[others])
         assert dirty[1][5].isnan() or labels[5] == -100
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [1, 130, 700])
+@pytest.mark.parametrize("trained", [True, False])
+def test_more_statistics_of_the_same_pass_agree(dtype, N, trained):
+    """Values, and the gradient of lse beside those of the others; ids by what is at them."""
+    hidden, weight, labels = build(dtype, "cuda", N, trained=trained)
+    h, w = hidden.detach().double().cpu().requires_grad_(), weight.detach().double().cpu()
+    w.requires_grad_(trained)
+    asked = {"of": tuple(Statistic), "top": 5, "temperature": 3.0}
+    exact = fused_rl.linear_statistics(h, w, labels.cpu(), **asked)
+    ours = fused_rl.linear_statistics(hidden, weight, labels, **asked)
+    for name in ("logprobs", "entropy", "lse", "collision", "mean_logit", "top_logprobs"):
+        a, b = getattr(ours, name).double().cpu(), getattr(exact, name)
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-6)
+    logp = (h.detach() @ w.detach().T / 3.0).log_softmax(-1)
+    at_ids = logp.gather(-1, ours.top_ids.cpu()).masked_fill((labels.cpu() == -100)[:, None], 0)
+    torch.testing.assert_close(at_ids, exact.top_logprobs, atol=2e-5, rtol=2e-6)
+    leaves = [(hidden, h), (weight, w)] if trained else [(hidden, h)]
+    for count in (2, 3):
+        got = torch.autograd.grad(
+            sum(ours[:count]).sum(), [a for a, _ in leaves], retain_graph=True
+        )
+        true = torch.autograd.grad(
+            sum(exact[:count]).sum(), [b for _, b in leaves], retain_graph=True
+        )
+        for a, b in zip(got, true, strict=True):
+            # Pairs are added to what was rounded.
+            assert relative(a, b) < 2 * BUDGET[dtype] or b.norm() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [True, False])
+def test_rounded_logits_agree(dtype, logits_dtype, trained):
+    """Of products that are exact, so that every way rounds the same numbers."""
+    _, _, labels = build(dtype, "cuda", 130)
+    hidden = (torch.randint(-8, 9, (130, 72)) / 16).to("cuda", dtype).requires_grad_()
+    weight = (torch.randint(-8, 9, (1003, 72)) / 16).to("cuda", dtype).requires_grad_(trained)
+    h, w = hidden.detach().double().cpu().requires_grad_(), weight.detach().double().cpu()
+    of = {"scale": 0.7, "softcap": 20.0, "logits_dtype": logits_dtype}
+    exact = linear_logprobs(h, fused_rl.LMHead(w, **of), labels.cpu())
+    ours = linear_logprobs(hidden, fused_rl.LMHead(weight, **of), labels)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, atol=2e-5, rtol=2e-6)
+    got, true = (torch.autograd.grad(sum(x).sum(), y)[0] for x, y in ((ours, hidden), (exact, h)))
+    assert relative(got, true) < BUDGET[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_adapters_on_the_head_agree(dtype, one_pass):
+    hidden, weight, labels = build(dtype, "cuda", 130, trained=False)
+    factors = [torch.randn(s).to("cuda", dtype) / 4 for s in ((8, 72), (1003, 8))]
+    factors = [f.requires_grad_() for f in factors]
+    exact = [t.detach().double().cpu().requires_grad_() for t in (hidden, *factors)]
+    of = (weight.double().cpu(), None)
+    advantages = torch.randn(1, 130)
+    values = []
+    for leaves, frozen in (((hidden, *factors), (weight, None)), (exact, of)):
+        head = fused_rl.LMHead(*frozen, adapters=(Adapter(*leaves[1:], 0.5, 0.0),))
+        where = labels.to(leaves[0].device)
+        if one_pass:
+            mask = (where != -100)[None]
+            batch = TokenBatch.padded(where[None], mask, advantages.to(where.device))
+            value = linear_policy_loss(leaves[0][None], head, batch, fused_rl.grpo()).loss
+        else:
+            value = sum(x.sum() for x in linear_logprobs(leaves[0], head, where))
+        values.append(torch.autograd.grad(value, leaves))
+    for a, b in zip(*values, strict=True):
+        assert a.shape == b.shape
+        assert relative(a, b) < 2 * BUDGET[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_losses_of_kept_sets_agree(dtype, entropy_coef):
+    hidden, weight, labels = build(dtype, "cuda", 130)
+    h, w = (t.detach().double().cpu().requires_grad_() for t in (hidden, weight))
+    kept = torch.stack([labels.clamp(min=0).cpu(), (labels.clamp(min=0).cpu() + 5) % 1003], 1)
+    sets, advantages = (kept.flatten(), torch.arange(131) * 2), torch.randn(1, 130)
+    found = []
+    for states, head in ((hidden, weight), (h, w)):
+        on = states.device
+        where = labels.to(on)[None]
+        batch = TokenBatch.padded(where, where != -100, advantages.to(on))
+        batch = batch.with_kept(*(s.to(on) for s in sets))
+        loss = fused_rl.grpo(entropy_coef=entropy_coef)
+        value = linear_policy_loss(states[None], head, batch, loss).loss
+        found.append((value, *torch.autograd.grad(value, (states, head))))
+    for a, b in zip(*found, strict=True):
+        assert relative(a, b) < 2 * BUDGET[dtype]
