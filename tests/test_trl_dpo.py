@@ -126,7 +126,7 @@ def assert_the_same(seen: list[tuple[float, dict, dict]], metrics: int) -> None:
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     """Grows with every call of our head."""
-    found, ours = [], logprobs.linear_top_logprobs
+    found, ours = [], logprobs.statistics
     monkeypatch.setattr(logprobs, "statistics", lambda *a: found.append(1) or ours(*a))
     return found
 
