@@ -67,8 +67,8 @@ def linear_statistics(
     All of it comes out of one pass, 2 NHV; what is asked for costs its arithmetic, and on CUDA,
     whatever it is, the way by tiles of logits, which keeps no exponentials. The backward pass is
     that of linear_logprobs: 6 NHV, or 4 on CPUs where its exponentials fit into chunk_bytes; but
-    for a gradient of lse that of linear_logprobs_at, 6. A head that is not trained takes 2 NHV for
-    both passes' gradients on CPUs, where no entropy has one. Dtypes, torch.autocast, torch.compile
+    for a gradient of lse that of linear_logprobs_at, 6. On CPUs a head that is not trained takes 4
+    NHV for both passes, unless an entropy has a gradient. Dtypes, torch.autocast, torch.compile
     and torch.func are as for linear_logprobs.
 
     Args:
