@@ -19,7 +19,7 @@ from fused_rl.ops.at import AtHead, AtLogits, AtUpstream, linear_logprobs_at_bac
 from fused_rl.ops.chunk import room
 from fused_rl.ops.chunks import check_tokens, chunks_of, gradients_like, statistics_like
 from fused_rl.ops.formulas import add_gradients, at, log_probabilities, of_product, statistics
-from fused_rl.ops.frozen import Unit
+from fused_rl.ops.frozen import Unit, linear_logprobs_frozen_backward
 from fused_rl.ops.linear import linear_logprobs_backward
 from fused_rl.ops.record import Given, Gradients, Head, Known, Limits, Needs, Operator, Upstream
 from fused_rl.ops.stored import Stored, linear_logprobs_stored, linear_logprobs_stored_backward
@@ -266,18 +266,21 @@ def linear_statistics_frozen_backward(
 ) -> Tensor:
     """dhidden. d lse / d hidden is what the gradient of the label's logit has more than `unit`.
 
-    A gradient of the entropy is not in `unit`: its tokens form their logits again.
+    A gradient of the entropy is not in `unit`: its tokens form their logits again. Without one of
+    lse it is all that of linear_logprobs_frozen, a few rows at a time.
     """
+    if not given.has_dlse:
+        of_two, has = Upstream(*upstream[:2]), Given(given.has_dentropy)
+        return linear_logprobs_frozen_backward(of_two, head, limits, known.known, unit, has)
     counted = head.labels != limits.ignore_index
     dlogprobs, dentropy, dlse = (g.where(counted, 0.0) for g in upstream)
     of_label = dlse.to(dlogprobs.dtype)
     rows = (dlogprobs - of_label)[:, None]
     dhidden = (rows * unit.unit).masked_fill_(rows == 0, 0.0)
-    if given.has_dlse:
-        inside = head.labels.where(counted, 0)
-        slope = of_product(of_label[:, None], head, known.at_labels()[:, None])
-        at_label = slope * head.weight[inside]
-        dhidden += at_label.masked_fill_(of_label[:, None] == 0, 0.0)
+    inside = head.labels.where(counted, 0)
+    slope = of_product(of_label[:, None], head, known.at_labels()[:, None])
+    at_label = slope * head.weight[inside]
+    dhidden += at_label.masked_fill_(of_label[:, None] == 0, 0.0)
     dhidden = dhidden.to(head.hidden.dtype)
     if not given.has_dentropy:
         return dhidden
